@@ -1,0 +1,57 @@
+"""The value types that pass between the data, the models and the callbacks.
+
+Axis letters: b batch, t frames, c channels, h w grid, l text length, d width.
+"""
+
+from typing import NamedTuple
+
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+
+class TextEmbedding(NamedTuple):
+    """Captions as a text encoder sees them."""
+
+    tokens: Float[Tensor, "b l d"]
+    """One vector a word piece; padding is zero."""
+    mask: Bool[Tensor, "b l"]
+    """True where `tokens` holds a word piece, False on padding."""
+    pooled: Float[Tensor, "b d"]
+    """One vector a caption."""
+
+
+class VideoBatch(NamedTuple):
+    """Clips as they leave the loader."""
+
+    video: UInt8[Tensor, "b t c h w"]
+    captions: list[str]
+    keys: list[str]
+    """The sample's key in its shard."""
+
+
+class TokenBatch(NamedTuple):
+    """Tokenised clips with the embeddings of their captions."""
+
+    tokens: Int[Tensor, "b t h w"]
+    text: TextEmbedding
+    captions: list[str]
+    keys: list[str]
+
+
+class PromptBatch(NamedTuple):
+    """What to generate."""
+
+    prompts: list[str]
+    seeds: list[int]
+    """One seed a sample, so that a video does not depend on what else is in its batch."""
+    names: list[str]
+    """The stem of the file each video is written to."""
+
+
+class GeneratedVideos(NamedTuple):
+    """Generated clips, ready to be written."""
+
+    video: UInt8[Tensor, "b t c h w"]
+    prompts: list[str]
+    names: list[str]
+    fps: float
