@@ -1,0 +1,43 @@
+# make demo   from nothing to generated clips, on one CPU
+# make test   what CI runs: lint and tests
+# make docs   the documentation as a site, in site/
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := dev,docs,footage,minilm,perceptual,t5
+
+.DEFAULT_GOAL := demo
+.PHONY: demo test lint docs clean
+
+demo: $(VENV)/.installed
+	@echo "==> Running the demo: footage, both stages, generated clips in runs/demo"
+	$(BIN)/python demo.py
+
+test: lint
+	@echo "==> Running the tests"
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	@echo "==> Checking style, imports and types"
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+docs: $(VENV)/.installed
+	@echo "==> Building the documentation"
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+
+# The stamp is written last, so that an interrupted install is done again.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "error: t2v needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Try: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@echo "==> Installing into $(VENV) (once; several minutes and gigabytes, PyTorch above all)"
+	@rm -f $@
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@

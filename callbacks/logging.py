@@ -1,0 +1,108 @@
+"""Moving pictures in TensorBoard: what the models make of a few clips and prompts while they train."""
+
+import io
+
+import torch
+from jaxtyping import UInt8
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch import Tensor
+
+from t2v.batch import PromptBatch, VideoBatch
+
+
+class ValidationLogger(Callback):
+    """Logs something at the first validation batch: there averaged weights are in place, if the run keeps them."""
+
+    def __init__(self, every_n_epochs: int) -> None:
+        self.every_n_epochs = every_n_epochs
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Say so if there is no TensorBoard to log to."""
+        if stage in ("fit", "validate") and not _tensorboards(trainer):
+            rank_zero_warn(f"{type(self).__name__} logs nothing: trainer.logger is not a TensorBoardLogger.")
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: VideoBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Log at the first batch of an epoch that is due."""
+        due = trainer.current_epoch % self.every_n_epochs == 0
+        if due and batch_idx == dataloader_idx == 0 and not trainer.sanity_checking and _tensorboards(trainer):
+            with torch.no_grad(), trainer.precision_plugin.forward_context():
+                self.log_videos(trainer, pl_module, batch)
+
+    def log_videos(self, trainer: Trainer, pl_module: LightningModule, batch: VideoBatch) -> None:
+        """Make and log the videos; called on every rank."""
+        raise NotImplementedError
+
+
+class ReconstructionLogger(ValidationLogger):
+    """Logs clips of the first validation batch above what the VQ-VAE makes of them.
+
+    Args:
+        clips: How many, side by side.
+        every_n_epochs: Log in every n-th epoch that validates.
+    """
+
+    def __init__(self, clips: int = 4, every_n_epochs: int = 1) -> None:
+        super().__init__(every_n_epochs)
+        self.clips = clips
+
+    def log_videos(self, trainer: Trainer, pl_module: LightningModule, batch: VideoBatch) -> None:
+        """Log originals above reconstructions."""
+        video = batch.video[: self.clips]
+        pairs = torch.cat([video, pl_module.reconstruct(video)], dim=-2)  # type: ignore[operator]  # (b, t, c, 2h, w)
+        fps = getattr(trainer.datamodule, "fps", 8.0)  # type: ignore[attr-defined]
+        log_gif(trainer, "reconstruction", torch.cat(list(pairs), dim=-1), fps)  # (t, c, 2h, b·w)
+
+
+class GenerationLogger(ValidationLogger):
+    """Logs videos that the transformer generates from fixed prompts, with fixed seeds.
+
+    Args:
+        prompts: What to generate; each is one picture in TensorBoard.
+        every_n_epochs: Log in every n-th epoch that validates.
+    """
+
+    def __init__(self, prompts: list[str], every_n_epochs: int = 1) -> None:
+        super().__init__(every_n_epochs)
+        self.prompts = prompts
+
+    def log_videos(self, trainer: Trainer, pl_module: LightningModule, batch: object) -> None:
+        """Generate and log one video a prompt."""
+        numbers = list(range(len(self.prompts)))
+        jobs = PromptBatch(self.prompts, seeds=numbers, names=[f"{i:04d}" for i in numbers])
+        made = pl_module.generate_videos(jobs)  # type: ignore[operator]
+        for video, prompt in zip(made.video, made.prompts, strict=True):
+            log_gif(trainer, f"generation/{prompt}", video, made.fps)
+
+
+def log_gif(trainer: Trainer, tag: str, video: UInt8[Tensor, "t c h w"], fps: float) -> None:
+    """Log a clip as an animated GIF, on rank zero.
+
+    TensorBoard shows it moving among its images. torch's own ``add_video`` needs a module that moviepy 2 removed.
+    """
+    if not trainer.is_global_zero:
+        return
+    frames = [Image.fromarray(frame) for frame in video.permute(0, 2, 3, 1).cpu().numpy()]
+    content = io.BytesIO()
+    frames[0].save(content, "GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
+    _, _, height, width = video.shape
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content.getvalue())
+    for logger in _tensorboards(trainer):
+        # The writer has no public door for a summary made elsewhere; a second writer's file TensorBoard would not read.
+        writer = logger.experiment._get_file_writer()
+        writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), trainer.global_step)
+
+
+def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]

@@ -1,0 +1,275 @@
+"""The LightningDataModules: clips of footage for stage 1, token clips and prompts for stage 2."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
+
+from data.datasets import Clips, TokenClips, VideoClips, WholeClips, collate_tokens, collate_video
+from data.plan import PlanSampler
+from data.shards import ShardSet
+from t2v.batch import PromptBatch
+from t2v.errors import UserError
+
+
+class ShardDataModule(LightningDataModule):
+    """Train and validation loaders over shards; the base of `VideoDataModule` and `TokenDataModule`."""
+
+    collate: Callable[[list[Any]], Any]
+
+    def __init__(self, train: str, val: str, batch_size: int, num_workers: int, seed: int) -> None:
+        super().__init__()
+        self.train, self.val = train, val
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self._shards: dict[str, ShardSet] = {}
+        self._clips: dict[str, Clips] = {}
+
+    def shards(self, path: str) -> ShardSet:
+        """The shards at a path, opened once."""
+        if path not in self._shards:
+            self._shards[path] = ShardSet(path)
+        return self._shards[path]
+
+    def clips(self, path: str) -> Clips:
+        """The clips of the shards at a path, opened once."""
+        if path not in self._clips:
+            self._clips[path] = self._open_clips(self.shards(path))
+        return self._clips[path]
+
+    def _open_clips(self, shards: ShardSet) -> Clips:
+        raise NotImplementedError
+
+    def _paths(self, stage: str) -> list[str]:
+        """The shards that a command needs."""
+        return {"fit": [self.train, self.val], "predict": []}.get(stage, [self.val])
+
+    def prepare_data(self) -> None:
+        """Index shards that have no index yet, on one rank only."""
+        stage = self.trainer.state.fn if self.trainer else None
+        for path in self._paths(stage or "fit"):
+            self.shards(path)
+
+    def setup(self, stage: str) -> None:
+        """Open what a command needs, so that mistakes show before it begins."""
+        open_path = self.shards if stage == "predict" else self.clips
+        for path in self._paths(stage):
+            open_path(path)
+
+    def train_dataloader(self) -> DataLoader:
+        """Random windows of the training clips, in the order of the plan."""
+        loader = self._plan_loader(self.clips(self.train), shuffle=True)
+        if len(loader) == 0:
+            raise UserError(
+                f"{len(loader.dataset)} training clips in '{self.train}' do not fill one batch of "  # type: ignore[arg-type]
+                f"data.batch_size={self.batch_size} on each of {self._ranks()['num_replicas']} ranks: "
+                "lower it, or add clips."
+            )
+        return loader
+
+    def val_dataloader(self) -> DataLoader:
+        """The validation clips in their order, the same in every epoch."""
+        return self._plan_loader(self.clips(self.val), shuffle=False)
+
+    def test_dataloader(self) -> DataLoader:
+        """The validation clips."""
+        return self.val_dataloader()
+
+    def _ranks(self) -> dict[str, int]:
+        """Number of ranks among which samples are shared, and which of them this is."""
+        known = self.trainer.distributed_sampler_kwargs if self.trainer else None
+        return known or {"num_replicas": 1, "rank": 0}
+
+    def _plan_loader(self, clips: Clips, shuffle: bool) -> DataLoader:
+        sampler = PlanSampler(clips.shard_sizes, shuffle, self.seed, **self._ranks())
+        return DataLoader(
+            clips,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            drop_last=shuffle,
+            collate_fn=type(self).collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+class VideoDataModule(ShardDataModule):
+    """Clips of footage out of video shards.
+
+    A clip that does not decode is named in a warning, and another takes its place.
+
+    Args:
+        train: training shards: a folder, one tar or a pattern, as `data.prepare` or `video2dataset` makes them.
+        val: validation shards.
+        size: height and width of a clip in pixels; other footage is resized by its shorter side, its centre cut out.
+        frames: length of a clip; shorter footage is left out, and of longer footage a random window is taken.
+        fps: frames a second of a clip; footage at another rate is sampled at this one.
+        batch_size: clips in a batch on each rank.
+        num_workers: processes that decode, on each rank.
+        seed: decides the order of the clips and the random windows.
+
+    Raises:
+        UserError: where shards are missing or no clip is long enough.
+    """
+
+    collate = staticmethod(collate_video)
+    predict_splits = ("train", "val")
+    """What the loaders of `predict_dataloader` hold."""
+
+    def __init__(
+        self,
+        train: str,
+        val: str,
+        size: int,
+        frames: int,
+        fps: float,
+        batch_size: int,
+        num_workers: int = 2,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(train, val, batch_size, num_workers, seed)
+        self.save_hyperparameters(logger=False)
+        _require_positive(size=size, frames=frames, fps=fps, batch_size=batch_size)
+        self.size, self.frames, self.fps = size, frames, fps
+
+    def _open_clips(self, shards: ShardSet) -> VideoClips:
+        return VideoClips(shards, self.size, self.frames, self.fps)
+
+    def _paths(self, stage: str) -> list[str]:
+        return super()._paths("fit" if stage == "predict" else stage)
+
+    def predict_dataloader(self) -> list[DataLoader]:
+        """All training clips, then all validation clips: whole, in their order, each once."""
+        return [self._whole_loader(path) for path in (self.train, self.val)]
+
+    def _whole_loader(self, path: str) -> DataLoader:
+        batches = WholeClips(VideoClips(self.shards(path), self.size, frames=1, fps=self.fps), self.batch_size)
+        return _NonEmptyLoader(
+            batches,
+            batch_size=None,
+            sampler=UnrepeatedDistributedSampler(batches, **self._ranks(), shuffle=False),
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+class TokenDataModule(ShardDataModule):
+    """Token clips out of token shards, and prompts to generate from.
+
+    Args:
+        train: training shards: a folder, one tar or a pattern, as `predict` of stage 1 writes them. Prompts need none.
+        val: validation shards.
+        frames: length of a clip; shorter ones are left out, and of longer ones a random window is taken.
+        batch_size: clips or prompts in a batch on each rank.
+        num_workers: processes that read, on each rank.
+        prompts: what `predict` generates: a list of prompts, or a text file with one prompt a line.
+        seed: decides the order of the clips and the random windows; prompt number i is generated with seed + i.
+
+    Raises:
+        UserError: where shards or prompts are missing, no clip is long enough, or the shards were written by different
+            tokenizers.
+    """
+
+    collate = staticmethod(collate_tokens)
+
+    def __init__(
+        self,
+        train: str,
+        val: str,
+        frames: int,
+        batch_size: int,
+        num_workers: int = 2,
+        prompts: list[str] | str = (),  # type: ignore[assignment]
+        seed: int = 0,
+    ) -> None:
+        super().__init__(train, val, batch_size, num_workers, seed)
+        self.save_hyperparameters(logger=False)
+        _require_positive(frames=frames, batch_size=batch_size)
+        self.frames, self.prompts = frames, prompts
+
+    def _open_clips(self, shards: ShardSet) -> TokenClips:
+        return TokenClips(shards, self.frames)
+
+    def setup(self, stage: str) -> None:
+        """Open the shards, or read the prompts."""
+        super().setup(stage)
+        if stage == "predict":
+            self._read_prompts()
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """How the shards were made, as their json says: tokenizer, size, frame rate, text encoder.
+
+        The first sample of each shard is asked; a shard is written in one go.
+        """
+        told: dict[str, dict[str, Any]] = {}
+        for path in dict.fromkeys((self.train, self.val)):
+            for shard, samples in groupby(self.shards(path).samples, lambda sample: sample.shard):
+                content = self.shards(path).read(next(samples), "json").get("json", b"{}")
+                told[shard] = json.loads(content).get("fingerprint", {})
+        first, expected = next(iter(told.items()))
+        for shard, fingerprint in told.items():
+            if not fingerprint:
+                raise UserError(f"'{shard}' does not say which tokenizer made it: write the token shards again.")
+            if fingerprint != expected:
+                names = sorted(k for k in expected.keys() | fingerprint.keys() if expected.get(k) != fingerprint.get(k))
+                raise UserError(
+                    f"'{shard}' and '{first}' differ in {', '.join(names)}: they were written by different tokenizers "
+                    "or settings; write all token shards with one of them."
+                )
+        return expected
+
+    def predict_dataloader(self) -> DataLoader:
+        """The prompts. Where ranks come short of an equal share, they make the first videos again."""
+        prompts = self._read_prompts()
+        jobs: Any = [(text, self.seed + i, f"{i:04d}-{_slug(text)}".rstrip("-")) for i, text in enumerate(prompts)]
+        ranks = self._ranks()
+        sampler: DistributedSampler = DistributedSampler(jobs, ranks["num_replicas"], ranks["rank"], shuffle=False)
+        return DataLoader(jobs, batch_size=self.batch_size, sampler=sampler, collate_fn=_collate_prompts)
+
+    def _read_prompts(self) -> list[str]:
+        source: Any = self.prompts
+        if isinstance(source, str):
+            try:
+                source = Path(source).read_text(encoding="utf-8-sig").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(
+                    f"No prompts in '{self.prompts}' ({error}): give data.prompts a text file with one prompt a line, "
+                    "or a list such as '[\"a red circle moves left\"]'."
+                ) from error
+        prompts = [line.strip() for line in source if line.strip()]
+        if not prompts:
+            raise UserError(
+                f"There are no prompts in data.prompts={self.prompts!r}: give a text file with one prompt a line, "
+                "or a list such as '[\"a red circle moves left\"]'."
+            )
+        return prompts
+
+
+class _NonEmptyLoader(DataLoader):
+    """A loader that passes over batches in which every clip is broken."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return (batch for batch in super().__iter__() if batch is not None)
+
+
+def _collate_prompts(jobs: list[tuple[str, int, str]]) -> PromptBatch:
+    prompts, seeds, names = zip(*jobs, strict=True)
+    return PromptBatch(list(prompts), list(seeds), list(names))
+
+
+def _slug(text: str) -> str:
+    return "-".join(re.findall(r"\w+", text.lower()))[:60].rstrip("-")
+
+
+def _require_positive(**values: float) -> None:
+    wrong = [f"data.{name}={value}" for name, value in values.items() if value <= 0]
+    if wrong:
+        raise UserError(f"{', '.join(wrong)} must be greater than 0.")

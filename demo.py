@@ -1,0 +1,224 @@
+"""The main job, once, at a size for two CPU cores: captioned clips in, generated clips out, and an honest report.
+
+`make demo` runs the same commands that a user would type for footage of their own, prints each, and ends with a table.
+Finished steps are not run again; an interrupted training goes on from its last checkpoint. `runs/demo/index.html` is
+the gallery, `runs/demo/report.json` the report; delete `runs/demo` to begin anew.
+"""
+
+import csv
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import psutil
+import torch
+
+from cli import main
+from data.oracle import Answer, read_clip
+from data.shapes import held_out_prompts
+
+RUN = Path("runs/demo")
+STATE = RUN / "steps.json"
+STAGE1, STAGE2 = "configs/vqvae/shapes.yaml", "configs/transformer/shapes.yaml"
+PROMPTS_PER_COMBINATION = 3
+
+
+class PeakMemory(threading.Thread):
+    """Watches the memory of this process and its children; shared pages count once."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.gib = 0.0
+
+    def run(self) -> None:
+        """Look twice a second."""
+        while True:
+            total = 0
+            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+                try:
+                    total += process.memory_full_info().pss
+                except psutil.Error:  # gone meanwhile
+                    continue
+            self.gib = max(self.gib, total / 2**30)
+            time.sleep(0.5)
+
+
+class Steps:
+    """Runs each step once and remembers what came of it, across interruptions."""
+
+    def __init__(self) -> None:
+        RUN.mkdir(parents=True, exist_ok=True)
+        self.memory = PeakMemory()
+        self.memory.start()
+        self.state: dict[str, Any] = json.loads(STATE.read_text()) if STATE.exists() else {}
+
+    def run(self, name: str, what: str, job: Callable[[], Any]) -> Any:
+        """The result of `job`, which must fit into JSON; its time adds up over interrupted tries."""
+        step = self.state.setdefault(name, {"seconds": 0.0})
+        print(f"\n==> {what}", flush=True)
+        if "result" in step:
+            print(f"    done before, in {step['seconds']:.0f} s", flush=True)
+            return step["result"]
+        began = time.monotonic()
+        try:
+            step["result"] = job()
+        finally:
+            step["seconds"] += time.monotonic() - began
+            step["peak_memory_gib"] = max(step.get("peak_memory_gib", 0.0), self.memory.gib)
+            partial = STATE.with_suffix(".partial")
+            partial.write_text(json.dumps(self.state, indent=1))
+            partial.replace(STATE)
+        return step["result"]
+
+
+def tool(*args: str) -> None:
+    """Runs one of the `python -m` commands."""
+    print(f"    python {shlex.join(args)}", flush=True)
+    if code := subprocess.run([sys.executable, *args], check=False).returncode:
+        raise SystemExit(code)
+
+
+def cli(*args: str) -> dict[str, float]:
+    """Runs `python cli.py …` in this process, and returns the metrics it logged."""
+    print(f"    python cli.py {shlex.join(args)}", flush=True)
+    metrics = main(list(args)).trainer.callback_metrics
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def fastest_precision() -> str:
+    """bf16-mixed where this machine multiplies bfloat16 at least twice as fast as float32, else 32-true."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        a = torch.randn(1024, 1024, dtype=dtype)
+        times = []
+        for _ in range(8):
+            began = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    return "bf16-mixed" if 2 * seconds(torch.bfloat16) < seconds(torch.float32) else "32-true"
+
+
+def prepare() -> None:
+    """Captioned mp4 files, and shards of them."""
+    tool("-m", "data.shapes", f"{RUN}/clips")
+    for part in ("train", "val"):
+        tool("-m", "data.prepare", f"{RUN}/clips/{part}", f"{RUN}/shards/{part}")
+
+
+def tokenise(precision: str) -> None:
+    """Token shards."""
+    subprocess.run(["rm", "-rf", f"{RUN}/tokens"], check=True)  # of an interrupted try
+    cli("predict", "--config", STAGE1, "--ckpt_path", "last", "--trainer.precision", precision)
+
+
+def generate(precision: str) -> list[str]:
+    """Videos of the held-out prompts; their file names, in the order of the prompts."""
+    for old in (RUN / "videos").glob("*.mp4"):
+        old.unlink()
+    prompts = [prompt for _, prompt in held_out_prompts(PROMPTS_PER_COMBINATION)]
+    (RUN / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    batch = str(len(prompts))
+    cli(
+        *("predict", "--config", STAGE2, "--ckpt_path", "last", "--trainer.precision", precision),
+        *("--data.prompts", f"{RUN}/prompts.txt", "--data.batch_size", batch),
+    )
+    return sorted(path.name for path in (RUN / "videos").glob("*.mp4"))
+
+
+def accuracy(answers: list[Answer], truths: list[Answer]) -> dict[str, float]:
+    """Share of right answers, an attribute at a time."""
+    pairs = list(zip(answers, truths, strict=True))
+    return {name: sum(getattr(a, name) == getattr(t, name) for a, t in pairs) / len(pairs) for name in Answer._fields}
+
+
+def judge_real() -> dict[str, float]:
+    """How often the oracle is right on real held-out clips."""
+    with (RUN / "clips/val/captions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    truths = [Answer(row["colour"], row["shape"], row["direction"]) for row in rows]
+    return accuracy([read_clip(RUN / "clips/val" / row["path"]) for row in rows], truths)
+
+
+def judge_generated(videos: list[str]) -> dict[str, float]:
+    """How often the generated videos show what their prompts say."""
+    clips = [clip for clip, _ in held_out_prompts(PROMPTS_PER_COMBINATION)]
+    truths = [Answer(clip.colour, clip.shape, clip.direction) for clip in clips]
+    return accuracy([read_clip(RUN / "videos" / name) for name in videos], truths)
+
+
+def demo() -> None:
+    """All steps, and the report."""
+    steps = Steps()
+    precision = steps.run("precision", "Finding the fastest precision of this machine", fastest_precision)
+    fast = ("--trainer.precision", precision)
+    steps.run("prepare", "Drawing captioned clips and packing them into shards", prepare)
+    steps.run(
+        "fit_vqvae",
+        "Stage 1: training the VQ-VAE",
+        lambda: cli("fit", "--config", STAGE1, "--ckpt_path", "last", *fast) and None,
+    )
+    stage1 = steps.run(
+        "validate_vqvae",
+        "Stage 1: measuring reconstructions of held-out clips",
+        lambda: cli("validate", "--config", STAGE1, "--ckpt_path", "last", "--data.frames", "16", *fast),
+    )
+    steps.run("tokenise", "Stage 1: turning clips into tokens", lambda: tokenise(precision))
+    steps.run(
+        "fit_transformer",
+        "Stage 2: training the transformer",
+        lambda: cli("fit", "--config", STAGE2, "--ckpt_path", "last", *fast) and None,
+    )
+    stage2 = steps.run(
+        "validate_transformer",
+        "Stage 2: measuring predictions on held-out clips",
+        lambda: cli("validate", "--config", STAGE2, "--ckpt_path", "last", *fast),
+    )
+    videos = steps.run("generate", "Stage 2: generating videos of held-out prompts", lambda: generate(precision))
+    real = steps.run("judge_real", "Asking the oracle about real clips", judge_real)
+    generated = steps.run("judge_generated", "Asking the oracle about the videos", lambda: judge_generated(videos))
+
+    seconds = {name: round(step["seconds"], 1) for name, step in steps.state.items()}
+    report = {
+        "psnr": stage1["val/psnr"],
+        "ssim": stage1["val/ssim"],
+        "codebook_usage": stage1["val/codebook_usage"],
+        "flicker": stage1["val/flicker"],
+        "perplexity": stage2["val/perplexity"],
+        **{f"{name}_accuracy": value for name, value in generated.items()},
+        "oracle_accuracy_real": real,
+        "prompts": len(videos),
+        "precision": precision,
+        "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
+        "peak_memory_gib": round(max(step["peak_memory_gib"] for step in steps.state.values()), 2),
+        "vqvae_checkpoint": f"{RUN}/vqvae/checkpoints/last.ckpt",
+        "transformer_checkpoint": f"{RUN}/transformer/checkpoints/last.ckpt",
+    }
+    (RUN / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+
+    print("\nHeld-out clips, stage 1")
+    print(
+        f"  PSNR {report['psnr']:.2f} dB   SSIM {report['ssim']:.3f}   codebook in use {report['codebook_usage']:.0%}"
+    )
+    print(f"Videos of {len(videos)} prompts that training never saw, judged by the oracle (on real clips)")
+    for name in Answer._fields:
+        print(f"  {name:<10} {generated[name]:6.1%}  ({real[name]:.1%})")
+    print("Seconds")
+    for name, value in report["seconds"].items():
+        print(f"  {name:<22} {value:7.1f}")
+    print(f"Peak memory {report['peak_memory_gib']} GiB")
+    print(f"Report {RUN}/report.json; open {RUN}/index.html to watch the videos.")
+
+
+if __name__ == "__main__":
+    demo()

@@ -1,0 +1,71 @@
+"""T5 and Flan-T5 encoders (https://arxiv.org/abs/1910.10683), the field's usual choice; XXL is 4096 wide."""
+
+import importlib.util
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from t2v.errors import UserError
+from t2v.text.huggingface import HuggingFaceTextEncoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, T5Config
+
+
+class T5TextEncoder(HuggingFaceTextEncoder):
+    """The encoder half of a T5.
+
+    Its word pieces carry the last hidden states; the pooled vector is their mean.
+
+    Args:
+        path_or_name: A folder that `transformers` saved, or a name on the Hugging Face hub: `google/t5-v1_1-xxl`.
+        max_length: Word pieces after which a caption is cut.
+    """
+
+    def __init__(self, path_or_name: str, max_length: int = 256) -> None:
+        super().__init__(max_length)
+        self.path_or_name = path_or_name
+
+    @property
+    def name(self) -> str:
+        """The folder's or repository's name, with the revision where the hub tells it."""
+        revision = getattr(self._config, "_commit_hash", None)
+        return Path(self.path_or_name).name + (f"@{revision[:12]}" if revision else "")
+
+    @property
+    def width(self) -> int:
+        """Length of every embedding vector."""
+        return self._config.d_model
+
+    @cached_property
+    def _config(self) -> "T5Config":
+        if importlib.util.find_spec("transformers") is None:
+            raise UserError("The T5 text encoder needs transformers: run pip install 't2v[t5]'.")
+        from transformers import T5Config
+
+        try:
+            return T5Config.from_pretrained(self.path_or_name)
+        except OSError as error:
+            raise UserError(
+                f"There is no T5 at {self.path_or_name!r}, neither a folder with config.json, weights and tokenizer "
+                "nor a model that the Hugging Face hub gives out: correct path_or_name."
+            ) from error
+
+    def _load_tokenizer(self) -> "PreTrainedTokenizerBase":
+        _ = self._config
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.path_or_name)
+
+    def _load_model(self) -> "PreTrainedModel":
+        config = self._config
+        from transformers import T5EncoderModel
+
+        return T5EncoderModel.from_pretrained(self.path_or_name, config=config, dtype=torch.float32)
+
+    def _pool(self, tokens: Float[Tensor, "l d"]) -> Float[Tensor, " d"]:
+        return tokens.mean(0)

@@ -1,0 +1,41 @@
+"""Loading a trained VQ-VAE out of a stage 1 checkpoint."""
+
+from pathlib import Path
+
+import torch
+
+from t2v.errors import UserError
+from t2v.vqvae.model import VQVAE
+
+
+def load_vqvae(path: str) -> VQVAE:
+    """The VQ-VAE of a checkpoint that `fit` of stage 1 wrote, in eval mode and frozen.
+
+    Args:
+        path: the .ckpt file.
+
+    Raises:
+        UserError: if there is no such file, or it is no checkpoint of stage 1.
+    """
+    if not Path(path).is_file():
+        raise UserError(
+            f"There is no VQ-VAE checkpoint at '{path}': train stage 1 first, or give the path of its checkpoint to "
+            f"--model.tokenizer."
+        )
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        arguments = checkpoint["hyper_parameters"]["model"]["init_args"]
+        state = {
+            name.removeprefix("model."): value
+            for name, value in checkpoint["state_dict"].items()
+            if name.startswith("model.")
+        }
+        model = VQVAE(**arguments)
+        model.load_state_dict(state)
+    except Exception as error:
+        reason = str(error).split("\n", 1)[0]
+        raise UserError(
+            f"'{path}' is not a checkpoint of stage 1, the VQ-VAE ({type(error).__name__}: {reason}): give the path of "
+            f"one to --model.tokenizer."
+        ) from error
+    return model.requires_grad_(False).eval()

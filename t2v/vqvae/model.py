@@ -1,0 +1,203 @@
+"""The VQ-VAE: frames to tokens and back.
+
+- The encoder works frame by frame, so a picture is a clip of one frame and every length tokenises the same way.
+- `patch_size` pixels are folded into channels first (cheap), residual blocks and strided convolutions follow, and
+  `latent_patch_size` latents are folded into one token: 512×512 pixels → 64×64 latents → 16×16 tokens at full size.
+- The decoder mixes time causally at the token grid, where it is cheap, and mirrors the encoder frame by frame. Decoding
+  in pieces, with the state handed on, equals decoding whole.
+
+VQ-VAE: https://arxiv.org/abs/1711.00937; VQGAN: https://arxiv.org/abs/2012.09841.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from t2v.errors import UserError
+from t2v.vqvae.layers import CausalTemporalBlock, ChannelNorm, ResBlock, Upsample
+from t2v.vqvae.quantizer import Quantizer, VectorQuantizer
+
+DecoderState = list[Float[Tensor, "b k c h w"]]
+
+
+class VQVAEOutput(NamedTuple):
+    """What a training step needs of the VQ-VAE."""
+
+    reconstruction: Float[Tensor, "b t c h w"]
+    indices: Int[Tensor, "b t h w"] | None
+    """None in a pass that did not quantize."""
+    commitment: Float[Tensor, ""]
+
+
+class VQVAE(nn.Module):
+    """Vector-quantised autoencoder for video.
+
+    Attributes:
+        grid_size: height and width of the token grid of a frame.
+        codebook_size: number of codes.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 512,
+        base_channels: int = 128,
+        channel_multipliers: Sequence[int] = (1, 2, 2, 4),
+        encoder_blocks: int = 2,
+        decoder_blocks: int = 3,
+        temporal_blocks: int = 2,
+        patch_size: int = 1,
+        latent_patch_size: int = 4,
+        codebook_size: int = 16384,
+        codebook_dim: int = 16,
+        codebook_decay: float = 0.9,
+        restart_below: float = 0.1,
+    ):
+        """
+        Args:
+            image_size: height and width of a frame in pixels, a multiple of the stride.
+            base_channels: width of the first level.
+            channel_multipliers: width of each level in units of `base_channels`; between levels the size halves.
+            encoder_blocks: residual blocks a level in the encoder.
+            decoder_blocks: residual blocks a level in the decoder.
+            temporal_blocks: causal blocks over time in the decoder.
+            patch_size: pixels a side that are folded into channels before the first level.
+            latent_patch_size: latents a side that become one token.
+            codebook_size: number of codes.
+            codebook_dim: width of a code.
+            codebook_decay: of the moving averages that the codes follow, in (0, 1).
+            restart_below: a code is restarted when fewer vectors a batch than this choose it (moving average).
+        """
+        super().__init__()
+        widths = [base_channels * multiplier for multiplier in channel_multipliers]
+        self.image_size = image_size
+        self.stride = patch_size * 2 ** (len(widths) - 1) * latent_patch_size
+        if image_size % self.stride:
+            raise UserError(
+                f"image_size={image_size} is not a multiple of {self.stride}, the stride of the VQ-VAE (patch_size × "
+                f"2^(levels − 1) × latent_patch_size): change one of them."
+            )
+        self.grid_size = image_size // self.stride
+        self.codebook_size = codebook_size
+        width = widths[-1]
+
+        self.encoder = nn.Sequential(
+            nn.PixelUnshuffle(patch_size),
+            nn.Conv2d(3 * patch_size**2, widths[0], 3, padding=1),
+            *_levels(widths, encoder_blocks, down=True),
+            ChannelNorm(width),
+            nn.SiLU(),
+            nn.Conv2d(width, width, latent_patch_size, stride=latent_patch_size),
+        )
+        self.quantizer: Quantizer = VectorQuantizer(width, codebook_size, codebook_dim, codebook_decay, restart_below)
+        self.temporal = nn.ModuleList(CausalTemporalBlock(width) for _ in range(temporal_blocks))
+        self.decoder = nn.Sequential(
+            nn.ConvTranspose2d(width, width, latent_patch_size, stride=latent_patch_size),
+            *_levels(widths[::-1], decoder_blocks, down=False),
+            ChannelNorm(widths[0]),
+            nn.SiLU(),
+            nn.Conv2d(widths[0], 3 * patch_size**2, 3, padding=1),
+            nn.PixelShuffle(patch_size),
+        )
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, video: Float[Tensor, "b t c h w"], quantize: bool = True) -> VQVAEOutput:
+        """Reconstructs a video in [-1, 1]; `quantize=False` sends the latents through unquantised."""
+        latents = self._encode(video)
+        b, _, h, _, _ = latents.shape
+        flat = rearrange(latents, "b t h w d -> (b t) (h w) d")
+        if quantize:
+            flat, indices, commitment = self.quantizer(flat)
+            indices = rearrange(indices, "(b t) (h w) -> b t h w", b=b, h=h)
+        else:
+            flat, indices, commitment = self.quantizer.bypass(flat), None, flat.new_zeros(())
+        latents = rearrange(flat, "(b t) (h w) d -> b t h w d", b=b, h=h)
+        return VQVAEOutput(self._decode(latents)[0], indices, commitment)
+
+    def encode(self, video: Float[Tensor, "b t c height width"]) -> Int[Tensor, "b t h w"]:
+        """Tokenises a video in [-1, 1], in whatever mode the module is (call `eval()` to leave the codebook alone)."""
+        latents = self._encode(video)
+        indices = self.quantizer(rearrange(latents, "b t h w d -> (b t) (h w) d")).indices
+        return rearrange(indices, "(b t) (h w) -> b t h w", b=len(video), h=latents.shape[2])
+
+    def decode(self, tokens: Int[Tensor, "b t h w"]) -> Float[Tensor, "b t c height width"]:
+        """Turns tokens into a video in [-1, 1]."""
+        return self.decode_stream(tokens)[0]
+
+    def decode_stream(
+        self, tokens: Int[Tensor, "b t h w"], state: DecoderState | None = None
+    ) -> tuple[Float[Tensor, "b t c height width"], DecoderState]:
+        """Decodes the next frames of a video.
+
+        Args:
+            tokens: of any number of frames.
+            state: what the call for the frames before these returned; None at the beginning.
+
+        Returns:
+            The frames in [-1, 1], and the state for the frames after these.
+
+        Raises:
+            UserError: if a token is outside the codebook.
+        """
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.codebook_size:
+            raise UserError(
+                f"Token {low if low < 0 else high} is outside the codebook (0 to {self.codebook_size - 1}): were these "
+                f"tokens made by another VQ-VAE?"
+            )
+        latents = self.quantizer.lookup(rearrange(tokens, "b t h w -> (b t) (h w)"))
+        latents = rearrange(latents, "(b t) (h w) d -> b t h w d", b=len(tokens), h=tokens.shape[2])
+        video, state = self._decode(latents, state)
+        return video.clamp(-1, 1), state
+
+    def fingerprint(self) -> str:
+        """A hash of the weights that decide which tokens a frame becomes and what they decode to."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def _encode(self, video: Float[Tensor, "b t c height width"]) -> Float[Tensor, "b t h w d"]:
+        if video.shape[-2] % self.stride or video.shape[-1] % self.stride:
+            raise UserError(
+                f"Frames of {video.shape[-2]}×{video.shape[-1]} pixels do not divide into tokens of {self.stride}×"
+                f"{self.stride}: resize them to a multiple of {self.stride}."
+            )
+        frames = video.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        return rearrange(self.encoder(frames), "(b t) d h w -> b t h w d", b=len(video))
+
+    def _decode(
+        self, latents: Float[Tensor, "b t h w d"], state: DecoderState | None = None
+    ) -> tuple[Float[Tensor, "b t c height width"], DecoderState]:
+        x = rearrange(latents, "b t h w d -> b t d h w")
+        states = []
+        for i, block in enumerate(self.temporal):
+            x, new_state = block(x, None if state is None else state[i])
+            states.append(new_state)
+        frames = self.decoder(x.flatten(0, 1).contiguous(memory_format=torch.channels_last))
+        return frames.unflatten(0, latents.shape[:2]), states
+
+
+def _levels(widths: Sequence[int], blocks: int, down: bool) -> list[nn.Module]:
+    """Residual blocks at each width, with halving (or doubling) of the size from one width to the next."""
+    layers: list[nn.Module] = [ResBlock(widths[0], widths[0]) for _ in range(blocks)]
+    for before, after in pairwise(widths):
+        layers.append(nn.Conv2d(before, before, 3, stride=2, padding=1) if down else Upsample(before))
+        layers += [ResBlock(before if i == 0 else after, after) for i in range(blocks)]
+    return layers
+
+
+def to_model_range(video: Tensor) -> Float[Tensor, "..."]:
+    """uint8 pixels to floats in [-1, 1]."""
+    return video.float() / 127.5 - 1
+
+
+def to_uint8(video: Float[Tensor, "..."]) -> Tensor:
+    """Floats in [-1, 1] to uint8 pixels."""
+    return ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -1,0 +1,93 @@
+import io
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from callbacks import GenerationLogger, ReconstructionLogger
+from t2v.batch import GeneratedVideos, PromptBatch, VideoBatch
+
+
+class LitToy(LightningModule):
+    """Reconstructs a clip as its negative, and generates grey."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def training_step(self, batch: VideoBatch, batch_idx: int) -> Tensor:
+        return self.weight.square()
+
+    def validation_step(self, batch: VideoBatch, batch_idx: int) -> None: ...
+
+    def reconstruct(self, video: Tensor) -> Tensor:
+        return 255 - video
+
+    def generate_videos(self, prompts: PromptBatch) -> GeneratedVideos:
+        video = torch.stack([torch.arange(3, dtype=torch.uint8) + 9 * seed for seed in prompts.seeds])
+        return GeneratedVideos(
+            video[:, :, None, None, None].expand(-1, -1, 3, 6, 10), prompts.prompts, prompts.names, fps=4.0
+        )
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def collate(numbers: list[int]) -> VideoBatch:
+    video = torch.stack([torch.full((2, 3, 4, 6), n, dtype=torch.uint8) for n in numbers])
+    video[:, 1] += 100
+    return VideoBatch(video, [""] * len(numbers), [f"{n}" for n in numbers])
+
+
+def fit(tmp_path, *callbacks: Callback, **flags) -> EventAccumulator:
+    loader = DataLoader(list(range(6)), batch_size=3, collate_fn=collate)
+    flags = {"logger": TensorBoardLogger(tmp_path, name="", version=""), "max_epochs": 2, **flags}
+    trainer = Trainer(
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        log_every_n_steps=1,
+        callbacks=list(callbacks),
+        **flags,
+    )
+    trainer.fit(LitToy(), loader, loader)
+    return EventAccumulator(str(tmp_path)).Reload()
+
+
+def frames(content: bytes) -> list[Image.Image]:
+    gif = Image.open(io.BytesIO(content))
+    pictures = []
+    for i in range(gif.n_frames):
+        gif.seek(i)
+        pictures.append(gif.convert("RGB"))
+    return pictures
+
+
+def test_originals_stand_above_reconstructions(tmp_path):
+    events = fit(tmp_path, ReconstructionLogger(clips=2)).Images("reconstruction")
+    assert [event.step for event in events] == [2, 4]  # one an epoch, and none while sanity checking
+    pictures = frames(events[0].encoded_image_string)
+    assert len(pictures) == 2
+    assert pictures[0].size == (events[0].width, events[0].height) == (2 * 6, 2 * 4)
+    second_clip = 6
+    assert pictures[1].getpixel((second_clip, 0)) == (101, 101, 101)
+    assert pictures[1].getpixel((second_clip, 4)) == (154, 154, 154)
+
+
+def test_each_prompt_is_a_moving_picture(tmp_path):
+    events = fit(tmp_path, GenerationLogger(["a red circle", "a blue square"], every_n_epochs=2))
+    assert events.Tags()["images"] == ["generation/a red circle", "generation/a blue square"]
+    (event,) = events.Images("generation/a blue square")
+    pictures = frames(event.encoded_image_string)
+    assert [picture.getpixel((0, 0)) for picture in pictures] == [(9, 9, 9), (10, 10, 10), (11, 11, 11)]
+
+
+def test_no_tensorboard_is_said(tmp_path):
+    with pytest.warns(UserWarning, match="ReconstructionLogger logs nothing"):
+        fit(tmp_path, ReconstructionLogger(), logger=CSVLogger(tmp_path), max_epochs=1)

@@ -1,0 +1,145 @@
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
+
+from callbacks import TokenShardWriter
+from t2v.batch import VideoBatch
+from t2v.errors import UserError
+from t2v.text import TextEncoder
+
+
+class LetterEncoder(TextEncoder):
+    """Embeds a letter as its code, and counts its work."""
+
+    name, width = "letters", 3
+    calls = 0
+
+    def embed(self, caption: str) -> tuple[Tensor, Tensor]:
+        self.calls += 1
+        tokens = torch.tensor([float(ord(letter)) for letter in caption or " "])[:, None].expand(-1, self.width)
+        return tokens, tokens.mean(0)
+
+
+class LitCodes(LightningModule):
+    """Calls every second pixel's red a token."""
+
+    def __init__(self, offset: int = 0, broken_at: str = "") -> None:
+        super().__init__()
+        self.offset, self.broken_at = offset, broken_at
+
+    def predict_step(self, batch: VideoBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        if self.broken_at in batch.keys:
+            raise RuntimeError("the machine burns")
+        return batch.video[:, :, 0, ::2, ::2].long() + self.offset
+
+    def fingerprint(self) -> dict[str, str | int]:
+        return {"tokenizer": "0123abcd", "size": 4}
+
+
+class Clips(LightningDataModule):
+    fps = 8.0
+    predict_splits = ("train", "val")
+
+    def predict_dataloader(self) -> list[DataLoader]:
+        return [self.loader([f"{split}{i}" for i in range(n)]) for split, n in (("train", 5), ("val", 2))]
+
+    def loader(self, keys: list[str]) -> DataLoader:
+        ranks = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+        sampler = DistributedSampler(keys, shuffle=False, **ranks)
+        return DataLoader(keys, batch_size=2, sampler=sampler, collate_fn=collate)
+
+
+def collate(keys: list[str]) -> VideoBatch:
+    video = torch.stack([torch.full((2, 3, 4, 4), int(key[-1]), dtype=torch.uint8) for key in keys])
+    return VideoBatch(video, ["", *(["same caption"] * (len(keys) - 1))], keys)
+
+
+def predict(writer: TokenShardWriter, model: LightningModule | None = None, **flags) -> None:
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[writer], **flags)
+    trainer.predict(model or LitCodes(), datamodule=Clips(), return_predictions=False)
+
+
+def members(folder: Path) -> Iterator[tuple[str, bytes]]:
+    for shard in sorted(folder.glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            yield from ((member.name, tar.extractfile(member).read()) for member in tar)
+
+
+def array(content: bytes) -> np.ndarray:
+    return np.load(io.BytesIO(content), allow_pickle=False)
+
+
+def test_a_sample_holds_tokens_text_and_where_they_come_from(tmp_path, capsys):
+    predict(TokenShardWriter(str(tmp_path), LetterEncoder()))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train", "val"]
+    assert f"Wrote        {tmp_path / 'train'}" in capsys.readouterr().out
+
+    train = dict(members(tmp_path / "train"))
+    assert len(train) == 5 * 4
+    tokens, text = array(train["train3.tokens.npy"]), array(train["train3.text.npy"])
+    np.testing.assert_array_equal(tokens, np.full((2, 2, 2), 3))
+    assert tokens.dtype == np.uint16
+    assert text.shape == (len("same caption"), 3)
+    assert text.dtype == np.float16
+    assert array(train["train3.pooled.npy"]).shape == (3,)
+    assert json.loads(train["train3.json"]) == {
+        "caption": "same caption",
+        "fps": 8.0,
+        "fingerprint": {"tokenizer": "0123abcd", "size": 4, "fps": 8.0, "text_encoder": "letters", "text_width": 3},
+    }
+    assert array(train["train0.text.npy"]).shape == (1, 3)  # an empty caption
+    assert {name.split(".")[0] for name, _ in members(tmp_path / "val")} == {"val0", "val1"}
+
+
+def test_a_large_codebook_takes_wider_numbers(tmp_path):
+    predict(TokenShardWriter(str(tmp_path), LetterEncoder()), LitCodes(offset=70_000))
+    tokens = array(dict(members(tmp_path / "val"))["val1.tokens.npy"])
+    assert tokens.dtype == np.int32
+    assert tokens.max() == 70_001
+
+
+def test_equal_captions_are_embedded_once(tmp_path):
+    encoder = LetterEncoder()
+    predict(TokenShardWriter(str(tmp_path), encoder))
+    assert encoder.calls == 2
+
+
+def test_shards_have_the_size_asked_for(tmp_path):
+    predict(TokenShardWriter(str(tmp_path), LetterEncoder(), samples_per_shard=2))
+    assert len(list((tmp_path / "train").glob("*.tar"))) == 3
+
+
+def test_old_shards_are_not_mixed_with_new_ones(tmp_path):
+    predict(TokenShardWriter(str(tmp_path), LetterEncoder()))
+    before = dict(members(tmp_path / "train"))
+    with pytest.raises(UserError, match="already holds token shards: delete it"):
+        predict(TokenShardWriter(str(tmp_path), LetterEncoder()), LitCodes(offset=1))
+    assert dict(members(tmp_path / "train")) == before
+
+
+def test_a_run_that_breaks_leaves_nothing_and_can_be_repeated(tmp_path):
+    writer = TokenShardWriter(str(tmp_path), LetterEncoder(), samples_per_shard=1)
+    with pytest.raises(RuntimeError, match="burns"):
+        predict(writer, LitCodes(broken_at="train4"))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".partial/train").mkdir(parents=True)  # as a killed run leaves it
+    (tmp_path / ".partial/train/shard-0000-000000.tar").write_bytes(b"half")
+    predict(writer)
+    assert len(dict(members(tmp_path / "train"))) == 5 * 4
+
+
+def test_two_ranks_share_the_work(tmp_path):
+    predict(TokenShardWriter(str(tmp_path), LetterEncoder()), strategy="ddp_fork", devices=2)
+    assert len(list((tmp_path / "train").glob("*.tar"))) == 2
+    keys = {name.split(".")[0] for name, _ in members(tmp_path / "train")}
+    assert keys == {f"train{i}" for i in range(5)}
+    assert not (tmp_path / ".partial").exists()

@@ -1,0 +1,85 @@
+from html.parser import HTMLParser
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch.utils.data import DataLoader, DistributedSampler
+
+from callbacks import VideoGalleryWriter
+from callbacks.videos import gallery
+from t2v.batch import GeneratedVideos, PromptBatch
+from t2v.video import probe
+
+PROMPTS = ["a red circle", 'a "quoted" <b>bold</b> & braced {prompt}', "a café at night"]
+
+
+class LitPainter(LightningModule):
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> GeneratedVideos:
+        video = torch.stack([torch.full((4, 3, 16, 16), 40 * seed, dtype=torch.uint8) for seed in batch.seeds])
+        return GeneratedVideos(video, batch.prompts, batch.names, fps=8.0)
+
+
+class Prompts(LightningDataModule):
+    def predict_dataloader(self) -> DataLoader:
+        ranks = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+        sampler = DistributedSampler(PROMPTS, shuffle=False, **ranks)
+        jobs = list(enumerate(PROMPTS))
+        return DataLoader(jobs, batch_size=2, sampler=sampler, collate_fn=collate)
+
+
+def collate(jobs: list[tuple[int, str]]) -> PromptBatch:
+    return PromptBatch([text for _, text in jobs], [i for i, _ in jobs], [f"{i:04d}" for i, _ in jobs])
+
+
+class Page(HTMLParser):
+    """Collects what a browser would show."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.videos: list[dict[str, str | None]] = []
+        self.tags: set[str] = set()
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs) -> None:
+        self.tags.add(tag)
+        if tag == "video":
+            self.videos.append(dict(attrs))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def predict(folder, **flags) -> None:
+    writer = VideoGalleryWriter(str(folder))
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[writer], **flags)
+    trainer.predict(LitPainter(), datamodule=Prompts(), return_predictions=False)
+
+
+def check(folder) -> None:
+    page = Page((folder / "index.html").read_text(encoding="utf-8"))
+    assert [video["src"] for video in page.videos] == [f"videos/{i:04d}.mp4" for i in range(3)]
+    for video in page.videos:
+        assert {"autoplay", "loop", "muted"} <= video.keys()
+        info = probe(folder / video["src"])
+        assert (info.frames, info.fps, info.height, info.width) == (4, 8.0, 16, 16)
+    for prompt in PROMPTS:
+        assert prompt in page.text
+    assert not page.tags & {"b", "script", "link", "img", "iframe"}
+
+
+def test_every_prompt_has_its_video_on_the_page(tmp_path, capsys):
+    predict(tmp_path)
+    check(tmp_path)
+    assert f"3 videos; open {tmp_path / 'index.html'}" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index.html", "videos"]
+
+
+def test_two_ranks_make_one_page(tmp_path):
+    predict(tmp_path, strategy="ddp_fork", devices=2)
+    check(tmp_path)
+
+
+def test_the_page_needs_nothing_from_elsewhere():
+    page = gallery({"a b#1": "x"})
+    assert "http" not in page
+    assert 'src="videos/a%20b%231.mp4"' in page

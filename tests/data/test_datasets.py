@@ -1,0 +1,144 @@
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from data.datasets import TokenClips, VideoClips, WholeClips, collate_tokens, collate_video
+from data.plan import Draw, PlanSampler
+from data.shards import ShardSet
+from t2v.errors import UserError
+
+
+def batches(clips, collate, workers=0, epoch=0):
+    sampler = PlanSampler(clips.shard_sizes, shuffle=True, seed=0)
+    sampler.set_epoch(epoch)
+    return list(DataLoader(clips, 4, sampler=sampler, drop_last=True, collate_fn=collate, num_workers=workers))
+
+
+def test_a_clip_is_a_window_of_its_footage(videos, make):
+    clips = VideoClips(ShardSet(videos), size=32, frames=4, fps=8)
+    starts = set()
+    for place in range(20):
+        clip = clips[Draw(3, (0, 0, place))]
+        assert (clip.video.shape, clip.video.dtype) == ((4, 3, 32, 32), torch.uint8)
+        assert (clip.caption, clip.key) == ("caption of 003", "003")
+        first, *rest = make.picture_number(clip.video)
+        assert rest == [first + 1, first + 2, first + 3]
+        starts.add(first)
+    assert starts == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "whole"),
+    [
+        (8, 8, [0, 1, 2, 3, 4, 5]),
+        (24, 8, [0, 3]),
+        (16, 8, [0, 2, 4]),
+        (12, 8, [0, 2, 3, 5]),
+        (30, 29.97, [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_footage_at_another_rate(stored, wanted, whole, make, tmp_path):
+    shards = ShardSet(make.shards(tmp_path, [make.video("a", fps=stored)]))
+    clips = VideoClips(shards, size=32, frames=1, fps=wanted)
+    assert make.picture_number(clips.load(0, rng=None).video) == whole
+
+
+def test_other_sizes_are_resized(make, tmp_path):
+    shards = ShardSet(make.shards(tmp_path, [make.video("a", size=48)]))
+    clip = VideoClips(shards, size=16, frames=6, fps=8)[Draw(0, (0, 0, 0))]
+    assert clip.video.shape == (6, 3, 16, 16)
+    assert make.picture_number(clip.video) == list(range(6))
+
+
+def test_workers_make_no_difference(videos):
+    clips = VideoClips(ShardSet(videos), size=32, frames=3, fps=8)
+    alone, shared = batches(clips, collate_video), batches(clips, collate_video, workers=2)
+    assert len(alone) == len(shared) == 2
+    for one, other in zip(alone, shared, strict=True):
+        assert one.keys == other.keys
+        assert one.video.equal(other.video)
+
+
+def test_a_broken_clip_costs_that_clip_alone(make, tmp_path):
+    folder = make.shards(tmp_path, [make.video(f"{i:03d}") for i in range(8)])
+    make.damage(folder, "005")
+    shards = ShardSet(folder)
+    clips = VideoClips(shards, size=32, frames=3, fps=8)
+    with pytest.warns(UserWarning, match=r"Clip 005 in .*shard-000001.tar is broken") as told:
+        first = [batches(clips, collate_video, epoch=epoch) for epoch in range(3)]
+    assert len(told) == 1
+    assert clips.broken.nonzero().tolist() == [[5]]
+    keys = [key for epoch in first for batch in epoch for key in batch.keys]
+    assert len(keys) == 24
+    assert "005" not in keys
+
+    again = VideoClips(shards, size=32, frames=3, fps=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        second = [batches(again, collate_video, workers=2, epoch=epoch) for epoch in range(3)]
+    assert [batch.keys for epoch in second for batch in epoch] == [batch.keys for epoch in first for batch in epoch]
+    assert again.broken.nonzero().tolist() == [[5]]  # what the workers found
+
+
+def test_too_many_broken_clips_stop_the_run(make, tmp_path):
+    folder = make.shards(tmp_path, [make.video(key) for key in "abc"])
+    for key in "abc":
+        make.damage(folder, key)
+    clips = VideoClips(ShardSet(folder), size=32, frames=3, fps=8)
+    with pytest.warns(UserWarning, match="broken"), pytest.raises(UserError, match="8 clips in a row"):
+        clips[Draw(0, (0, 0, 0))]
+
+
+def test_short_clips_are_left_out(make, tmp_path):
+    shards = ShardSet(
+        make.shards(tmp_path, [make.video("a", frames=5), make.video("b", frames=9), make.video("c", frames=7)])
+    )
+    with pytest.warns(UserWarning, match="1 of 3 clips .* shorter than 6 frames at 8 fps"):
+        clips = VideoClips(shards, size=32, frames=6, fps=8)
+    assert [sample.key for sample in clips.samples] == ["b", "c"]
+    with pytest.raises(UserError, match=r"All 3 clips .* shorter than 16 frames at 8 fps \(the longest has 9\)"):
+        VideoClips(shards, size=32, frames=16, fps=8)
+
+
+def test_whole_clips_share_a_batch_with_neighbours_of_their_length(make, tmp_path):
+    lengths = [6, 6, 6, 9, 6, 6]
+    folder = make.shards(tmp_path, [make.video(f"{i}", frames=length) for i, length in enumerate(lengths)])
+    make.damage(folder, "4")
+    whole = WholeClips(VideoClips(ShardSet(folder), size=32, frames=1, fps=8), batch_size=2)
+    with pytest.warns(UserWarning, match="Clip 4"):
+        made = [whole[number] for number in range(len(whole))]
+    assert [batch.keys for batch in made] == [["0", "1"], ["2"], ["3"], ["5"]]
+    assert [batch.video.shape[1] for batch in made] == [6, 6, 9, 6]
+
+
+def test_token_clips(tokens, make):
+    clips = TokenClips(ShardSet(tokens), frames=4)
+    batch = collate_tokens([clips[Draw(index, (0, 0, index))] for index in range(6)])
+    assert (batch.tokens.shape, batch.tokens.dtype) == ((6, 4, 2, 2), torch.int64)
+    steps = batch.tokens[:, :, 0, 0]
+    assert (steps.diff(dim=1) == 1).all()
+    assert batch.captions[2] == "caption of 002"
+
+    assert (batch.text.tokens.shape, batch.text.pooled.shape) == ((6, 3, 8), (6, 8))
+    assert batch.text.tokens.dtype == torch.float32
+    assert batch.text.mask.sum(dim=1).tolist() == [1, 2, 3, 1, 2, 3]
+    assert not batch.text.tokens[~batch.text.mask].any()
+    wrote = make.tokens("001", words=2)
+    np.testing.assert_array_equal(batch.text.tokens[1, :2], wrote["text.npy"])
+    np.testing.assert_array_equal(batch.text.pooled[1], wrote["pooled.npy"])
+
+
+def test_token_clips_without_their_text(make, tmp_path):
+    sample = make.tokens("a")
+    del sample["text.npy"]
+    shards = ShardSet(make.shards(tmp_path, [sample, make.tokens("b")]))
+    with pytest.warns(UserWarning, match=r"Clip a .* it has no text\.npy"):
+        assert {TokenClips(shards, frames=2)[Draw(0, (0, 0, place))].key for place in range(3)} == {"b"}
+
+
+def test_shards_of_the_other_stage(videos):
+    with pytest.raises(UserError, match=r"has a tokens\.npy; they have json, mp4, txt"):
+        TokenClips(ShardSet(videos), frames=2)

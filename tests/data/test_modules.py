@@ -1,0 +1,133 @@
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+import data
+from t2v.errors import UserError
+
+
+class Recorder(LightningModule):
+    """Notes the keys of the clips it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.trained, self.validated, self.predicted = [], [], []
+
+    def training_step(self, batch, batch_idx):
+        self.trained.append((self.current_epoch, batch.keys))
+        return self.weight * 0
+
+    def validation_step(self, batch, batch_idx):
+        self.validated.append(batch.keys)
+
+    def predict_step(self, batch, batch_idx, dataloader_idx=0):
+        self.predicted.append((dataloader_idx, batch))
+        return batch_idx
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def trainer(folder, **options):
+    quiet = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "logger": False,
+    }
+    return Trainer(accelerator="cpu", default_root_dir=folder, **quiet, **options)
+
+
+def video_module(train, val, **options):
+    return data.VideoDataModule(str(train), str(val), **{"size": 32, "frames": 4, "fps": 8, "batch_size": 4, **options})
+
+
+def token_module(train="none", val="none", **options):
+    return data.TokenDataModule(str(train), str(val), **{"frames": 4, "batch_size": 2, "num_workers": 0, **options})
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_fit_sees_the_plan(videos, tmp_path, num_workers):
+    recorder = Recorder()
+    module = video_module(videos, videos, num_workers=num_workers)
+    trainer(tmp_path, max_epochs=2, num_sanity_val_steps=0).fit(recorder, module)
+
+    sampler = module.train_dataloader().sampler
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        expected = [f"{draw.sample:03d}" for draw in sampler][:8]
+        assert [key for at, keys in recorder.trained for key in keys if at == epoch] == expected
+    assert recorder.trained[:2] != recorder.trained[2:]
+    in_order = [f"{i:03d}" for i in range(10)]
+    assert [key for keys in recorder.validated for key in keys] == in_order * 2
+
+
+def test_predict_sees_every_whole_clip_once(videos, make, tmp_path):
+    train = make.shards(tmp_path / "train", [make.video(key) for key in "abcd"])
+    for key in "ab":
+        make.damage(train, key)
+    module = video_module(train, videos, batch_size=2, num_workers=1)
+    recorder = Recorder()
+    trainer(tmp_path).predict(recorder, module, return_predictions=False)
+    assert [(split, batch.keys) for split, batch in recorder.predicted[:2]] == [(0, ["c", "d"]), (1, ["000", "001"])]
+    assert [key for _, batch in recorder.predicted[1:] for key in batch.keys] == [f"{i:03d}" for i in range(10)]
+    assert all(batch.video.shape[1] == 6 for _, batch in recorder.predicted)
+    assert module.predict_splits == ("train", "val")
+
+
+def test_a_batch_larger_than_the_data(videos, tmp_path):
+    module = video_module(videos, videos, batch_size=11)
+    with pytest.raises(UserError, match=r"10 training clips .* data\.batch_size=11"):
+        trainer(tmp_path, max_epochs=1).fit(Recorder(), module)
+
+
+def test_numbers_that_make_no_sense():
+    with pytest.raises(UserError, match=r"data\.frames=0, data\.fps=-1 must be greater than 0"):
+        video_module("a", "b", frames=0, fps=-1)
+
+
+def test_missing_shards_are_told_before_the_run(tmp_path):
+    with pytest.raises(UserError, match="No shards"):
+        trainer(tmp_path).validate(Recorder(), video_module("none", tmp_path / "none"))
+
+
+def test_token_clips_are_trained_on(tokens, tmp_path):
+    recorder = Recorder()
+    trainer(tmp_path, max_epochs=1, num_sanity_val_steps=0).fit(recorder, token_module(tokens, tokens))
+    assert sorted(key for _, keys in recorder.trained for key in keys) == [f"{i:03d}" for i in range(6)]
+
+
+def test_fingerprint(tokens, make, tmp_path):
+    assert token_module(tokens, tokens).fingerprint == make.fingerprint
+    other = make.shards(tmp_path / "other", [make.tokens("a", fingerprint={**make.fingerprint, "tokenizer": "def"})])
+    with pytest.raises(UserError, match="differ in tokenizer"):
+        token_module(tokens, other).fingerprint  # noqa: B018
+
+
+def test_fingerprint_of_shards_that_have_none(videos):
+    with pytest.raises(UserError, match="does not say which tokenizer"):
+        token_module(videos, videos).fingerprint  # noqa: B018
+
+
+def test_prompts_from_a_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("A red circle, moving left!\n\n  two squares \n", encoding="utf-8")
+    recorder = Recorder()
+    trainer(tmp_path).predict(recorder, token_module(prompts=str(path), seed=7, batch_size=1), return_predictions=False)
+    first, second = (batch for _, batch in recorder.predicted)
+    assert first == (["A red circle, moving left!"], [7], ["0000-a-red-circle-moving-left"])
+    assert second == (["two squares"], [8], ["0001-two-squares"])
+
+
+def test_prompts_from_a_list(tmp_path):
+    recorder = Recorder()
+    trainer(tmp_path).predict(recorder, token_module(prompts=["a" * 200, "!?"]), return_predictions=False)
+    (_, batch) = recorder.predicted[0]
+    assert batch.names == [f"0000-{'a' * 60}", "0001"]
+
+
+@pytest.mark.parametrize("prompts", [(), [], [" "], "none.txt"])
+def test_no_prompts(prompts, tmp_path):
+    with pytest.raises(UserError, match="prompts"):
+        trainer(tmp_path).predict(Recorder(), token_module(prompts=prompts))

@@ -1,0 +1,121 @@
+"""The whole road with the shipped configs, as a user goes it."""
+
+import av
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from data.shards import ShardSet
+
+PROMPTS = ["a small red circle moves left slowly", "the <big> blue square & nothing else"]
+STAGES = ["vqvae", "transformer"]
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def logged(folder, tag):
+    """All values of a tag in the order of their steps."""
+    events = EventAccumulator(str(folder)).Reload()
+    return [event.value for event in sorted(events.Scalars(tag), key=lambda event: event.step)]
+
+
+def weights(checkpoint):
+    return {name: tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith("model.")}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_loss_falls(finished_road, stage):
+    losses = logged(finished_road.run / stage, "train/loss")
+    assert len(losses) == 12
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+
+
+def test_reconstructions_and_generations_are_logged_as_moving_pictures(finished_road):
+    for stage, tags in (("vqvae", 1), ("transformer", 3)):
+        events = EventAccumulator(str(finished_road.run / stage)).Reload()
+        images = events.Tags()["images"]
+        assert len(images) == tags
+        assert events.Images(images[0])[0].encoded_image_string.startswith(b"GIF89a")
+
+
+def test_every_clip_becomes_a_token_sample(finished_road):
+    tokenizer = load(finished_road.checkpoint("vqvae"))["hyper_parameters"]["model"]["init_args"]
+    for split, count in (("train", 24), ("val", 8)):
+        footage = ShardSet(finished_road.run / "shards" / split).samples
+        tokens = ShardSet(finished_road.run / "tokens" / split).samples
+        assert [sample.key for sample in tokens] == [sample.key for sample in footage]
+        assert len(tokens) == count
+        assert {(sample.frames, sample.height, sample.width) for sample in tokens} == {(16, 4, 4)}
+    assert tokenizer["codebook_size"] == 32
+
+
+@pytest.mark.parametrize(("stage", "metric"), [("vqvae", "val/psnr"), ("transformer", "val/perplexity")])
+def test_validate_measures_the_checkpoint(finished_road, stage, metric):
+    metrics = finished_road.cli("validate", stage, "--ckpt_path", "last").trainer.callback_metrics
+    assert float(metrics[metric]) == pytest.approx(logged(finished_road.run / stage, metric)[-1], rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_goes_on_where_it_stopped(finished_road, stage):
+    before, after = finished_road.halfway[stage], load(finished_road.checkpoint(stage))
+    for checkpoint, step in ((before, 7), (after, 12)):
+        assert checkpoint["global_step"] == checkpoint["lr_schedulers"][0]["last_epoch"] == step
+        assert {int(state["step"]) for state in checkpoint["optimizer_states"][0]["state"].values()} == {step}
+    assert any(not torch.equal(weights(after)[name], tensor) for name, tensor in weights(before).items())
+    losses = logged(finished_road.run / stage, "train/loss")
+    assert len(losses) == 12
+    assert losses[7] < losses[0]
+    names = [path.name for path in finished_road.checkpoint(stage).parent.iterdir()]
+    assert names == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_loaded_is_what_was_saved(copy_road, stage, capsys):
+    road = copy_road()
+    saved = weights(load(road.checkpoint(stage)))
+    capsys.readouterr()
+    cli = road.cli("fit", stage, "--ckpt_path", "last")  # no step is left to do
+    told = f"Resuming from runs/demo/{stage}/checkpoints/last.ckpt at step 12, which is the end: raise trainer.max_steps"
+    assert told in capsys.readouterr().out
+    loaded = cli.model.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
+
+
+def test_prompts_become_videos_on_a_page(copy_road):
+    road = copy_road()
+    road.cli("predict", "transformer", "--ckpt_path", "last", f"--data.prompts={PROMPTS}")
+    videos = sorted((road.run / "videos").iterdir())
+    assert [path.name for path in videos] == [
+        "0000-a-small-red-circle-moves-left-slowly.mp4",
+        "0001-the-big-blue-square-nothing-else.mp4",
+    ]
+    for path in videos:
+        with av.open(str(path)) as file:
+            frames = list(file.decode(video=0))
+            assert file.streams.video[0].average_rate == 8
+        assert [(frame.width, frame.height) for frame in frames] == [(64, 64)] * 5
+    page = (road.run / "index.html").read_text()
+    assert PROMPTS[0] in page
+    assert "the &lt;big&gt; blue square &amp; nothing else" in page
+    assert all(f'src="videos/{path.name}"' in page for path in videos)
+
+    # A run's own config, its checkpoint and prompts are all that is needed; the same prompts make the same bytes.
+    before = [path.read_bytes() for path in videos]
+    (road.folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    own = ["-c", "runs/demo/transformer/config.yaml", "--ckpt_path", "last", "--data.prompts", "prompts.txt"]
+    for path in videos:
+        path.unlink()
+    road.main("predict", *own)
+    assert [path.read_bytes() for path in videos] == before
+
+
+def test_a_video_does_not_depend_on_what_else_is_in_its_batch(copy_road):
+    road = copy_road()
+    made = []
+    for batch_size in ("2", "1"):
+        flags = [f"--data.prompts={PROMPTS}", "--data.batch_size", batch_size]
+        road.cli("predict", "transformer", "--ckpt_path", "last", *flags)
+        made.append([path.read_bytes() for path in sorted((road.run / "videos").iterdir())])
+    assert made[0] == made[1]

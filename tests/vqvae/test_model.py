@@ -1,0 +1,136 @@
+"""The VQ-VAE: shapes, causality, streaming, the codebook through a checkpoint."""
+
+import copy
+
+import pytest
+import torch
+
+from t2v.errors import UserError
+from t2v.vqvae.model import VQVAE, to_model_range, to_uint8
+
+
+def tiny(**changes) -> VQVAE:
+    torch.manual_seed(0)
+    arguments = {
+        "image_size": 16,
+        "base_channels": 8,
+        "channel_multipliers": (1, 2),
+        "encoder_blocks": 1,
+        "decoder_blocks": 1,
+        "temporal_blocks": 2,
+        "patch_size": 2,
+        "latent_patch_size": 2,
+        "codebook_size": 32,
+        "codebook_dim": 4,
+    }
+    return VQVAE(**{**arguments, **changes})
+
+
+def trained(model: VQVAE) -> VQVAE:
+    """One training pass, which starts the codebook, and temporal weights that are not zero."""
+    for block in model.temporal:
+        torch.nn.init.normal_(block.conv.weight, std=0.1)
+    model.train()(torch.rand(4, 4, 3, 16, 16) * 2 - 1)
+    return model.eval()
+
+
+@pytest.mark.parametrize(("frames", "height", "width"), [(1, 16, 16), (3, 24, 16), (5, 8, 40)])
+def test_any_multiple_of_the_stride_goes_there_and_back(frames, height, width):
+    model = trained(tiny())
+    tokens = model.encode(torch.rand(2, frames, 3, height, width))
+    assert tokens.shape == (2, frames, height // 8, width // 8)
+    assert model.decode(tokens).shape == (2, frames, 3, height, width)
+
+
+def test_other_sizes_are_refused_by_name():
+    with pytest.raises(UserError, match=r"20×16 .* multiple of 8"):
+        tiny().encode(torch.rand(1, 1, 3, 20, 16))
+    with pytest.raises(UserError, match="image_size=20 is not a multiple of 8"):
+        tiny(image_size=20)
+
+
+def test_a_foreign_token_is_refused():
+    with pytest.raises(UserError, match="Token 32 is outside"):
+        tiny().decode(torch.full((1, 1, 2, 2), 32))
+
+
+def test_encoding_looks_at_one_frame_alone():
+    model, video = trained(tiny()), torch.rand(1, 4, 3, 16, 16)
+    one_by_one = torch.cat([model.encode(video[:, t : t + 1]) for t in range(4)], dim=1)
+    assert torch.equal(model.encode(video), one_by_one)
+
+
+def test_decoding_is_causal_in_time():
+    model = trained(tiny())
+    tokens = torch.randint(0, 32, (1, 5, 2, 2))
+    changed = tokens.clone()
+    changed[:, 3:] = (changed[:, 3:] + 1) % 32
+    before, after = model.decode(tokens), model.decode(changed)
+    assert torch.equal(before[:, :3], after[:, :3])
+    assert not torch.equal(before[:, 3], after[:, 3])
+
+
+def test_the_past_reaches_later_frames():
+    model = trained(tiny())
+    tokens = torch.randint(0, 32, (1, 3, 2, 2))
+    changed = tokens.clone()
+    changed[:, 0] = (changed[:, 0] + 1) % 32
+    assert not torch.equal(model.decode(tokens)[:, 2], model.decode(changed)[:, 2])
+
+
+@pytest.mark.parametrize("pieces", [[1] * 7, [3, 1, 3], [5, 2]])
+def test_decoding_in_pieces_equals_decoding_whole(pieces):
+    model = trained(tiny())
+    tokens = torch.randint(0, 32, (2, 7, 2, 2))
+    state, parts = None, []
+    for piece in tokens.split(pieces, dim=1):
+        video, state = model.decode_stream(piece, state)
+        parts.append(video)
+    torch.testing.assert_close(torch.cat(parts, dim=1), model.decode(tokens), atol=1e-5, rtol=0)
+
+
+def test_a_loaded_codebook_moves_as_if_never_stopped():
+    """Other codebooks forget that they were initialised, and start anew at the first step after a resume."""
+    model = trained(tiny())
+    loaded = tiny()
+    loaded.load_state_dict(copy.deepcopy(model.state_dict()))
+    video = torch.rand(4, 2, 3, 16, 16)
+    for network in (model, loaded):
+        torch.manual_seed(1)
+        network.train()(video)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+
+
+def test_evaluation_leaves_the_codebook_alone():
+    model = trained(tiny())
+    before = model.fingerprint()
+    model(torch.rand(2, 2, 3, 16, 16))
+    assert model.fingerprint() == before
+
+
+def test_the_fingerprint_tells_weights_apart():
+    model, other = tiny(), tiny()
+    assert model.fingerprint() == other.fingerprint()
+    with torch.no_grad():
+        next(other.decoder.parameters()).add_(1e-3)
+    assert model.fingerprint() != other.fingerprint()
+
+
+def test_pixels_survive_the_change_of_range():
+    pixels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(to_model_range(pixels)), pixels)
+
+
+def test_codes_do_not_pile_up_on_a_plain_background():
+    """Nine in ten latents are alike; codes drawn evenly would mostly be copies of that one vector."""
+    from t2v.vqvae.quantizer import VectorQuantizer
+
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(dim=8, codebook_size=32, codebook_dim=8).train()
+    background = torch.randn(8).expand(1, 900, 8) + 1e-3 * torch.randn(1, 900, 8)
+    for _ in range(20):
+        quantizer(torch.cat([background, torch.randn(1, 100, 8)], dim=1))
+    indices = quantizer.eval()(background).indices
+    assert len(indices.unique()) <= 2
+    assert quantizer(torch.randn(1, 1000, 8)).indices.unique().numel() >= 24
