@@ -21,11 +21,11 @@ from typing import Any
 import fsspec
 import torch
 from fsspec.implementations.local import LocalFileSystem
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import ArgumentError, Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from callbacks.checkpoint import FinalCheckpoint
@@ -39,6 +39,17 @@ SILENCED = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own
 )
 """Warnings that tell a user nothing."""
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the config when training begins: a run that is refused leaves the config of the one before."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Too early."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save ``config.yaml`` in the run's folder."""
+        super().setup(trainer, pl_module, "fit")
 
 
 class T2VCLI(LightningCLI):
@@ -59,14 +70,15 @@ class T2VCLI(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             seed_everything_default=0,
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},  # a resumed run rewrites its own config.yaml
             trainer_defaults={"callbacks": [RunSummary(), FinalCheckpoint()], "enable_model_summary": False},
             args=args,
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Let ``${...}`` in configs refer to other keys."""
-        return super().init_parser(parser_mode="omegaconf+", **kwargs)
+        """Let ``${...}`` in configs refer to other keys, and `main` tell what is wrong with the arguments."""
+        return super().init_parser(parser_mode="omegaconf+", exit_on_error=False, **kwargs)
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         """Load no pickles, and do not keep every prediction in memory: callbacks write them as they come."""
@@ -157,7 +169,7 @@ def _as_command_line(args: ArgsType) -> list[str]:
 
 def _flag(argv: list[str], name: str) -> str | None:
     """The last value given to a flag."""
-    pairs = zip(argv, [*argv[1:], None], strict=True)
+    pairs = zip(argv, [*argv[1:], None], strict=False)
     values = [
         after if arg == name else arg.removeprefix(f"{name}=") for arg, after in pairs if arg.split("=")[0] == name
     ]
@@ -223,13 +235,21 @@ def _explain(error: BaseException | None) -> str | None:
 
     jsonargparse raises its own error from a class's; a DataLoader worker's holds the traceback as text.
     """
+    parsing = _one_line(str(error)) if isinstance(error, ArgumentError) else None
     while error is not None:
         if isinstance(error, (UserError, MisconfigurationException)):
             return str(error).rsplit(f"{UserError.__name__}: ", 1)[-1].strip()
         if isinstance(error, RuntimeError) and str(error).startswith("Error(s) in loading state_dict"):
             return f"The checkpoint does not fit the model that the config describes. {error}"
         error = error.__cause__
-    return None
+    return parsing
+
+
+def _one_line(message: str) -> str:
+    """What jsonargparse says of a wrong argument, without its account of how it tried to read it."""
+    noise = ("Does not validate", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value")
+    lines = (line.strip().removeprefix("- ") for line in message.splitlines())
+    return " ".join(line for line in lines if line and not line.startswith(noise))
 
 
 def main(args: ArgsType = None) -> T2VCLI:
@@ -241,8 +261,8 @@ def main(args: ArgsType = None) -> T2VCLI:
     Raises:
         SystemExit: With status 2 after a user's mistake.
     """
-    for message in SILENCED:
-        warnings.filterwarnings("ignore", message)
+    for harmless in SILENCED:
+        warnings.filterwarnings("ignore", harmless)
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's calls, nothing a user can change
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)  # RunSummary says it
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)

@@ -46,7 +46,8 @@ def read(video: np.ndarray) -> Answer:
     if len(seen) * 2 < len(video):
         return NOTHING
 
-    colours, shapes = Counter(), Counter()
+    colours: Counter[str] = Counter()
+    shapes: Counter[str] = Counter()
     for frame, mask in seen:
         core = np.median(frame[mask], axis=0)
         colours[list(COLOURS)[int(((palette - core) ** 2).sum(1).argmin())]] += 1

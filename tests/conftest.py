@@ -89,9 +89,9 @@ class Road:
         return self.run / stage / "checkpoints/last.ckpt"
 
     def files(self) -> dict[str, bytes]:
-        """Everything in the folder."""
-        paths = (path for path in self.folder.rglob("*") if path.is_file() and path.suffix != ".yaml")
-        return {str(path.relative_to(self.folder)): path.read_bytes() for path in paths}
+        """Everything in the runs' folder but TensorBoard's logs, which every command begins."""
+        paths = (path for path in self.run.rglob("*") if path.is_file() and not path.name.startswith("events."))
+        return {str(path.relative_to(self.run)): path.read_bytes() for path in paths}
 
 
 @pytest.fixture(autouse=True)

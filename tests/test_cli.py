@@ -207,7 +207,7 @@ def test_only_fit_saves_the_config(config, tmp_path):
     for command in ("validate", "predict"):
         main([command, *config, "--ckpt_path", "last", "--model.scale", "9"])
     assert saved.read_bytes() == before
-    main(["fit", *config, "--ckpt_path", "last", "--model.scale", "9"])
+    main(["fit", *config, "--ckpt_path", "last", "--model.scale", "9", "--trainer.max_steps", "6"])
     assert yaml.safe_load(saved.read_text())["model"]["init_args"]["scale"] == 9.0
 
 

@@ -40,6 +40,14 @@ def test_reconstructions_and_generations_are_logged_as_moving_pictures(finished_
         assert events.Images(images[0])[0].encoded_image_string.startswith(b"GIF89a")
 
 
+@pytest.mark.parametrize(("steps", "started"), [(3, False), (5, True)])
+def test_the_codebook_starts_when_it_should_and_not_from_validation(copy_road, steps, started):
+    road = copy_road()
+    validate = ["--trainer.check_val_every_n_epoch=null", "--trainer.val_check_interval=1"]
+    state = road.cli("fit", "vqvae", "--trainer.max_steps", str(steps), *validate).model.state_dict()
+    assert [bool(value) for name, value in state.items() if name.endswith("initted")] == [started]
+
+
 def test_every_clip_becomes_a_token_sample(finished_road):
     tokenizer = load(finished_road.checkpoint("vqvae"))["hyper_parameters"]["model"]["init_args"]
     for split, count in (("train", 24), ("val", 8)):
@@ -77,7 +85,9 @@ def test_what_is_loaded_is_what_was_saved(copy_road, stage, capsys):
     saved = weights(load(road.checkpoint(stage)))
     capsys.readouterr()
     cli = road.cli("fit", stage, "--ckpt_path", "last")  # no step is left to do
-    told = f"Resuming from runs/demo/{stage}/checkpoints/last.ckpt at step 12, which is the end: raise trainer.max_steps"
+    told = (
+        f"Resuming from runs/demo/{stage}/checkpoints/last.ckpt at step 12, which is the end: raise trainer.max_steps"
+    )
     assert told in capsys.readouterr().out
     loaded = cli.model.state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())

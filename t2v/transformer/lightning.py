@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric
 
 from t2v.batch import GeneratedVideos, PromptBatch, TextEmbedding, TokenBatch
 from t2v.errors import UserError
-from t2v.generation.decode import generate_frames
+from t2v.generation import decode  # the module: it imports t2v.transformer itself, and may be only half loaded here
 from t2v.generation.sampling import Sampler
 from t2v.optimization import configure_optimization
 from t2v.text import TextEncoder
@@ -128,7 +128,7 @@ class LitVideoTransformer(LightningModule):
         self.text_encoder.to(self.device)
         text = TextEmbedding(*(tensor.clone() for tensor in self.text_encoder.encode(batch.prompts)))
         decoder, state, frames = self.tokenizer, None, []
-        for tokens in generate_frames(self.model, text, self.frames, self.sampler, batch.seeds, self.guidance):
+        for tokens in decode.generate_frames(self.model, text, self.frames, self.sampler, batch.seeds, self.guidance):
             frame, state = decoder.decode_stream(tokens, state)
             frames.append(to_uint8(frame))
         return GeneratedVideos(torch.cat(frames, dim=1), batch.prompts, batch.names, float(self.fingerprint["fps"]))

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
@@ -55,13 +56,14 @@ class LitVQVAE(LightningModule):
         return loss
 
     def validation_step(self, batch: VideoBatch, batch_idx: int) -> None:
-        _, reconstruction, tokens = self._step(batch, "val", quantize=True)
+        _, reconstruction, tokens = self._step(batch, "val", quantize=self._has_codebook())
         video, reconstruction = to_model_range(batch.video), reconstruction.clamp(-1, 1)
         frames, originals = reconstruction.flatten(0, 1), video.flatten(0, 1)
         self.psnr.update(frames, originals)
         self.ssim.update(frames, originals)
         self.flicker.update(reconstruction, video)
-        self.codebook.update(tokens)
+        if tokens is not None:
+            self.codebook.update(tokens)
 
     def on_validation_epoch_end(self) -> None:
         values = {"psnr": self.psnr, "ssim": self.ssim, "flicker": self.flicker, "codebook": self.codebook}
@@ -83,7 +85,7 @@ class LitVQVAE(LightningModule):
 
     def reconstruct(self, video: UInt8[Tensor, "b t c h w"]) -> UInt8[Tensor, "b t c h w"]:
         """Clips after a way through the tokens and back."""
-        return to_uint8(self.model(to_model_range(video)).reconstruction)
+        return to_uint8(self.model(to_model_range(video), self._has_codebook()).reconstruction)
 
     def fingerprint(self) -> dict[str, Any]:
         """What tokens made by this model depend on; token shards carry it."""
@@ -96,6 +98,11 @@ class LitVQVAE(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         return configure_optimization(self, self.model, self.optimizer, self.warmup_steps)
+
+    def _has_codebook(self) -> bool:
+        """Whether training has started the codebook; validation must not, from other footage and too early."""
+        fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        return not fitting or self.global_step > self.quantize_from_step
 
     def _step(
         self, batch: VideoBatch, stage: str, quantize: bool

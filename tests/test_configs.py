@@ -1,0 +1,57 @@
+"""Every shipped config: it parses, and what it describes can be built."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule
+
+import cli
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """Builds what a config describes, with weights that take no memory, and runs nothing."""
+    monkeypatch.setattr(cli.T2VCLI, "_run_subcommand", lambda self, subcommand: None)
+
+    def build(path):
+        with torch.device("meta"):
+            return cli.main(["fit", "--config", str(path), "--trainer.accelerator=cpu"])
+
+    return build
+
+
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_what_a_config_describes_can_be_built(path, build):
+    built = build(path)
+    assert isinstance(built.model, LightningModule)
+    assert isinstance(built.datamodule, LightningDataModule)
+    assert all(parameter.is_meta for parameter in built.model.model.parameters())
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_config_says_what_it_is_and_can_be_resumed(path):
+    assert path.read_text().startswith("# Stage ")
+    trainer = yaml.safe_load(path.read_text())["trainer"]
+    options = {callback["class_path"]: callback.get("init_args", {}) for callback in trainer["callbacks"]}
+    assert options["ModelCheckpoint"]["save_last"]
+    assert "dirpath" in options["ModelCheckpoint"]
+    assert trainer["logger"]["init_args"]["version"] == ""
+
+
+def test_the_stages_of_the_demo_fit_each_other(build):
+    first, second = (build(ROOT / f"configs/{stage}/shapes.yaml") for stage in ("vqvae", "transformer"))
+    vqvae, transformer = first.model.model, second.model.model
+    assert (transformer.vocab_size, transformer.grid_size) == (vqvae.codebook_size, vqvae.grid_size)
+    assert transformer.text_dim == second.model.text_encoder.width
+    folder = Path(first.trainer.checkpoint_callback.dirpath)
+    assert Path(second.model.tokenizer_path).absolute() == folder / "last.ckpt"
+    writer = next(callback for callback in first.trainer.callbacks if hasattr(callback, "text_encoder"))
+    assert writer.text_encoder.name == second.model.text_encoder.name
+    splits = [str(writer.output_dir / split) for split in first.datamodule.predict_splits]
+    assert splits == [second.datamodule.train, second.datamodule.val]
