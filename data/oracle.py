@@ -24,9 +24,9 @@ class Answer(NamedTuple):
 
 NOTHING = Answer("nothing", "nothing", "nothing")
 MIN_PIXELS = 30
-"""A smaller patch of colour is no shape: the smallest triangle covers about 98 pixels."""
-MIN_TRAVEL = 5.0
-"""Pixels between the first and the last frame; the slowest moving shape travels 15."""
+"""A smaller patch of colour is no shape: the smallest triangle covers about 128 pixels."""
+MIN_TRAVEL = 8.0
+"""Pixels between the first and the last frame; every moving shape travels at least 28."""
 
 
 def read_clip(path: str | Path) -> Answer:

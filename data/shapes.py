@@ -1,10 +1,10 @@
 """Moving shapes: the embedded data set, as real mp4 files with captions.
 
-`python -m data.shapes runs/demo/clips` draws clips of one coloured shape on a dark ground, moving by whole pixels or
-standing still, and never leaving the picture:
+`python -m data.shapes runs/demo/clips` draws clips of one coloured shape on a dark ground that stands still, or moves
+by whole pixels until it meets the edge of the picture, where it rests:
 
-- 6 colours × 3 shapes × 5 motions (left, right, up, down, still) × 2 sizes × 2 speeds, setting out from random places on
-  a lattice of 4 pixels;
+- 6 colours × 3 shapes × 5 motions (left, right, up, down, still) × 2 sizes × 2 speeds, setting out from random places
+  on a lattice of 4 pixels, with at least 28 pixels to go;
 - 18 of the 90 (colour, shape, motion) combinations are **held out**: they make up `val/` and never appear in `train/`,
   though each colour, shape and motion does. What a model does on them shows whether it understood the caption;
 - captions follow the templates below, such as "a small red circle moves left slowly", with paraphrases a person would
@@ -44,12 +44,14 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "still": (0, 0)}
-SIZES = {"small": 14, "large": 22}
+SIZES = {"small": 16, "large": 24}
 """Width and height of the shape in pixels."""
-SPEEDS = {"slow": 1, "fast": 2}
+SPEEDS = {"slow": 2, "fast": 4}
 """Pixels a frame."""
 LATTICE = 4
 """Shapes set out from places whose coordinates are multiples of this."""
+ROOM = 28
+"""Least number of pixels between a moving shape and the edge it moves to."""
 
 SHAPE_WORDS = {"circle": ("circle", "circle", "disc", "ball"), "square": ("square",), "triangle": ("triangle",)}
 SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
@@ -112,14 +114,13 @@ def combinations(held_out: bool) -> list[tuple[str, str, str]]:
 
 
 def sample_clip(combination: tuple[str, str, str], rng: np.random.Generator) -> ShapeClip:
-    """Draws size, speed and a place from which the shape stays inside the picture for the whole clip."""
+    """Draws size, speed and a place with room to move."""
     colour, shape, direction = combination
     size, speed = str(rng.choice(list(SIZES))), str(rng.choice(list(SPEEDS)))
-    travel = SPEEDS[speed] * (FRAMES - 1)
-    start = []
+    last, start = IMAGE_SIZE - SIZES[size], []
     for step in DIRECTIONS[direction]:
-        low, high = (travel if step < 0 else 0), IMAGE_SIZE - SIZES[size] - (travel if step > 0 else 0)
-        start.append(LATTICE * int(rng.integers(-(-low // LATTICE), high // LATTICE + 1)))
+        low, high = (ROOM if step < 0 else 0), (last - ROOM if step > 0 else last)
+        start.append(LATTICE * int(rng.integers(low // LATTICE, high // LATTICE + 1)))
     return ShapeClip(colour, shape, direction, size, speed, *start)
 
 
@@ -164,8 +165,9 @@ def render(clip: ShapeClip) -> UInt8[Tensor, "t 3 h w"]:
     video[:] = BACKGROUND
     patch = np.rint(cover * np.array(COLOURS[clip.colour]) + (1 - cover) * np.array(BACKGROUND)).astype(np.uint8)
     dx, dy = (SPEEDS[clip.speed] * step for step in DIRECTIONS[clip.direction])
+    last = IMAGE_SIZE - size
     for t, frame in enumerate(video):
-        top, left = clip.y + dy * t, clip.x + dx * t
+        top, left = min(max(clip.y + dy * t, 0), last), min(max(clip.x + dx * t, 0), last)
         frame[top : top + size, left : left + size] = patch
     return torch.from_numpy(video).permute(0, 3, 1, 2).contiguous()
 

@@ -79,14 +79,14 @@ class Sampler:
     def filter(self, logits: Logits) -> Logits:
         """The logits that tokens are drawn from."""
         logits = logits.float() / self.temperature
-        for function, value in (
-            (top_k, self.top_k),
-            (top_p, self.top_p),
-            (typical, self.typical_p),
-            (min_p, self.min_p),
-        ):
-            if value is not None:
-                logits = function(logits, value)
+        if self.top_k is not None:
+            logits = top_k(logits, self.top_k)
+        if self.top_p is not None:
+            logits = top_p(logits, self.top_p)
+        if self.typical_p is not None:
+            logits = typical(logits, self.typical_p)
+        if self.min_p is not None:
+            logits = min_p(logits, self.min_p)
         return logits
 
     def __call__(self, logits: Logits, generators: Sequence[torch.Generator]) -> Int[Tensor, " b"]:

@@ -12,6 +12,8 @@
 Divided space-time attention: https://arxiv.org/abs/2102.05095; Llama's block: https://arxiv.org/abs/2302.13971.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -61,6 +63,10 @@ class Block(nn.Module):
         h = self.text_attention(self.text_norm(x).flatten(1, 2), self.text_attention.read_text(text), mask)
         x = x + h.unflatten(1, (t, n))
         return x + self.mlp(self.mlp_norm(x))
+
+    def new_cache(self, like: Float[Tensor, "b d"], size: int) -> KVCache:
+        """An empty cache of `size` positions for `step`."""
+        return KVCache(len(like), self.attention.kv_heads, size, self.attention.head_dim, like)
 
     def step(
         self,
@@ -197,12 +203,9 @@ class VideoTransformer(nn.Module):
         """The state before the first token of one video for each text."""
         words, mask, pooled = self._read(text, drop_text)
         frame = self.grid_size**2
-        caches = []
-        for block in self.blocks:
-            attention = block.attention
-            size = frame * (self.window if block.temporal else 1)
-            caches.append(KVCache(len(pooled), attention.kv_heads, size, attention.head_dim, like=pooled))
-        read = [block.text_attention.read_text(words) for block in self.blocks]
+        blocks = cast("list[Block]", self.blocks)
+        caches = [block.new_cache(pooled, frame * (self.window if block.temporal else 1)) for block in blocks]
+        read = [block.text_attention.read_text(words) for block in blocks]
         recent = torch.zeros(len(pooled), frame, dtype=torch.long, device=pooled.device)
         return DecodingState(caches, read, mask, pooled, recent)
 
@@ -218,7 +221,8 @@ class VideoTransformer(nn.Module):
             x = x + self.previous_embedding(state.frame_tokens[:, state.place % frame])
         x = x[:, None]
         rotate = self._rotation(state.place, state.place + 1, x.device)
-        for block, cache, text in zip(self.blocks, state.caches, state.text, strict=True):
+        blocks = cast("list[Block]", self.blocks)
+        for block, cache, text in zip(blocks, state.caches, state.text, strict=True):
             place = state.place if block.temporal else state.place % frame
             x = block.step(x, text, state.mask, rotate, cache, place)
         state.place += 1

@@ -26,12 +26,13 @@ class ChannelNorm(nn.LayerNorm):
 class ResBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), frame by frame; a 1×1 convolution carries x to a new width."""
 
-    def __init__(self, channels_in: int, channels_out: int):
+    def __init__(self, channels_in: int, channels_out: int, kernel_size: int = 3):
         super().__init__()
+        padding = kernel_size // 2
         self.norm1 = ChannelNorm(channels_in)
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, kernel_size, padding=padding)
         self.norm2 = ChannelNorm(channels_out)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, kernel_size, padding=padding)
         self.skip = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d h w"]:
@@ -62,8 +63,8 @@ class CausalTemporalBlock(nn.Module):
         super().__init__()
         self.norm = ChannelNorm(channels)
         self.conv = nn.Conv1d(channels, channels, kernel_size)
-        nn.init.zeros_(self.conv.weight)
-        nn.init.zeros_(self.conv.bias)
+        for parameter in self.conv.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(
         self, x: Float[Tensor, "b t c h w"], state: Float[Tensor, "b k c h w"] | None = None

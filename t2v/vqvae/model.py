@@ -49,6 +49,7 @@ class VQVAE(nn.Module):
         base_channels: int = 128,
         channel_multipliers: Sequence[int] = (1, 2, 2, 4),
         encoder_blocks: int = 2,
+        encoder_kernel_size: int = 3,
         decoder_blocks: int = 3,
         temporal_blocks: int = 2,
         patch_size: int = 1,
@@ -64,6 +65,8 @@ class VQVAE(nn.Module):
             base_channels: width of the first level.
             channel_multipliers: width of each level in units of `base_channels`; between levels the size halves.
             encoder_blocks: residual blocks a level in the encoder.
+            encoder_kernel_size: of the residual blocks in the encoder, odd; 1 keeps what a token says close to its
+                place, which makes it easier to predict.
             decoder_blocks: residual blocks a level in the decoder.
             temporal_blocks: causal blocks over time in the decoder.
             patch_size: pixels a side that are folded into channels before the first level.
@@ -89,7 +92,7 @@ class VQVAE(nn.Module):
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(patch_size),
             nn.Conv2d(3 * patch_size**2, widths[0], 3, padding=1),
-            *_levels(widths, encoder_blocks, down=True),
+            *_levels(widths, encoder_blocks, encoder_kernel_size, down=True),
             ChannelNorm(width),
             nn.SiLU(),
             nn.Conv2d(width, width, latent_patch_size, stride=latent_patch_size),
@@ -98,7 +101,7 @@ class VQVAE(nn.Module):
         self.temporal = nn.ModuleList(CausalTemporalBlock(width) for _ in range(temporal_blocks))
         self.decoder = nn.Sequential(
             nn.ConvTranspose2d(width, width, latent_patch_size, stride=latent_patch_size),
-            *_levels(widths[::-1], decoder_blocks, down=False),
+            *_levels(widths[::-1], decoder_blocks, 3, down=False),
             ChannelNorm(widths[0]),
             nn.SiLU(),
             nn.Conv2d(widths[0], 3 * patch_size**2, 3, padding=1),
@@ -184,12 +187,12 @@ class VQVAE(nn.Module):
         return frames.unflatten(0, latents.shape[:2]), states
 
 
-def _levels(widths: Sequence[int], blocks: int, down: bool) -> list[nn.Module]:
+def _levels(widths: Sequence[int], blocks: int, kernel_size: int, down: bool) -> list[nn.Module]:
     """Residual blocks at each width, with halving (or doubling) of the size from one width to the next."""
-    layers: list[nn.Module] = [ResBlock(widths[0], widths[0]) for _ in range(blocks)]
+    layers: list[nn.Module] = [ResBlock(widths[0], widths[0], kernel_size) for _ in range(blocks)]
     for before, after in pairwise(widths):
         layers.append(nn.Conv2d(before, before, 3, stride=2, padding=1) if down else Upsample(before))
-        layers += [ResBlock(before if i == 0 else after, after) for i in range(blocks)]
+        layers += [ResBlock(before if i == 0 else after, after, kernel_size) for i in range(blocks)]
     return layers
 
 

@@ -56,8 +56,14 @@ def test_a_shape_moves_by_its_speed_and_stays_in_the_picture():
         areas = covered.sum((1, 2))
         assert (areas == areas[0]).all()
         dx, dy = DIRECTIONS[clip.direction]
-        step = {"slow": 1, "fast": 2}[clip.speed]
+        step = {"slow": 2, "fast": 4}[clip.speed]
         np.testing.assert_array_equal(np.roll(covered[0], (dy * step, dx * step), (0, 1)), covered[1])
+
+
+def test_a_shape_rests_at_the_edge_it_meets():
+    video = pixels(ShapeClip("red", "square", "left", "small", "fast", x=28, y=20))
+    columns = [np.flatnonzero((frame != np.array(BACKGROUND)).any((0, 2)))[0] for frame in video]
+    assert columns == [28, 24, 20, 16, 12, 8, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0]
 
 
 def test_the_oracle_reads_every_clip():
