@@ -22,16 +22,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import psutil
 import torch
+from PIL import Image, ImageDraw
 
 from cli import main
 from data.oracle import Answer, read_clip
-from data.shapes import held_out_prompts
+from data.shapes import FRAMES, held_out_prompts
+from t2v.video import read_frames
 
 RUN = Path("runs/demo")
 STATE = RUN / "steps.json"
 STAGE1, STAGE2 = "configs/vqvae/shapes.yaml", "configs/transformer/shapes.yaml"
 PROMPTS_PER_COMBINATION = 3
-STEPS = {"bf16-mixed": (1200, 950), "32-true": (900, 450)}
+STEPS = {"bf16-mixed": (700, 1000), "32-true": (600, 450)}
 """Training steps of the stages, by precision: what fits into a quarter of an hour."""
 
 
@@ -165,6 +167,22 @@ def judge_generated(videos: list[str]) -> dict[str, float]:
     return accuracy([read_clip(RUN / "videos" / name) for name in videos], truths)
 
 
+def contact_sheet(videos: list[str], path: Path, rows: int = 8, frames: int = 6) -> None:
+    """A picture of frames of some of the videos, each row under its prompt."""
+    scale, gap, text = 96, 6, 18
+    sheet = Image.new("RGB", (frames * (scale + gap) + gap, rows * (scale + gap + text) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    prompts = [prompt for _, prompt in held_out_prompts(PROMPTS_PER_COMBINATION)]
+    for row in range(rows):
+        index, top = row * len(videos) // rows, gap + row * (scale + gap + text)
+        draw.text((gap, top), prompts[index], fill="black")
+        video = read_frames(RUN / "videos" / videos[index], [FRAMES * i // frames for i in range(frames)])
+        for column, frame in enumerate(video):
+            picture = Image.fromarray(frame.permute(1, 2, 0).numpy()).resize((scale, scale))
+            sheet.paste(picture, (gap + column * (scale + gap), top + text))
+    sheet.save(path)
+
+
 def demo() -> None:
     """All steps, and the report."""
     steps = Steps()
@@ -197,6 +215,7 @@ def demo() -> None:
     real = steps.run("judge_real", "Asking the oracle about real clips", judge_real)
     generated = steps.run("judge_generated", "Asking the oracle about the videos", lambda: judge_generated(videos))
 
+    contact_sheet(videos, RUN / "generated.png")
     seconds = {name: round(step["seconds"], 1) for name, step in steps.state.items()}
     report = {
         "psnr": stage1["val/psnr"],

@@ -6,7 +6,7 @@ Shapes: b batch, n positions in raster order, d width, l text length.
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from t2v.transformer.rope import Rotation
@@ -40,6 +40,23 @@ class KVCache:
         self.values[:, :, place % size] = value[:, :, 0]
         filled = min(place + 1, size)
         return self.keys[:, :, :filled], self.values[:, :, :filled]
+
+
+class PreviousFrame(nn.Module):
+    """What stood around each place in the frame before, as an input to the first layer.
+
+    An embedding of its tokens, mixed over 3×3 places by a depthwise convolution. Most of a video repeats itself or
+    moves by a little from frame to frame; finding that out by attention alone costs the first hundreds of steps.
+    """
+
+    def __init__(self, vocab_size: int, dim: int):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, dim)
+        self.mix = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+
+    def forward(self, tokens: Int[Tensor, "b t h w"]) -> Float[Tensor, "b t n d"]:
+        x = rearrange(self.embedding(tokens), "b t h w d -> (b t) d h w")
+        return rearrange(self.mix(x), "(b t) d h w -> b t (h w) d", b=len(tokens))
 
 
 class SelfAttention(nn.Module):

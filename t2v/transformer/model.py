@@ -1,8 +1,7 @@
 """The spatial–temporal transformer: predicts the tokens of a video one after the other, from text.
 
 - Tokens stand in raster order: time, then row, then column. The input at a place is the token before it, and the place
-  is that of the token being predicted. The token at the same place of the frame before is an input too: most of a video
-  repeats itself there, and finding that out by attention alone costs the first hundreds of steps.
+  is that of the token being predicted. What stood around that place in the frame before is an input too.
 - Spatial layers attend causally within the frame being made. Temporal layers attend causally over the last `window`
   frames: a query at raster place p sees the places p − window·h·w + 1 … p. Cost and cache a token are constant.
 - Rotary positions over time, row and column; RMSNorm, SwiGLU, grouped queries, QK-norm.
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from t2v.batch import TextEmbedding
 from t2v.errors import UserError
-from t2v.transformer.layers import CrossAttention, KVCache, RMSNorm, SelfAttention, SwiGLU
+from t2v.transformer.layers import CrossAttention, KVCache, PreviousFrame, RMSNorm, SelfAttention, SwiGLU
 from t2v.transformer.rope import Rotation, rotation, split_head
 
 
@@ -84,7 +83,7 @@ class Block(nn.Module):
 
 class DecodingState:
     """What generation remembers: the caches of all layers, the text as the layers read it, the last h·w tokens (as a
-    ring over the places of a frame), and the next place.
+    ring over the places of a frame), what the frame before says, and the next place.
     """
 
     def __init__(
@@ -97,6 +96,7 @@ class DecodingState:
     ):
         self.caches, self.text, self.mask, self.pooled = caches, text, mask, pooled
         self.frame_tokens = frame_tokens
+        self.previous: Tensor | None = None
         self.place = 0
 
 
@@ -148,7 +148,7 @@ class VideoTransformer(nn.Module):
         self.vocab_size, self.grid_size, self.text_dim, self.window = vocab_size, grid_size, text_dim, window
 
         self.token_embedding = nn.Embedding(vocab_size, dim)
-        self.previous_embedding = nn.Embedding(vocab_size, dim)
+        self.previous_frame = PreviousFrame(vocab_size, dim)
         self.start = nn.Parameter(torch.empty(dim))
         self.no_text = nn.Parameter(torch.empty(text_dim))
         self.text_norm = RMSNorm(text_dim)
@@ -169,6 +169,9 @@ class VideoTransformer(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1 and "norm" in name:
                 nn.init.ones_(parameter)
+            elif name == "previous_frame.mix.weight":
+                nn.init.dirac_(parameter, groups=len(parameter))
+                parameter.data += 0.3 * torch.randn_like(parameter)
             elif name == "pooled.weight" or name.endswith("text_attention.out.weight"):
                 nn.init.zeros_(parameter)
             else:
@@ -190,8 +193,9 @@ class VideoTransformer(nn.Module):
         b, t, h, w = tokens.shape
         embedded = self.token_embedding(tokens.flatten(1))  # b (t h w) d
         x = torch.cat([self.start.expand(b, 1, -1), embedded[:, :-1]], dim=1)
-        previous = self.previous_embedding(tokens[:, :-1].flatten(1))
-        x = x + F.pad(previous, (0, 0, h * w, 0))  # the first frame has none before it
+        if t > 1:
+            previous = self.previous_frame(tokens[:, :-1]).flatten(1, 2)
+            x = x + F.pad(previous, (0, 0, h * w, 0))  # the first frame has none before it
         words, mask, pooled = self._read(text, drop_text)
         x = rearrange(x + pooled[:, None], "b (t n) d -> b t n d", t=t)
         rotate = self._rotation(0, t * h * w, tokens.device)
@@ -217,8 +221,10 @@ class VideoTransformer(nn.Module):
         else:
             state.frame_tokens[:, (state.place - 1) % frame] = tokens
             x = self.token_embedding(tokens) + state.pooled
-        if state.place >= frame:
-            x = x + self.previous_embedding(state.frame_tokens[:, state.place % frame])
+        if state.place and state.place % frame == 0:
+            state.previous = self.previous_frame(state.frame_tokens.view(-1, 1, self.grid_size, self.grid_size))[:, 0]
+        if state.previous is not None:
+            x = x + state.previous[:, state.place % frame]
         x = x[:, None]
         rotate = self._rotation(state.place, state.place + 1, x.device)
         blocks = cast("list[Block]", self.blocks)

@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
@@ -56,7 +55,7 @@ class LitVQVAE(LightningModule):
         return loss
 
     def validation_step(self, batch: VideoBatch, batch_idx: int) -> None:
-        _, reconstruction, tokens = self._step(batch, "val", quantize=self._has_codebook())
+        _, reconstruction, tokens = self._step(batch, "val", quantize=True)
         video, reconstruction = to_model_range(batch.video), reconstruction.clamp(-1, 1)
         frames, originals = reconstruction.flatten(0, 1), video.flatten(0, 1)
         self.psnr.update(frames, originals)
@@ -68,6 +67,8 @@ class LitVQVAE(LightningModule):
     def on_validation_epoch_end(self) -> None:
         values = {"psnr": self.psnr, "ssim": self.ssim, "flicker": self.flicker, "codebook": self.codebook}
         for name, metric in values.items():
+            if not metric.update_called:  # the codebook, before it is started
+                continue
             result = metric.compute()
             named = {f"{name}_{key}": x for key, x in result.items()} if isinstance(result, dict) else {name: result}
             self.log_dict({f"val/{key}": x for key, x in named.items()}, prog_bar=name == "psnr")
@@ -85,7 +86,7 @@ class LitVQVAE(LightningModule):
 
     def reconstruct(self, video: UInt8[Tensor, "b t c h w"]) -> UInt8[Tensor, "b t c h w"]:
         """Clips after a way through the tokens and back."""
-        return to_uint8(self.model(to_model_range(video), self._has_codebook()).reconstruction)
+        return to_uint8(self.model(to_model_range(video)).reconstruction)
 
     def fingerprint(self) -> dict[str, Any]:
         """What tokens made by this model depend on; token shards carry it."""
@@ -98,11 +99,6 @@ class LitVQVAE(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         return configure_optimization(self, self.model, self.optimizer, self.warmup_steps)
-
-    def _has_codebook(self) -> bool:
-        """Whether training has started the codebook; validation must not, from other footage and too early."""
-        fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        return not fitting or self.global_step > self.quantize_from_step
 
     def _step(
         self, batch: VideoBatch, stage: str, quantize: bool

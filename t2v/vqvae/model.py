@@ -110,11 +110,15 @@ class VQVAE(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, video: Float[Tensor, "b t c h w"], quantize: bool = True) -> VQVAEOutput:
-        """Reconstructs a video in [-1, 1]; `quantize=False` sends the latents through unquantised."""
+        """Reconstructs a video in [-1, 1].
+
+        Latents go through unquantised where `quantize` is False, and in evaluation as long as training has not started
+        the codebook.
+        """
         latents = self._encode(video)
         b, _, h, _, _ = latents.shape
         flat = rearrange(latents, "b t h w d -> (b t) (h w) d")
-        if quantize:
+        if quantize and (self.training or self.quantizer.ready):
             flat, indices, commitment = self.quantizer(flat)
             indices = rearrange(indices, "(b t) (h w) -> b t h w", b=b, h=h)
         else:
@@ -124,6 +128,8 @@ class VQVAE(nn.Module):
 
     def encode(self, video: Float[Tensor, "b t c height width"]) -> Int[Tensor, "b t h w"]:
         """Tokenises a video in [-1, 1], in whatever mode the module is (call `eval()` to leave the codebook alone)."""
+        if not (self.training or self.quantizer.ready):
+            raise UserError("The codebook of this VQ-VAE was never trained, so it has no tokens: load a checkpoint.")
         latents = self._encode(video)
         indices = self.quantizer(rearrange(latents, "b t h w d -> (b t) (h w) d")).indices
         return rearrange(indices, "(b t) (h w) -> b t h w", b=len(video), h=latents.shape[2])

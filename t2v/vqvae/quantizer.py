@@ -37,6 +37,11 @@ class Quantizer(nn.Module, ABC):
     codebook_size: int
     dim: int
 
+    @property
+    def ready(self) -> bool:
+        """Whether there are codes to choose from; a learned codebook starts with the first training pass."""
+        return True
+
     @abstractmethod
     def forward(self, latents: Float[Tensor, "n l d"]) -> Quantized:
         """Quantizes; in training mode it also updates the codebook."""
@@ -91,6 +96,10 @@ class VectorQuantizer(Quantizer):
         # The library's reset value is the threshold itself, at which a restarted code dies again at the next step.
         codebook.reset_cluster_size = 1.0
         codebook.sample_fn, codebook.replace_sample_fn = self._first_codes, self._new_codes
+
+    @property
+    def ready(self) -> bool:
+        return bool(self.quantize._codebook.initted)
 
     def forward(self, latents: Float[Tensor, "n l d"]) -> Quantized:
         with torch.autocast(latents.device.type, enabled=False):
