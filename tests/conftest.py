@@ -16,11 +16,17 @@ import yaml
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 ROOT = Path(__file__).parents[1]
-TRAINER = {"accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1, "max_steps": 12}
+TRAINER = {
+    "accelerator": "cpu",
+    "check_val_every_n_epoch": 1,
+    "enable_progress_bar": False,
+    "log_every_n_steps": 1,
+    "max_steps": 12,
+}
 DATA = {"batch_size": 8, "num_workers": 0}
 TOY = {
     "vqvae": {
-        "trainer": {**TRAINER, "check_val_every_n_epoch": 1},
+        "trainer": TRAINER,
         "model": {
             "init_args": {
                 "model": {"init_args": {"base_channels": 8, "codebook_size": 32}},
