@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from t2v.batch import GeneratedVideos, PromptBatch, TextEmbedding, TokenBatch
+from t2v.batch import GeneratedVideos, PromptBatch, TokenBatch
 from t2v.errors import UserError
 from t2v.generation import decode  # the module: it imports t2v.transformer itself, and may be only half loaded here
 from t2v.generation.sampling import Sampler
@@ -126,7 +126,7 @@ class LitVideoTransformer(LightningModule):
     def generate_videos(self, batch: PromptBatch) -> GeneratedVideos:
         """Generates one video a prompt, decoding each frame as soon as its tokens are there."""
         self.text_encoder.to(self.device)
-        text = TextEmbedding(*(tensor.clone() for tensor in self.text_encoder.encode(batch.prompts)))
+        text = self.text_encoder.encode(batch.prompts)
         decoder, state, frames = self.tokenizer, None, []
         for tokens in decode.generate_frames(self.model, text, self.frames, self.sampler, batch.seeds, self.guidance):
             frame, state = decoder.decode_stream(tokens, state)
