@@ -1,21 +1,17 @@
-"""The terms of the VQ-VAE's loss: each a small module with a weight and a first step.
-
-All compare a reconstruction with its footage, both (b, t, c, h, w) in [-1, 1].
-"""
+"""Terms that compare the features of a frozen network."""
 
 import hashlib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from t2v.errors import UserError
-
-Video = Float[Tensor, "b t c h w"]
+from t2v.vqvae.losses.term import LossTerm, Video
 
 MOBILENET_SHA256 = "2f518e773d4402dde55f981ae3078a72ba95c3adccae1d55051a4be844d50197"
 LPIPS_BACKBONES = {
@@ -23,63 +19,6 @@ LPIPS_BACKBONES = {
     "squeeze": "squeezenet1_1-b8a52dc0.pth",
     "vgg": "vgg16-397923af.pth",
 }
-
-
-class LossTerm(nn.Module, ABC):
-    """One term of the loss.
-
-    Attributes:
-        name: what it is logged as.
-        weight: its factor in the sum.
-        start_step: the first training step it counts in.
-    """
-
-    name: str
-
-    def __init__(self, weight: float = 1.0, start_step: int = 0):
-        """
-        Args:
-            weight: factor in the sum.
-            start_step: first training step it counts in.
-        """
-        super().__init__()
-        self.weight, self.start_step = weight, start_step
-
-    @abstractmethod
-    def forward(self, reconstruction: Video, video: Video) -> Float[Tensor, ""]:
-        """The term, unweighted."""
-
-
-class L1Loss(LossTerm):
-    """Mean absolute error of the pixels: sharp edges."""
-
-    name = "l1"
-
-    def forward(self, reconstruction: Video, video: Video) -> Float[Tensor, ""]:
-        return F.l1_loss(reconstruction, video)
-
-
-class L2Loss(LossTerm):
-    """Mean squared error of the pixels: what PSNR measures."""
-
-    name = "l2"
-
-    def forward(self, reconstruction: Video, video: Video) -> Float[Tensor, ""]:
-        return F.mse_loss(reconstruction, video)
-
-
-class TemporalDifferenceLoss(LossTerm):
-    """Temporal consistency: the reconstruction must change from frame to frame as the footage does.
-
-    Mean absolute error of the frame differences; zero for a single picture.
-    """
-
-    name = "temporal"
-
-    def forward(self, reconstruction: Video, video: Video) -> Float[Tensor, ""]:
-        if video.shape[1] < 2:
-            return video.new_zeros(())
-        return F.l1_loss(reconstruction.diff(dim=1), video.diff(dim=1))
 
 
 class PerceptualLoss(LossTerm):
