@@ -3,16 +3,17 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torchmetrics import Metric
+
+from t2v.metrics.metric import VideoMetric
 
 
-class Flicker(Metric):
+class Flicker(VideoMetric):
     """Mean absolute error of the frame differences, reconstruction against footage, in the pixels' own units.
 
     Zero when the reconstruction moves exactly as the footage does, even if every frame has the same error.
     """
 
-    full_state_update = False
+    name = "flicker"
     total: Tensor
     count: Tensor
 

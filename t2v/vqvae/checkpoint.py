@@ -1,4 +1,4 @@
-"""Loading a trained VQ-VAE out of a stage 1 checkpoint."""
+"""Loading a trained VQ-VAE, out of a checkpoint of stage 1 or an exported folder."""
 
 from pathlib import Path
 
@@ -9,14 +9,17 @@ from t2v.vqvae.model import VQVAE
 
 
 def load_vqvae(path: str) -> VQVAE:
-    """The VQ-VAE of a checkpoint that `fit` of stage 1 wrote, in eval mode and frozen.
+    """A trained VQ-VAE, in eval mode and frozen.
 
     Args:
-        path: the .ckpt file.
+        path: the .ckpt file that `fit` of stage 1 wrote, or the folder that `VQVAE.save_pretrained` wrote. Where
+            training kept a moving average of the weights, it is what the checkpoint gives.
 
     Raises:
         UserError: if there is no such file, or it is no checkpoint of stage 1.
     """
+    if Path(path).is_dir():
+        return VQVAE.from_pretrained(path)
     if not Path(path).is_file():
         raise UserError(
             f"There is no VQ-VAE checkpoint at '{path}': train stage 1 first, or give the path of its checkpoint to "
@@ -30,7 +33,7 @@ def load_vqvae(path: str) -> VQVAE:
             for name, value in checkpoint["state_dict"].items()
             if name.startswith("model.")
         }
-        model = VQVAE(**arguments)
+        model = VQVAE.from_config(arguments)
         model.load_state_dict(state)
     except Exception as error:
         reason = str(error).split("\n", 1)[0]

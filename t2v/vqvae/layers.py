@@ -41,15 +41,18 @@ class ResBlock(nn.Module):
         return self.skip(x) + h
 
 
-class Upsample(nn.Module):
-    """Doubles height and width: nearest neighbour, then a 3×3 convolution."""
+class Downsample(nn.Conv2d):
+    """Halves height and width by a 3×3 convolution."""
 
     def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        super().__init__(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c 2*h 2*w"]:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+class Upsample(nn.Upsample):
+    """Doubles height and width by repeating pixels; the residual block that follows smooths them."""
+
+    def __init__(self, channels: int):
+        super().__init__(scale_factor=2.0, mode="nearest")
 
 
 class CausalTemporalBlock(nn.Module):

@@ -11,9 +11,9 @@ from torch import Tensor
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from t2v.batch import VideoBatch
-from t2v.metrics import CodebookUsage, Flicker
+from t2v.metrics import CodebookUsage, Flicker, VideoMetric
 from t2v.optimization import configure_optimization
-from t2v.vqvae.losses import LossTerm
+from t2v.vqvae.losses import AdversarialLoss, LossTerm
 from t2v.vqvae.model import VQVAE, to_model_range, to_uint8
 
 
@@ -24,8 +24,10 @@ class LitVQVAE(LightningModule):
         self,
         model: VQVAE,
         losses: list[LossTerm],
-        commitment_weight: float = 0.25,
+        adversarial: AdversarialLoss | None = None,
+        metrics: list[VideoMetric] | None = None,
         quantize_from_step: int = 0,
+        compiled: bool = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         warmup_steps: int = 0,
     ):
@@ -33,46 +35,83 @@ class LitVQVAE(LightningModule):
         Args:
             model: the VQ-VAE.
             losses: terms of the loss.
-            commitment_weight: weight of the distance between the encoder's vectors and their codes.
+            adversarial: discriminators to train beside the VQ-VAE, and their term.
+            metrics: what `validate` measures beside PSNR, SSIM, flicker and the use of the codebook.
             quantize_from_step: train as a plain autoencoder until this step, then start the codebook by k-means.
+            compiled: compile the encoder and the decoder; a gain on GPUs, none on the CPUs it was measured on.
             optimizer: builds the optimizer from parameter groups.
             warmup_steps: steps over which the learning rate rises; then it follows a cosine.
         """
         super().__init__()
         self.model = model
-        self.losses = tuple(losses)  # not registered: frozen feature networks stay out of checkpoints
-        self.commitment_weight = commitment_weight
+        self.adversarial = adversarial
+        # Not registered: their frozen networks stay out of checkpoints and averages.
+        self.losses = tuple(losses)
+        self.metrics = (Flicker(), *(metrics or []))
         self.quantize_from_step = quantize_from_step
+        self.compiled = compiled
         self.optimizer = optimizer
         self.warmup_steps = warmup_steps
         self.psnr = PeakSignalNoiseRatio(data_range=(-1.0, 1.0), dim=(1, 2, 3))
         self.ssim = StructuralSimilarityIndexMeasure(data_range=(-1.0, 1.0))
-        self.flicker = Flicker()
         self.codebook = CodebookUsage(model.codebook_size)
 
+    def setup(self, stage: str) -> None:
+        if self.compiled:  # in place, so that the names of the weights stay as they are
+            self.model.encoder.compile()
+            self.model.decoder.compile()
+
     def training_step(self, batch: VideoBatch, batch_idx: int) -> Float[Tensor, ""]:
-        loss, _, _ = self._step(batch, "train", quantize=self.global_step >= self.quantize_from_step)
+        video = to_model_range(batch.video)
+        reconstruction, _, quantizer_loss = self.model(video, quantize=self.global_step >= self.quantize_from_step)
+        reconstruction = reconstruction.float()
+        terms = {term.name: term(reconstruction, video) for term in self.losses if self.global_step >= term.start_step}
+        loss = sum((term.weight * terms[term.name] for term in self.losses if term.name in terms), video.new_zeros(()))
+        terms["quantizer"] = quantizer_loss
+        if self.adversarial is None:
+            loss = loss + quantizer_loss
+        elif self.global_step < self.adversarial.start_step:
+            loss = loss + quantizer_loss + self.adversarial.idle()
+        else:
+            terms["generator"] = self.adversarial.generator_loss(reconstruction, loss)
+            terms["discriminator"] = self.adversarial.discriminator_loss(reconstruction, video)
+            loss = loss + quantizer_loss + terms["generator"] + terms["discriminator"]
+        terms["loss"] = loss
+        self.log_dict({f"train/{name}": x.detach() for name, x in terms.items()}, batch_size=len(video))
         return loss
 
+    def on_validation_epoch_start(self) -> None:
+        for metric in self.metrics:
+            metric.to(self.device)
+
     def validation_step(self, batch: VideoBatch, batch_idx: int) -> None:
-        _, reconstruction, tokens = self._step(batch, "val", quantize=True)
-        video, reconstruction = to_model_range(batch.video), reconstruction.clamp(-1, 1)
+        video = to_model_range(batch.video)
+        reconstruction, tokens, _ = self.model(video)
+        reconstruction = reconstruction.float().clamp(-1, 1)
+        loss = sum((term.weight * term(reconstruction, video) for term in self.losses), video.new_zeros(()))
+        self.log("val/loss", loss, batch_size=len(video), sync_dist=True)
         frames, originals = reconstruction.flatten(0, 1), video.flatten(0, 1)
         self.psnr.update(frames, originals)
         self.ssim.update(frames, originals)
-        self.flicker.update(reconstruction, video)
+        for metric in self.metrics:
+            metric.update(reconstruction, video)
         if tokens is not None:
             self.codebook.update(tokens)
 
     def on_validation_epoch_end(self) -> None:
-        values = {"psnr": self.psnr, "ssim": self.ssim, "flicker": self.flicker, "codebook": self.codebook}
-        for name, metric in values.items():
+        values: dict[str, Tensor] = {}
+        named = {metric.name: metric for metric in self.metrics}
+        for name, metric in {"psnr": self.psnr, "ssim": self.ssim, "codebook": self.codebook, **named}.items():
             if not metric.update_called:  # the codebook, before it is started
                 continue
             result = metric.compute()
-            named = {f"{name}_{key}": x for key, x in result.items()} if isinstance(result, dict) else {name: result}
-            self.log_dict({f"val/{key}": x for key, x in named.items()}, prog_bar=name == "psnr")
+            values |= {f"{name}_{key}": x for key, x in result.items()} if isinstance(result, dict) else {name: result}
             metric.reset()
+        self.log("val/psnr", values.pop("psnr"), prog_bar=True)
+        self.log_dict({f"val/{name}": x for name, x in values.items()})
+
+    def on_test_epoch_start(self) -> None:
+        self.on_validation_epoch_start()
 
     def test_step(self, batch: VideoBatch, batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)
@@ -98,21 +137,4 @@ class LitVQVAE(LightningModule):
         }
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        return configure_optimization(self, self.model, self.optimizer, self.warmup_steps)
-
-    def _step(
-        self, batch: VideoBatch, stage: str, quantize: bool
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, "b t c h w"], Int[Tensor, "b t h w"] | None]:
-        """Loss, reconstruction and tokens of a batch, every term logged."""
-        video = to_model_range(batch.video)
-        reconstruction, tokens, commitment = self.model(video, quantize)
-        reconstruction = reconstruction.float()
-        terms = {"commitment": commitment}
-        loss = self.commitment_weight * commitment
-        for term in self.losses:
-            if stage != "train" or self.global_step >= term.start_step:
-                terms[term.name] = term(reconstruction, video)
-                loss = loss + term.weight * terms[term.name]
-        terms["loss"] = loss
-        self.log_dict({f"{stage}/{name}": x.detach() for name, x in terms.items()}, batch_size=len(video))
-        return loss, reconstruction, tokens
+        return configure_optimization(self, self, self.optimizer, self.warmup_steps)

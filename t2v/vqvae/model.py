@@ -5,6 +5,7 @@
   `latent_patch_size` latents are folded into one token: 512×512 pixels → 64×64 latents → 16×16 tokens at full size.
 - The decoder mixes time causally at the token grid, where it is cheap, and mirrors the encoder frame by frame. Decoding
   in pieces, with the state handed on, equals decoding whole.
+- Both networks work frame by frame, so `frames_at_once` bounds their memory without changing what they compute.
 
 VQ-VAE: https://arxiv.org/abs/1711.00937; VQGAN: https://arxiv.org/abs/2012.09841.
 """
@@ -12,15 +13,20 @@ VQ-VAE: https://arxiv.org/abs/1711.00937; VQGAN: https://arxiv.org/abs/2012.0984
 import hashlib
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 import torch
 from einops import rearrange
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from jaxtyping import Float, Int
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from t2v.errors import UserError
-from t2v.vqvae.layers import CausalTemporalBlock, ChannelNorm, ResBlock, Upsample
+from t2v.vqvae.layers import CausalTemporalBlock, ChannelNorm, Downsample, ResBlock, Upsample
 from t2v.vqvae.quantizer import Quantizer, VectorQuantizer
 
 DecoderState = list[Float[Tensor, "b k c h w"]]
@@ -32,13 +38,21 @@ class VQVAEOutput(NamedTuple):
     reconstruction: Float[Tensor, "b t c h w"]
     indices: Int[Tensor, "b t h w"] | None
     """None in a pass that did not quantize."""
-    commitment: Float[Tensor, ""]
+    quantizer_loss: Float[Tensor, ""]
 
 
-class VQVAE(nn.Module):
+class VQVAE(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="t2v",
+    coders={Quantizer: (Quantizer.config, Quantizer.from_config)},
+):
     """Vector-quantised autoencoder for video.
 
+    `save_pretrained` writes a folder of safetensors and JSON, which `from_pretrained` reads.
+
     Attributes:
+        stride: height and width of a token in pixels.
         grid_size: height and width of the token grid of a frame.
         codebook_size: number of codes.
     """
@@ -47,17 +61,15 @@ class VQVAE(nn.Module):
         self,
         image_size: int = 512,
         base_channels: int = 128,
-        channel_multipliers: Sequence[int] = (1, 2, 2, 4),
+        channel_multipliers: Sequence[int] = (1, 2, 4),
         encoder_blocks: int = 2,
         encoder_kernel_size: int = 3,
         decoder_blocks: int = 3,
         temporal_blocks: int = 2,
-        patch_size: int = 1,
+        patch_size: int = 2,
         latent_patch_size: int = 4,
-        codebook_size: int = 16384,
-        codebook_dim: int = 16,
-        codebook_decay: float = 0.9,
-        restart_below: float = 0.1,
+        quantizer: Quantizer | None = None,
+        frames_at_once: int | None = None,
     ):
         """
         Args:
@@ -71,37 +83,40 @@ class VQVAE(nn.Module):
             temporal_blocks: causal blocks over time in the decoder.
             patch_size: pixels a side that are folded into channels before the first level.
             latent_patch_size: latents a side that become one token.
-            codebook_size: number of codes.
-            codebook_dim: width of a code.
-            codebook_decay: of the moving averages that the codes follow, in (0, 1).
-            restart_below: a code is restarted when fewer vectors a batch than this choose it (moving average).
+            quantizer: chooses the codes; a `VectorQuantizer` of 16,384 codes by default.
+            frames_at_once: frames that go through the networks together, all by default. In training, activations of
+                a group are computed again in the backward pass, which bounds memory for about a third more time.
         """
         super().__init__()
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
         self.image_size = image_size
+        self.frames_at_once = frames_at_once
         self.stride = patch_size * 2 ** (len(widths) - 1) * latent_patch_size
         if image_size % self.stride:
             raise UserError(
                 f"image_size={image_size} is not a multiple of {self.stride}, the stride of the VQ-VAE (patch_size × "
                 f"2^(levels − 1) × latent_patch_size): change one of them."
             )
+        if frames_at_once is not None and frames_at_once < 1:
+            raise UserError(f"frames_at_once={frames_at_once} must be at least 1; leave it out for all frames.")
         self.grid_size = image_size // self.stride
-        self.codebook_size = codebook_size
+        self.quantizer = quantizer if quantizer is not None else VectorQuantizer()
+        self.codebook_size = self.quantizer.codebook_size
         width = widths[-1]
 
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(patch_size),
             nn.Conv2d(3 * patch_size**2, widths[0], 3, padding=1),
-            *_levels(widths, encoder_blocks, encoder_kernel_size, down=True),
+            *_levels(widths, encoder_blocks, encoder_kernel_size, Downsample),
             ChannelNorm(width),
             nn.SiLU(),
-            nn.Conv2d(width, width, latent_patch_size, stride=latent_patch_size),
+            nn.Conv2d(width, self.quantizer.dim, latent_patch_size, stride=latent_patch_size),
         )
-        self.quantizer: Quantizer = VectorQuantizer(width, codebook_size, codebook_dim, codebook_decay, restart_below)
+        self.expand = nn.Linear(self.quantizer.dim, width)
         self.temporal = nn.ModuleList(CausalTemporalBlock(width) for _ in range(temporal_blocks))
         self.decoder = nn.Sequential(
             nn.ConvTranspose2d(width, width, latent_patch_size, stride=latent_patch_size),
-            *_levels(widths[::-1], decoder_blocks, 3, down=False),
+            *_levels(widths[::-1], decoder_blocks, 3, Upsample),
             ChannelNorm(widths[0]),
             nn.SiLU(),
             nn.Conv2d(widths[0], 3 * patch_size**2, 3, padding=1),
@@ -115,24 +130,24 @@ class VQVAE(nn.Module):
         Latents go through unquantised where `quantize` is False, and in evaluation as long as training has not started
         the codebook.
         """
-        latents = self._encode(video)
-        b, _, h, _, _ = latents.shape
-        flat = rearrange(latents, "b t h w d -> (b t) (h w) d")
+        vectors = self._encode(video)
+        b, _, h, _, _ = vectors.shape
+        flat = rearrange(vectors, "b t h w c -> (b t) (h w) c")
         if quantize and (self.training or self.quantizer.ready):
-            flat, indices, commitment = self.quantizer(flat)
+            codes, indices, loss = self.quantizer(flat)
             indices = rearrange(indices, "(b t) (h w) -> b t h w", b=b, h=h)
         else:
-            flat, indices, commitment = self.quantizer.bypass(flat), None, flat.new_zeros(())
-        latents = rearrange(flat, "(b t) (h w) d -> b t h w d", b=b, h=h)
-        return VQVAEOutput(self._decode(latents)[0], indices, commitment)
+            codes, indices, loss = self.quantizer.relax(flat), None, flat.new_zeros(())
+        codes = rearrange(codes, "(b t) (h w) c -> b t h w c", b=b, h=h)
+        return VQVAEOutput(self._decode(codes)[0], indices, loss)
 
     def encode(self, video: Float[Tensor, "b t c height width"]) -> Int[Tensor, "b t h w"]:
         """Tokenises a video in [-1, 1], in whatever mode the module is (call `eval()` to leave the codebook alone)."""
         if not (self.training or self.quantizer.ready):
             raise UserError("The codebook of this VQ-VAE was never trained, so it has no tokens: load a checkpoint.")
-        latents = self._encode(video)
-        indices = self.quantizer(rearrange(latents, "b t h w d -> (b t) (h w) d")).indices
-        return rearrange(indices, "(b t) (h w) -> b t h w", b=len(video), h=latents.shape[2])
+        vectors = self._encode(video)
+        indices = self.quantizer(rearrange(vectors, "b t h w c -> (b t) (h w) c")).indices
+        return rearrange(indices, "(b t) (h w) -> b t h w", b=len(video), h=vectors.shape[2])
 
     def decode(self, tokens: Int[Tensor, "b t h w"]) -> Float[Tensor, "b t c height width"]:
         """Turns tokens into a video in [-1, 1]."""
@@ -159,9 +174,9 @@ class VQVAE(nn.Module):
                 f"Token {low if low < 0 else high} is outside the codebook (0 to {self.codebook_size - 1}): were these "
                 f"tokens made by another VQ-VAE?"
             )
-        latents = self.quantizer.lookup(rearrange(tokens, "b t h w -> (b t) (h w)"))
-        latents = rearrange(latents, "(b t) (h w) d -> b t h w d", b=len(tokens), h=tokens.shape[2])
-        video, state = self._decode(latents, state)
+        codes = self.quantizer.lookup(rearrange(tokens, "b t h w -> (b t) (h w)"))
+        codes = rearrange(codes, "(b t) (h w) c -> b t h w c", b=len(tokens), h=tokens.shape[2])
+        video, state = self._decode(codes, state)
         return video.clamp(-1, 1), state
 
     def fingerprint(self) -> str:
@@ -172,32 +187,77 @@ class VQVAE(nn.Module):
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def _encode(self, video: Float[Tensor, "b t c height width"]) -> Float[Tensor, "b t h w d"]:
+    @classmethod
+    def from_config(cls, arguments: dict[str, Any]) -> Self:
+        """Builds the network that a saved config describes, with fresh weights.
+
+        Args:
+            arguments: those of `__init__` in JSON's types, the quantizer as `Quantizer.config` writes it.
+        """
+        quantizer = arguments.get("quantizer")
+        return cls(**{**arguments, "quantizer": quantizer and Quantizer.from_config(quantizer)})
+
+    @classmethod
+    def _from_pretrained(
+        cls, *, model_id: str, map_location: str = "cpu", strict: bool = True, **arguments: Any
+    ) -> Self:
+        """What the mixin's `from_pretrained` calls: strict, and safetensors only."""
+        download = {
+            name: arguments.pop(name)
+            for name in ("revision", "cache_dir", "force_download", "local_files_only", "token")
+        }
+        path = Path(model_id) / "model.safetensors"
+        try:
+            if not Path(model_id).is_dir():
+                path = Path(hf_hub_download(model_id, path.name, **download))
+            weights = load_file(path, device=map_location)
+        except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+            raise UserError(
+                f"There are no weights of a VQ-VAE at '{model_id}' ({type(error).__name__}): give a folder that "
+                f"`save_pretrained` wrote, or a repository of the hub that holds {path.name}."
+            ) from error
+        model = cls(**arguments)
+        model.load_state_dict(weights, strict=strict)
+        return model.requires_grad_(False).eval()
+
+    def _encode(self, video: Float[Tensor, "b t c height width"]) -> Float[Tensor, "b t h w c"]:
         if video.shape[-2] % self.stride or video.shape[-1] % self.stride:
             raise UserError(
                 f"Frames of {video.shape[-2]}×{video.shape[-1]} pixels do not divide into tokens of {self.stride}×"
                 f"{self.stride}: resize them to a multiple of {self.stride}."
             )
-        frames = video.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        return rearrange(self.encoder(frames), "(b t) d h w -> b t h w d", b=len(video))
+        vectors = self._in_groups(self.encoder, video.flatten(0, 1))
+        return rearrange(vectors, "(b t) c h w -> b t h w c", b=len(video))
 
     def _decode(
-        self, latents: Float[Tensor, "b t h w d"], state: DecoderState | None = None
+        self, codes: Float[Tensor, "b t h w c"], state: DecoderState | None = None
     ) -> tuple[Float[Tensor, "b t c height width"], DecoderState]:
-        x = rearrange(latents, "b t h w d -> b t d h w")
+        x = rearrange(self.expand(codes), "b t h w d -> b t d h w")
         states = []
         for i, block in enumerate(self.temporal):
             x, new_state = block(x, None if state is None else state[i])
             states.append(new_state)
-        frames = self.decoder(x.flatten(0, 1).contiguous(memory_format=torch.channels_last))
-        return frames.unflatten(0, latents.shape[:2]), states
+        frames = self._in_groups(self.decoder, x.flatten(0, 1))
+        return frames.unflatten(0, codes.shape[:2]), states
+
+    def _in_groups(self, network: nn.Module, frames: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d height width"]:
+        """The network on `frames_at_once` frames at a time, its activations computed again for gradients."""
+        frames = frames.contiguous(memory_format=torch.channels_last)
+        if self.frames_at_once is None or len(frames) <= self.frames_at_once:
+            return network(frames)
+        groups = frames.split(self.frames_at_once)
+        if torch.is_grad_enabled():
+            return torch.cat([checkpoint(network, group, use_reentrant=False) for group in groups])  # type: ignore[misc]
+        return torch.cat([network(group) for group in groups])
 
 
-def _levels(widths: Sequence[int], blocks: int, kernel_size: int, down: bool) -> list[nn.Module]:
+def _levels(
+    widths: Sequence[int], blocks: int, kernel_size: int, resize: type[Downsample] | type[Upsample]
+) -> list[nn.Module]:
     """Residual blocks at each width, with halving (or doubling) of the size from one width to the next."""
     layers: list[nn.Module] = [ResBlock(widths[0], widths[0], kernel_size) for _ in range(blocks)]
     for before, after in pairwise(widths):
-        layers.append(nn.Conv2d(before, before, 3, stride=2, padding=1) if down else Upsample(before))
+        layers.append(resize(before))
         layers += [ResBlock(before if i == 0 else after, after, kernel_size) for i in range(blocks)]
     return layers
 

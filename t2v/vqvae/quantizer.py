@@ -1,37 +1,42 @@
-"""Quantizers: from latent vectors to codebook indices and back.
+"""Quantizers: from vectors to codes, and from the codes' indices back.
 
 - Each is a thin shell over `vector-quantize-pytorch`, which keeps the codebook, its EMA and its restarts.
-- A quantizer takes (n, l, d) latents and returns vectors of the same shape, so that the networks around it do not know
-  how wide its codes are.
-- `bypass` sends the latents through the same bottleneck unquantised: a few hundred steps of that before the codebook is
-  initialised give k-means something worth clustering.
+- A quantizer works on vectors of its own width `dim`; the networks around it bring them to that width and back.
+- `relax` sends vectors through the same bottleneck without choosing codes: a few hundred steps of that before a learned
+  codebook is initialised give k-means something worth clustering.
+- On several ranks a codebook follows the vectors of all of them, and every rank holds the same one.
 """
 
+import inspect
+import math
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from vector_quantize_pytorch import VectorQuantize
+from vector_quantize_pytorch import FSQ, LFQ, VectorQuantize
+
+from t2v.errors import UserError
 
 
 class Quantized(NamedTuple):
-    """What a quantizer makes of latents."""
+    """What a quantizer makes of vectors."""
 
-    latents: Float[Tensor, "n l d"]
+    codes: Float[Tensor, "n l c"]
     indices: Int[Tensor, "n l"]
-    commitment: Float[Tensor, ""]
-    """How far the encoder's vectors are from their codes; zero where that means nothing."""
+    loss: Float[Tensor, ""]
+    """What the quantizer wants minimised, weighted by its own arguments; zero in evaluation."""
 
 
 class Quantizer(nn.Module, ABC):
-    """The base class of all quantizers.
+    """The base class of all quantizers; an argument of `__init__` must be kept as an attribute of the same name.
 
     Attributes:
         codebook_size: number of codes.
-        dim: width d of the latents it takes and returns.
+        dim: width c of the vectors it takes and of the codes it returns.
     """
 
     codebook_size: int
@@ -43,16 +48,37 @@ class Quantizer(nn.Module, ABC):
         return True
 
     @abstractmethod
-    def forward(self, latents: Float[Tensor, "n l d"]) -> Quantized:
-        """Quantizes; in training mode it also updates the codebook."""
+    def forward(self, vectors: Float[Tensor, "n l c"]) -> Quantized:
+        """Quantizes; in training mode it also updates a learned codebook."""
 
     @abstractmethod
-    def bypass(self, latents: Float[Tensor, "n l d"]) -> Float[Tensor, "n l d"]:
-        """The latents through the bottleneck without quantizing."""
+    def relax(self, vectors: Float[Tensor, "n l c"]) -> Float[Tensor, "n l c"]:
+        """The vectors where codes would lie, without choosing any."""
 
     @abstractmethod
-    def lookup(self, indices: Int[Tensor, "n l"]) -> Float[Tensor, "n l d"]:
-        """The latents that `forward` returns for these indices."""
+    def lookup(self, indices: Int[Tensor, "n l"]) -> Float[Tensor, "n l c"]:
+        """The codes that `forward` returns for these indices."""
+
+    def config(self) -> dict[str, Any]:
+        """The class and its arguments, in JSON's types; `from_config` reads it."""
+        names = list(inspect.signature(type(self)).parameters)
+        class_path = f"{type(self).__module__}.{type(self).__qualname__}"
+        return {"class_path": class_path, "init_args": {name: getattr(self, name) for name in names}}
+
+    @staticmethod
+    def from_config(config: dict[str, Any]) -> "Quantizer":
+        """Builds what `config` described. Only classes that are imported already count: a file cannot name any code.
+
+        Raises:
+            UserError: if there is no such class.
+        """
+        known = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in _subclasses(Quantizer)}
+        if config["class_path"] not in known:
+            raise UserError(
+                f"The quantizer {config['class_path']} is not known: import the module that defines it first. "
+                f"Known are {', '.join(sorted(known))}."
+            )
+        return known[config["class_path"]](**config.get("init_args", {}))
 
 
 class VectorQuantizer(Quantizer):
@@ -67,66 +93,174 @@ class VectorQuantizer(Quantizer):
 
     def __init__(
         self,
-        dim: int,
         codebook_size: int = 16384,
-        codebook_dim: int = 16,
-        decay: float = 0.9,
+        dim: int = 16,
+        decay: float = 0.99,
         restart_below: float = 0.1,
+        commitment_weight: float = 0.25,
+        entropy_weight: float = 0.0,
     ):
         """
         Args:
-            dim: width of the latents.
             codebook_size: number of codes.
-            codebook_dim: width of a code, 8 to 32.
+            dim: width of a code, 8 to 32.
             decay: of the moving averages that the codes follow, in (0, 1).
             restart_below: a code is restarted when fewer vectors a batch than this choose it (moving average).
+            commitment_weight: weight of the squared distance between vectors and their codes.
+            entropy_weight: weight of a reward for spreading the vectors of a batch over all codes.
         """
         super().__init__()
-        self.dim, self.codebook_size = dim, codebook_size
+        self.codebook_size, self.dim, self.decay, self.restart_below = codebook_size, dim, decay, restart_below
+        self.commitment_weight, self.entropy_weight = commitment_weight, entropy_weight
         self.quantize = VectorQuantize(
             dim=dim,
             codebook_size=codebook_size,
-            codebook_dim=codebook_dim,
             decay=decay,
             threshold_ema_dead_code=restart_below,
             use_cosine_sim=True,
             kmeans_init=True,
+            commitment_weight=commitment_weight,
+            codebook_diversity_loss_weight=entropy_weight,
         )
         codebook = self.quantize._codebook
         # The library's reset value is the threshold itself, at which a restarted code dies again at the next step.
         codebook.reset_cluster_size = 1.0
         codebook.sample_fn, codebook.replace_sample_fn = self._first_codes, self._new_codes
+        # It decides at construction whether there are other ranks, which is before Lightning has started them.
+        codebook.all_reduce_fn = codebook.kmeans_all_reduce_fn = _sum_over_ranks
 
     @property
     def ready(self) -> bool:
         return bool(self.quantize._codebook.initted)
 
-    def forward(self, latents: Float[Tensor, "n l d"]) -> Quantized:
-        with torch.autocast(latents.device.type, enabled=False):
-            quantized, indices, commitment = self.quantize(latents.float())
-        return Quantized(quantized, indices, commitment.squeeze())
+    def forward(self, vectors: Float[Tensor, "n l c"]) -> Quantized:
+        with torch.autocast(vectors.device.type, enabled=False):
+            if self.training:
+                codes, indices, loss = self.quantize(vectors.float())
+                return Quantized(codes, indices, loss.squeeze())
+            # The library would write a one-hot vector as long as the codebook for every token.
+            indices = (F.normalize(vectors.float(), dim=-1) @ self.quantize.codebook.T).argmax(dim=-1)
+            return Quantized(self.lookup(indices), indices, vectors.new_zeros(()))
 
-    def bypass(self, latents: Float[Tensor, "n l d"]) -> Float[Tensor, "n l d"]:
-        codes = F.normalize(self.quantize.project_in(latents), dim=-1)
-        return self.quantize.project_out(codes)
+    def relax(self, vectors: Float[Tensor, "n l c"]) -> Float[Tensor, "n l c"]:
+        return F.normalize(vectors, dim=-1)
 
-    def lookup(self, indices: Int[Tensor, "n l"]) -> Float[Tensor, "n l d"]:
-        return self.quantize.get_output_from_indices(indices)
+    def lookup(self, indices: Int[Tensor, "n l"]) -> Float[Tensor, "n l c"]:
+        return self.quantize.codebook[indices]
 
     def _first_codes(self, vectors: Float[Tensor, "1 n c"], count: int) -> Float[Tensor, "1 count c"]:
         """Starting points for k-means: k-means++ in rounds that each double the number of codes."""
-        codes = vectors[:, torch.randint(vectors.shape[1], (1,), device=vectors.device)]
-        while (missing := count - codes.shape[1]) > 0:
-            drawn = _draw_far(vectors[0], codes[0], min(missing, codes.shape[1]))
-            codes = torch.cat([codes, drawn[None]], dim=1)
-        return codes
+        everything = _of_all_ranks(vectors[0])
+        codes = everything[torch.randint(len(everything), (1,), device=vectors.device)]
+        while (missing := count - len(codes)) > 0:
+            codes = torch.cat([codes, _draw_far(everything, codes, min(missing, len(codes)))])
+        return _of_first_rank(codes)[None]
 
     def _new_codes(self, vectors: Float[Tensor, "1 n c"], count: int) -> Float[Tensor, "1 count c"]:
         """Places for dead codes, far from all codes there are."""
-        return _draw_far(vectors[0], self.quantize._codebook.embed[0], count)[None]
+        codes = self.quantize._codebook.embed[0]
+        return _of_first_rank(_draw_far(_of_all_ranks(vectors[0]), codes, count))[None]
+
+
+class FSQuantizer(Quantizer):
+    """Finite scalar quantisation (https://arxiv.org/abs/2309.15505): every channel is rounded to a few levels.
+
+    There is no codebook to learn, and so none to collapse.
+    """
+
+    def __init__(self, levels: list[int]):
+        """
+        Args:
+            levels: number of levels of each channel, 3 or more; their product is the number of codes, for example
+                [8, 8, 8, 6, 5] for 15,360.
+        """
+        super().__init__()
+        if not levels or min(levels) < 3:
+            raise UserError(f"levels={list(levels)} of FSQuantizer must be at least one number, and none below 3.")
+        self.levels, self.dim, self.codebook_size = list(levels), len(levels), math.prod(levels)
+        self.quantize = FSQ(self.levels)
+
+    def forward(self, vectors: Float[Tensor, "n l c"]) -> Quantized:
+        with torch.autocast(vectors.device.type, enabled=False):
+            codes, indices = self.quantize(vectors.float())
+        return Quantized(codes, indices.long(), vectors.new_zeros(()))
+
+    def relax(self, vectors: Float[Tensor, "n l c"]) -> Float[Tensor, "n l c"]:
+        return vectors.tanh()
+
+    def lookup(self, indices: Int[Tensor, "n l"]) -> Float[Tensor, "n l c"]:
+        return self.quantize.indices_to_codes(indices)
+
+
+class LFQuantizer(Quantizer):
+    """Lookup-free quantisation (https://arxiv.org/abs/2310.05737): the signs of the channels are the bits of the token.
+
+    An entropy term makes single choices clear and all choices together even.
+    """
+
+    def __init__(self, codebook_size: int = 16384, entropy_weight: float = 0.1, commitment_weight: float = 0.25):
+        """
+        Args:
+            codebook_size: number of codes, a power of two.
+            entropy_weight: weight of the entropy term.
+            commitment_weight: weight of the squared distance between vectors and their codes.
+        """
+        super().__init__()
+        if codebook_size < 2 or codebook_size & (codebook_size - 1):
+            raise UserError(
+                f"codebook_size={codebook_size} of LFQuantizer must be a power of two: a token is its bits."
+            )
+        self.codebook_size, self.dim = codebook_size, codebook_size.bit_length() - 1
+        self.entropy_weight, self.commitment_weight = entropy_weight, commitment_weight
+        self.quantize = LFQ(
+            codebook_size=codebook_size,
+            entropy_loss_weight=entropy_weight,
+            commitment_loss_weight=commitment_weight,
+        )
+
+    def forward(self, vectors: Float[Tensor, "n l c"]) -> Quantized:
+        with torch.autocast(vectors.device.type, enabled=False):
+            codes, indices, loss = self.quantize(vectors.float())
+        return Quantized(codes, indices.long(), loss)
+
+    def relax(self, vectors: Float[Tensor, "n l c"]) -> Float[Tensor, "n l c"]:
+        return vectors.tanh()
+
+    def lookup(self, indices: Int[Tensor, "n l"]) -> Float[Tensor, "n l c"]:
+        return self.quantize.indices_to_codes(indices)
 
 
 def _draw_far(vectors: Float[Tensor, "n c"], codes: Float[Tensor, "k c"], count: int) -> Float[Tensor, "count c"]:
     """Draws unit vectors with probability in proportion to the squared distance from the nearest code."""
     distance = (1 - (vectors @ codes.T).amax(dim=1)).clamp(min=1e-8)  # half the squared distance of unit vectors
-    return vectors[torch.multinomial(distance, count, replacement=True)]
+    return vectors[torch.multinomial(distance, count, replacement=count > len(vectors))]
+
+
+def _many_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _sum_over_ranks(values: Tensor) -> None:
+    if _many_ranks():
+        dist.all_reduce(values)
+
+
+def _of_all_ranks(vectors: Float[Tensor, "n c"]) -> Float[Tensor, "m c"]:
+    """The vectors of all ranks, as many of each."""
+    if not _many_ranks():
+        return vectors
+    parts = [torch.empty_like(vectors) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, vectors.contiguous())
+    return torch.cat(parts)
+
+
+def _of_first_rank(codes: Float[Tensor, "k c"]) -> Float[Tensor, "k c"]:
+    """What the first rank drew."""
+    if _many_ranks():
+        dist.broadcast(codes := codes.contiguous(), src=0)
+    return codes
+
+
+def _subclasses(kind: type[Any]) -> list[type[Any]]:
+    children = kind.__subclasses__()
+    return children + [each for child in children for each in _subclasses(child)]

@@ -1,12 +1,14 @@
 """The VQ-VAE: shapes, causality, streaming, the codebook through a checkpoint."""
 
 import copy
+import json
 
 import pytest
 import torch
 
 from t2v.errors import UserError
 from t2v.vqvae.model import VQVAE, to_model_range, to_uint8
+from t2v.vqvae.quantizer import FSQuantizer, LFQuantizer, VectorQuantizer
 
 
 def tiny(**changes) -> VQVAE:
@@ -20,10 +22,8 @@ def tiny(**changes) -> VQVAE:
         "temporal_blocks": 2,
         "patch_size": 2,
         "latent_patch_size": 2,
-        "codebook_size": 32,
-        "codebook_dim": 4,
     }
-    return VQVAE(**{**arguments, **changes})
+    return VQVAE(**{**arguments, "quantizer": VectorQuantizer(codebook_size=32, dim=4), **changes})
 
 
 def trained(model: VQVAE) -> VQVAE:
@@ -122,15 +122,75 @@ def test_pixels_survive_the_change_of_range():
     assert torch.equal(to_uint8(to_model_range(pixels)), pixels)
 
 
-def test_codes_do_not_pile_up_on_a_plain_background():
-    """Nine in ten latents are alike; codes drawn evenly would mostly be copies of that one vector."""
-    from t2v.vqvae.quantizer import VectorQuantizer
+def test_a_single_frame_is_a_picture():
+    model = trained(tiny())
+    tokens = model.encode(torch.rand(1, 1, 3, 16, 16))
+    picture = model.decode(tokens)
+    assert picture.shape == (1, 1, 3, 16, 16)
+    torch.testing.assert_close(model.decode(tokens.repeat(1, 3, 1, 1))[:, :1], picture, atol=1e-5, rtol=0)
 
-    torch.manual_seed(0)
-    quantizer = VectorQuantizer(dim=8, codebook_size=32, codebook_dim=8).train()
-    background = torch.randn(8).expand(1, 900, 8) + 1e-3 * torch.randn(1, 900, 8)
-    for _ in range(20):
-        quantizer(torch.cat([background, torch.randn(1, 100, 8)], dim=1))
-    indices = quantizer.eval()(background).indices
-    assert len(indices.unique()) <= 2
-    assert quantizer(torch.randn(1, 1000, 8)).indices.unique().numel() >= 24
+
+@pytest.mark.parametrize("frames_at_once", [1, 2, 100])
+def test_groups_of_frames_change_neither_tokens_nor_gradients(frames_at_once):
+    video = torch.rand(2, 3, 3, 16, 16) * 2 - 1
+    gradients = []
+    for model in (trained(tiny()), trained(tiny(frames_at_once=frames_at_once))):
+        tokens = model.encode(video)
+        model.train()
+        torch.manual_seed(1)
+        (model(video).reconstruction - video).abs().mean().backward()
+        gradients.append([tokens, *(parameter.grad for parameter in model.parameters())])
+    for whole, grouped in zip(*gradients, strict=True):
+        torch.testing.assert_close(whole, grouped, atol=1e-5, rtol=1e-4)
+
+
+def test_groups_of_frames_keep_fewer_activations():
+    kept = {}
+    for frames_at_once in (None, 1):
+        model = tiny(frames_at_once=frames_at_once).train()
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.nbytes) or x, lambda x: x):
+            model(torch.rand(1, 8, 3, 16, 16), quantize=False)
+        kept[frames_at_once] = sum(sizes)
+    assert kept[1] < kept[None] / 4
+
+
+def test_bfloat16_keeps_the_shapes_and_most_tokens():
+    model, video = trained(tiny()), torch.rand(2, 3, 3, 16, 16) * 2 - 1
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = model.encode(video)
+        decoded = model.decode(tokens)
+    assert (tokens == model.encode(video)).float().mean() > 0.8
+    torch.testing.assert_close(decoded.float(), model.decode(tokens), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("quantizer", [VectorQuantizer(32, 4), FSQuantizer([4, 4, 4]), LFQuantizer(32)])
+def test_an_exported_folder_gives_back_the_model(tmp_path, quantizer):
+    model = trained(tiny(quantizer=quantizer))
+    model.save_pretrained(tmp_path)
+    loaded = VQVAE.from_pretrained(tmp_path)
+    assert loaded.fingerprint() == model.fingerprint()
+    assert not loaded.training
+    tokens = torch.randint(0, 32, (1, 2, 2, 2))
+    assert torch.equal(loaded.decode(tokens), model.decode(tokens))
+
+
+def test_an_exported_folder_that_does_not_fit_is_refused(tmp_path):
+    trained(tiny()).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "decoder_blocks": 2}))
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\).*decoder"):
+        VQVAE.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no weights of a VQ-VAE"):
+        VQVAE.from_pretrained(tmp_path)
+
+
+def test_the_full_size_makes_256_tokens_of_a_frame():
+    with torch.device("meta"):
+        for image_size, latent_patch_size in ((512, 4), (256, 2), (128, 1)):
+            model = VQVAE(image_size, latent_patch_size=latent_patch_size)
+            video = torch.empty(1, 1, 3, image_size, image_size)
+            output = model(video, quantize=False)
+            assert (model.grid_size, model.codebook_size) == (16, 16384)
+            assert output.reconstruction.shape == video.shape
