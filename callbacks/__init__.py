@@ -1,14 +1,18 @@
 """Everything that watches a run or writes what it makes."""
 
+from callbacks.averaging import EMA
 from callbacks.checkpoint import FinalCheckpoint
 from callbacks.logging import GenerationLogger, ReconstructionLogger
+from callbacks.report import MetricsReport
 from callbacks.summary import RunSummary
 from callbacks.tokens import TokenShardWriter
 from callbacks.videos import VideoGalleryWriter
 
 __all__ = [
+    "EMA",
     "FinalCheckpoint",
     "GenerationLogger",
+    "MetricsReport",
     "ReconstructionLogger",
     "RunSummary",
     "TokenShardWriter",

@@ -1,7 +1,6 @@
 """Writes what stage 1 predicts as token shards, the training data of stage 2."""
 
 import shutil
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,11 @@ from t2v.batch import VideoBatch
 from t2v.errors import UserError
 from t2v.text import TextEncoder
 
+_TOGETHER = 64
+"""So many captions are embedded in one pass."""
+_REMEMBERED = 2**28
+"""So many bytes of embeddings are kept for captions that come again."""
+
 
 class TokenShardWriter(BasePredictionWriter):
     """Writes ``OUTPUT_DIR/SPLIT/shard-RANK-NUMBER.tar``, one folder a split of the data.
@@ -26,7 +30,7 @@ class TokenShardWriter(BasePredictionWriter):
 
     Args:
         output_dir: Where the splits' folders go. It must not hold them already.
-        text_encoder: Embeds the captions, each different one once.
+        text_encoder: Embeds the captions; one that comes again soon is not embedded again.
         samples_per_shard: Clips in one tar file.
     """
 
@@ -35,6 +39,7 @@ class TokenShardWriter(BasePredictionWriter):
         self.output_dir = Path(output_dir)
         self.partial = self.output_dir / ".partial"
         self.text_encoder = text_encoder
+        self._embeddings = _Embeddings(text_encoder)
         self.samples_per_shard = samples_per_shard
         self._writers: dict[str, ShardWriter] = {}
 
@@ -82,8 +87,11 @@ class TokenShardWriter(BasePredictionWriter):
                 self.partial / split, self.samples_per_shard, prefix=f"shard-{trainer.global_rank:04d}"
             )
             self._writers[split] = writer.__enter__()
-        for key, caption, tokens in zip(batch.keys, batch.captions, prediction.cpu().numpy(), strict=True):
-            text, pooled = _embed(self.text_encoder, caption)
+        with trainer.profiler.profile(f"[TextEncoder]{self.text_encoder.name}"):  # type: ignore[attr-defined]
+            embeddings = self._embeddings.of(batch.captions)
+        for key, caption, (text, pooled), tokens in zip(
+            batch.keys, batch.captions, embeddings, prediction.cpu().numpy(), strict=True
+        ):
             self._writers[split].write(
                 {
                     "__key__": key,
@@ -116,7 +124,28 @@ class TokenShardWriter(BasePredictionWriter):
             self._writers.popitem()[1].__exit__(kind, None, None)
 
 
-@lru_cache(maxsize=4096)
-def _embed(encoder: TextEncoder, caption: str) -> tuple[np.ndarray, np.ndarray]:
-    text = encoder.encode([caption])
-    return text.tokens[0].half().cpu().numpy(), text.pooled[0].half().cpu().numpy()
+class _Embeddings:
+    """Embeddings of captions as they are stored: the word pieces (l, d) without padding, and the whole (d)."""
+
+    def __init__(self, encoder: TextEncoder) -> None:
+        self.encoder = encoder
+        self.known: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self.bytes = 0
+
+    def of(self, captions: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self.known]
+        for at in range(0, len(new), _TOGETHER):
+            self._embed(new[at : at + _TOGETHER])
+        found = [self.known[caption] for caption in captions]
+        while self.bytes > _REMEMBERED:
+            text, pooled = self.known.pop(next(iter(self.known)))  # the oldest
+            self.bytes -= text.nbytes + pooled.nbytes
+        return found
+
+    def _embed(self, captions: list[str]) -> None:
+        text = self.encoder.encode_together(captions)
+        lengths = text.mask.sum(1).tolist()
+        tokens, pooled = text.tokens.half().cpu().numpy(), text.pooled.half().cpu().numpy()
+        for i, caption in enumerate(captions):
+            self.known[caption] = tokens[i, : lengths[i]].copy(), pooled[i].copy()
+            self.bytes += sum(array.nbytes for array in self.known[caption])

@@ -7,6 +7,7 @@ generator, and a warning names it once.
 
 import io
 import json
+import re
 import warnings
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -26,6 +27,8 @@ from t2v.video import read_frames, resize_and_crop
 
 _ATTEMPTS = 8
 """So many broken clips for one place of the plan, and the run stops."""
+_SIDED = re.compile(r"\b(left|right)(wards?|most|hand|handed)?\b", re.IGNORECASE)
+"""What a caption says of a clip that is no longer true of its mirror image."""
 
 
 class VideoClip(NamedTuple):
@@ -150,16 +153,34 @@ class VideoClips(Clips):
         size: height and width in pixels.
         frames: length of a clip.
         fps: frames a second to take; the footage may have another rate.
+        crop: with less than 1, a random clip shows a random square of the footage, whose side is at least this share
+            of the shorter side; with 1, and of a whole clip, the largest square in the centre.
+        flip: mirror half of the random clips, but none whose caption speaks of left or right.
     """
 
-    def __init__(self, shards: ShardSet, size: int, frames: int, fps: float) -> None:
+    def __init__(
+        self, shards: ShardSet, size: int, frames: int, fps: float, crop: float = 1.0, flip: bool = False
+    ) -> None:
         super().__init__(shards, "mp4", frames, fps)
-        self.size = size
+        self.size, self.crop, self.flip = size, crop, flip
+        smallest = round(crop * min(min(sample.height, sample.width) for sample in self.samples))
+        if crop < 1 and smallest < size:
+            warnings.warn(
+                f"data.crop={crop:g} cuts windows of down to {smallest} pixels out of '{shards.path}', which are "
+                f"enlarged to data.size={size}: prepare shards with --size {2 * int(np.ceil(size / crop / 2))}.",
+                stacklevel=2,
+            )
 
     def _load(self, sample: Sample, rng: np.random.Generator | None) -> VideoClip:
         members = self.shards.read(sample, "mp4", "txt")
+        caption = members.get("txt", b"").decode().strip()
         video = read_frames(members["mp4"], self._window(sample, rng).tolist())
-        return VideoClip(resize_and_crop(video, self.size), members.get("txt", b"").decode().strip(), sample.key)
+        if self.crop < 1 and rng is not None:
+            video = _random_square(video, self.crop, rng)
+        video = resize_and_crop(video, self.size)
+        if self.flip and rng is not None and rng.random() < 0.5 and not _SIDED.search(caption):
+            video = video.flip(-1)
+        return VideoClip(video, caption, sample.key)
 
 
 class TokenClips(Clips):
@@ -185,19 +206,24 @@ class TokenClips(Clips):
 
 
 class WholeClips(Dataset):
-    """Batches of whole clips, in the order of the shards: neighbours of equal length share a batch.
+    """Batches of whole clips, shard after shard: clips of a shard that are equally long share a batch.
 
     Args:
         clips: the clips.
-        batch_size: most clips in a batch.
+        frames: most frames in a batch; a longer clip is a batch alone.
+        ranks: into how many equal shares the batches are to be dealt; the last may be empty.
     """
 
-    def __init__(self, clips: VideoClips, batch_size: int) -> None:
+    def __init__(self, clips: VideoClips, frames: int, ranks: int = 1) -> None:
         self.clips = clips
-        self.batches = []
-        for _, run in groupby(range(len(clips)), lambda index: clips.length(clips.samples[index])):
-            indices = list(run)
-            self.batches += [indices[at : at + batch_size] for at in range(0, len(indices), batch_size)]
+        alike: dict[tuple[str, int], list[int]] = {}
+        for index, sample in enumerate(clips.samples):
+            alike.setdefault((sample.shard, clips.length(sample)), []).append(index)
+        self.batches: list[list[int]] = []
+        for (_, length), indices in alike.items():
+            most = max(1, frames // length)
+            self.batches += [indices[at : at + most] for at in range(0, len(indices), most)]
+        self.batches += [[] for _ in range(-len(self.batches) % ranks)]
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -221,6 +247,16 @@ def collate_tokens(clips: list[TokenClip]) -> TokenBatch:
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     text = TextEmbedding(pad_sequence(list(texts), batch_first=True), mask, torch.stack(pooled))
     return TokenBatch(torch.stack(tokens), text, list(captions), list(keys))
+
+
+def _random_square(
+    video: UInt8[Tensor, "t c h w"], least: float, rng: np.random.Generator
+) -> UInt8[Tensor, "t c side side"]:
+    """The same square of every frame; its side is at least that share of the shorter one."""
+    height, width = video.shape[-2:]
+    side = max(1, round(min(height, width) * rng.uniform(least, 1)))
+    top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
+    return video[..., top : top + side, left : left + side]
 
 
 def _array(content: bytes) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The LightningDataModules: clips of footage for stage 1, token clips and prompts for stage 2."""
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from itertools import groupby
@@ -18,18 +19,22 @@ from data.shards import ShardSet
 from t2v.batch import PromptBatch
 from t2v.errors import UserError
 
+_WHOLE = 8
+"""Tokenising keeps no activations for a backward pass: it takes so many times the frames of a training batch."""
+
 
 class ShardDataModule(LightningDataModule):
     """Train and validation loaders over shards; the base of `VideoDataModule` and `TokenDataModule`."""
 
     collate: Callable[[list[Any]], Any]
+    frames: int
 
     def __init__(self, train: str, val: str, batch_size: int, num_workers: int, seed: int) -> None:
         super().__init__()
         self.train, self.val = train, val
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self._shards: dict[str, ShardSet] = {}
-        self._clips: dict[str, Clips] = {}
+        self._clips: dict[tuple[str, bool], Clips] = {}
 
     def shards(self, path: str) -> ShardSet:
         """The shards at a path, opened once."""
@@ -37,13 +42,36 @@ class ShardDataModule(LightningDataModule):
             self._shards[path] = ShardSet(path)
         return self._shards[path]
 
-    def clips(self, path: str) -> Clips:
-        """The clips of the shards at a path, opened once."""
-        if path not in self._clips:
-            self._clips[path] = self._open_clips(self.shards(path))
-        return self._clips[path]
+    def clips(self, path: str, training: bool = False) -> Clips:
+        """The clips of the shards at a path, to train on or not, opened once."""
+        if (path, training) not in self._clips:
+            self._clips[path, training] = self._open_clips(self.shards(path), training)
+        return self._clips[path, training]
 
-    def _open_clips(self, shards: ShardSet) -> Clips:
+    def protocol(self, batches: float = math.inf) -> dict[str, Any]:
+        """What `validate` and `test` look at: without it their figures cannot be compared.
+
+        Args:
+            batches: how many batches each rank took, where that was not all.
+
+        Returns:
+            Plain values for a report. `clips` went in; of those, `repeated` ones did so a second time, as ranks take
+            equal shares. Clips that turned out `broken` had another take their place.
+        """
+        clips, ranks = self.clips(self.val), self._ranks()["num_replicas"]
+        taken = int(min(math.ceil(len(clips) / ranks), batches * self.batch_size)) * ranks
+        return {
+            "shards": clips.shards.path,
+            "clips": taken,
+            "repeated": max(0, taken - len(clips)),
+            "broken": int(clips.broken.sum()),
+            "frames": taken * self.frames,
+            "frames_per_clip": self.frames,
+            "window": "the frames of a longer clip at a random place, drawn by the seed, the same every time",
+            "seed": self.seed,
+        }
+
+    def _open_clips(self, shards: ShardSet, training: bool) -> Clips:
         raise NotImplementedError
 
     def _paths(self, stage: str) -> list[str]:
@@ -58,13 +86,15 @@ class ShardDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Open what a command needs, so that mistakes show before it begins."""
-        open_path = self.shards if stage == "predict" else self.clips
         for path in self._paths(stage):
-            open_path(path)
+            if stage == "predict":
+                self.shards(path)
+            else:
+                self.clips(path, training=stage == "fit" and path == self.train)
 
     def train_dataloader(self) -> DataLoader:
         """Random windows of the training clips, in the order of the plan."""
-        loader = self._plan_loader(self.clips(self.train), shuffle=True)
+        loader = self._plan_loader(self.clips(self.train, training=True), shuffle=True)
         if len(loader) == 0:
             raise UserError(
                 f"{len(loader.dataset)} training clips in '{self.train}' do not fill one batch of "  # type: ignore[arg-type]
@@ -111,9 +141,13 @@ class VideoDataModule(ShardDataModule):
         size: height and width of a clip in pixels; other footage is resized by its shorter side, its centre cut out.
         frames: length of a clip; shorter footage is left out, and of longer footage a random window is taken.
         fps: frames a second of a clip; footage at another rate is sampled at this one.
-        batch_size: clips in a batch on each rank.
+        batch_size: clips in a batch on each rank; `predict` takes as many whole clips as have eight times the frames.
         num_workers: processes that decode, on each rank.
-        seed: decides the order of the clips and the random windows.
+        seed: decides the order of the clips, the random windows and squares, and which clips are mirrored.
+        crop: with less than 1, a training clip shows a random square of the footage instead of its centre. The side is
+            at least this share of the footage's shorter side, so that shards of `size` / `crop` pixels are needed for
+            no square to be enlarged.
+        flip: mirror half of the training clips, left to right, but none whose caption has the word left or right.
 
     Raises:
         UserError: where shards are missing or no clip is long enough.
@@ -133,14 +167,29 @@ class VideoDataModule(ShardDataModule):
         batch_size: int,
         num_workers: int = 2,
         seed: int = 0,
+        crop: float = 1.0,
+        flip: bool = False,
     ) -> None:
         super().__init__(train, val, batch_size, num_workers, seed)
         self.save_hyperparameters(logger=False)
-        _require_positive(size=size, frames=frames, fps=fps, batch_size=batch_size)
+        _require_positive(size=size, frames=frames, fps=fps, batch_size=batch_size, crop=crop)
+        if crop > 1:
+            raise UserError(f"data.crop={crop} is more than 1, all of the footage's shorter side: lower it.")
         self.size, self.frames, self.fps = size, frames, fps
+        self.crop, self.flip = crop, flip
 
-    def _open_clips(self, shards: ShardSet) -> VideoClips:
-        return VideoClips(shards, self.size, self.frames, self.fps)
+    def protocol(self, batches: float = math.inf) -> dict[str, Any]:
+        """What `validate` and `test` look at; see `ShardDataModule.protocol`."""
+        return {
+            **super().protocol(batches),
+            "fps": self.fps,
+            "size": self.size,
+            "resize": "shorter side to size, bilinear, antialiased; the centre is cut out",
+        }
+
+    def _open_clips(self, shards: ShardSet, training: bool) -> VideoClips:
+        crop, flip = (self.crop, self.flip) if training else (1.0, False)
+        return VideoClips(shards, self.size, self.frames, self.fps, crop, flip)
 
     def _paths(self, stage: str) -> list[str]:
         return super()._paths("fit" if stage == "predict" else stage)
@@ -150,12 +199,15 @@ class VideoDataModule(ShardDataModule):
         return [self._whole_loader(path) for path in (self.train, self.val)]
 
     def _whole_loader(self, path: str) -> DataLoader:
-        batches = WholeClips(VideoClips(self.shards(path), self.size, frames=1, fps=self.fps), self.batch_size)
+        clips = VideoClips(self.shards(path), self.size, frames=1, fps=self.fps)
+        ranks = self._ranks()
+        batches = WholeClips(clips, _WHOLE * self.batch_size * self.frames, ranks["num_replicas"])
         return _NonEmptyLoader(
             batches,
             batch_size=None,
-            sampler=UnrepeatedDistributedSampler(batches, **self._ranks(), shuffle=False),
+            sampler=UnrepeatedDistributedSampler(batches, **ranks, shuffle=False),
             num_workers=self.num_workers,
+            prefetch_factor=1 if self.num_workers else None,  # whole clips are large
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -194,7 +246,7 @@ class TokenDataModule(ShardDataModule):
         _require_positive(frames=frames, batch_size=batch_size)
         self.frames, self.prompts = frames, prompts
 
-    def _open_clips(self, shards: ShardSet) -> TokenClips:
+    def _open_clips(self, shards: ShardSet, training: bool) -> TokenClips:
         return TokenClips(shards, self.frames)
 
     def setup(self, stage: str) -> None:

@@ -3,10 +3,10 @@
 from importlib import import_module
 
 _HOMES = {
-    "LitVQVAE": "t2v.vqvae",
-    "LitVideoTransformer": "t2v.transformer",
-    "VQVAE": "t2v.vqvae",
-    "VideoTransformer": "t2v.transformer",
+    "LitVQVAE": "t2v.vqvae.lightning",
+    "LitVideoTransformer": "t2v.transformer.lightning",
+    "VQVAE": "t2v.vqvae.model",
+    "VideoTransformer": "t2v.transformer.model",
 }
 __all__ = sorted(_HOMES)
 

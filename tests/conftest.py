@@ -29,7 +29,7 @@ TOY = {
         "trainer": TRAINER,
         "model": {
             "init_args": {
-                "model": {"init_args": {"base_channels": 8, "codebook_size": 32}},
+                "model": {"init_args": {"base_channels": 8, "quantizer": {"init_args": {"codebook_size": 32}}}},
                 "quantize_from_step": 4,
                 "warmup_steps": 2,
                 "optimizer": {"init_args": {"lr": 1e-2}},

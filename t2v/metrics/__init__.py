@@ -1,7 +1,21 @@
 """Metrics of both stages that torchmetrics does not have."""
 
 from t2v.metrics.codebook import CodebookUsage
-from t2v.metrics.metric import VideoMetric
-from t2v.metrics.temporal import Flicker
+from t2v.metrics.features import ClipFeatures, MobileNetClipFeatures, VideoNetworkFeatures
+from t2v.metrics.frechet import FrechetVideoDistance
+from t2v.metrics.metric import MeanVideoMetric, VideoMetric
+from t2v.metrics.perceptual import PerceptualDistance
+from t2v.metrics.temporal import Flicker, WarpError
 
-__all__ = ["CodebookUsage", "Flicker", "VideoMetric"]
+__all__ = [
+    "ClipFeatures",
+    "CodebookUsage",
+    "Flicker",
+    "FrechetVideoDistance",
+    "MeanVideoMetric",
+    "MobileNetClipFeatures",
+    "PerceptualDistance",
+    "VideoMetric",
+    "VideoNetworkFeatures",
+    "WarpError",
+]

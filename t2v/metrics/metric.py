@@ -1,11 +1,15 @@
 """What every metric of a reconstruction is."""
 
 from abc import abstractmethod
-from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torchmetrics import Metric
+
+from t2v.pretrained import Protocol
+
+Video = Float[Tensor, "b t c h w"]
 
 
 class VideoMetric(Metric):
@@ -19,13 +23,28 @@ class VideoMetric(Metric):
     name: str
 
     @abstractmethod
-    def update(self, reconstruction: Float[Tensor, "b t c h w"], video: Float[Tensor, "b t c h w"]) -> None:
+    def update(self, reconstruction: Video, video: Video) -> None:
         """Adds clips in [-1, 1]."""
 
     @abstractmethod
     def compute(self) -> Float[Tensor, ""]:
         """The figure over everything added."""
 
-    def protocol(self) -> dict[str, Any]:
+    def protocol(self) -> Protocol:
         """What must be known to compare the figure with another: networks, files and their hashes."""
         return {}
+
+
+class MeanVideoMetric(VideoMetric):
+    """Base of the metrics that are a mean; zero where nothing was seen."""
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+
+    def compute(self) -> Float[Tensor, ""]:
+        return (self.total / self.count.clamp(min=1)).float()

@@ -1,33 +1,53 @@
 """Temporal quality of a reconstruction."""
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from t2v.metrics.metric import VideoMetric
+from t2v.flow import DISFlow, OpticalFlow, warp
+from t2v.metrics.metric import MeanVideoMetric, Video
+from t2v.pretrained import Protocol
 
 
-class Flicker(VideoMetric):
+class Flicker(MeanVideoMetric):
     """Mean absolute error of the frame differences, reconstruction against footage, in the pixels' own units.
 
     Zero when the reconstruction moves exactly as the footage does, even if every frame has the same error.
     """
 
     name = "flicker"
-    total: Tensor
-    count: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, reconstruction: Float[Tensor, "b t c h w"], video: Float[Tensor, "b t c h w"]) -> None:
+    def update(self, reconstruction: Video, video: Video) -> None:
         """Adds clips; a clip of one frame adds nothing."""
         error = (reconstruction.diff(dim=1) - video.diff(dim=1)).abs()
-        self.total += error.sum(dtype=torch.float64)
+        self.total += error.sum(dtype=self.total.dtype)
         self.count += error.numel()
 
-    def compute(self) -> Float[Tensor, ""]:
-        """The mean over all frame pairs seen."""
-        return (self.total / self.count.clamp(min=1)).float()
+
+class WarpError(MeanVideoMetric):
+    """Warping error of Lai et al. (https://arxiv.org/abs/1808.00449): how much looks change along the motion.
+
+    Every frame of the reconstruction is compared with the frame before it, warped by the footage's flow: the mean
+    squared difference of pixels in [0, 1] where the flow can be relied on, then the mean over frame pairs. The footage
+    itself has an error above zero, and a blur has a low one, so that it is read beside a measure of sharpness.
+    """
+
+    name = "warp_error"
+
+    def __init__(self, flow: OpticalFlow | None = None):
+        """
+        Args:
+            flow: estimates the motion of the footage; `t2v.flow.DISFlow` by default.
+        """
+        super().__init__()
+        self.flow = flow or DISFlow()
+
+    def update(self, reconstruction: Video, video: Video) -> None:
+        """Adds clips; a clip of one frame, or a pair without a pixel to follow, adds nothing."""
+        if video.shape[1] < 2:
+            return
+        flow, visible = self.flow.follow(video)
+        residual = (reconstruction[:, 1:] - warp(reconstruction[:, :-1], flow)) / 2
+        errors = (residual.square().mean(2, keepdim=True) * visible).sum((2, 3, 4), dtype=self.total.dtype)
+        pixels = visible.sum((2, 3, 4))
+        self.total += (errors / pixels.clamp(min=1)).sum()
+        self.count += (pixels > 0).sum()
+
+    def protocol(self) -> Protocol:
+        return self.flow.protocol()

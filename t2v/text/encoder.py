@@ -1,8 +1,9 @@
 """What every text encoder offers.
 
 - Weights are loaded when the first caption comes, so that an encoder is free to construct, to print and to configure.
-- A caption is encoded alone, without padding: its embedding is the same whatever else is in the batch, bit for bit, and
-  the same when a prompt is encoded years after the training set.
+- `encode` takes every caption alone, without padding: its embedding is the same whatever else is in the batch, bit for
+  bit, and the same when a prompt is encoded years after the training set. `encode_together` is for training sets: one
+  pass for many captions, equal within rounding.
 """
 
 from abc import ABC, abstractmethod
@@ -65,3 +66,14 @@ class TextEncoder(ABC):
             mask=pad_sequence(ones, batch_first=True),
             pooled=torch.stack(pooled),
         )
+
+    def encode_together(self, captions: list[str]) -> TextEmbedding:
+        """Embed captions in one pass, where the encoder can: faster than `encode`, and equal to it within rounding.
+
+        Args:
+            captions: As for `encode`, no more than fit into memory at once.
+
+        Returns:
+            What `encode` returns.
+        """
+        return self.encode(captions)

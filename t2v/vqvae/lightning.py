@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from t2v.batch import VideoBatch
+from t2v.errors import UserError
 from t2v.metrics import CodebookUsage, Flicker, VideoMetric
 from t2v.optimization import configure_optimization
 from t2v.vqvae.losses import AdversarialLoss, LossTerm
@@ -48,6 +49,9 @@ class LitVQVAE(LightningModule):
         # Not registered: their frozen networks stay out of checkpoints and averages.
         self.losses = tuple(losses)
         self.metrics = (Flicker(), *(metrics or []))
+        names = [metric.name for metric in self.metrics]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise UserError(f"model.metrics has {', '.join(sorted(twice))} twice, and only one could be logged.")
         self.quantize_from_step = quantize_from_step
         self.compiled = compiled
         self.optimizer = optimizer

@@ -14,7 +14,7 @@ import hashlib
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -188,7 +188,7 @@ class VQVAE(
         return digest.hexdigest()[:16]
 
     @classmethod
-    def from_config(cls, arguments: dict[str, Any]) -> Self:
+    def from_config(cls, arguments: dict[str, Any]) -> "VQVAE":
         """Builds the network that a saved config describes, with fresh weights.
 
         Args:
@@ -200,7 +200,7 @@ class VQVAE(
     @classmethod
     def _from_pretrained(
         cls, *, model_id: str, map_location: str = "cpu", strict: bool = True, **arguments: Any
-    ) -> Self:
+    ) -> "VQVAE":
         """What the mixin's `from_pretrained` calls: strict, and safetensors only."""
         download = {
             name: arguments.pop(name)

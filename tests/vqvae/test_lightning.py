@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from callbacks import EMA, FinalCheckpoint
+from t2v import VQVAE, LitVQVAE
 from t2v.batch import VideoBatch
-from t2v.vqvae import VQVAE, LitVQVAE
 from t2v.vqvae.checkpoint import load_vqvae
 from t2v.vqvae.losses import AdversarialLoss, L1Loss, TemporalDifferenceLoss
 from t2v.vqvae.quantizer import FSQuantizer, VectorQuantizer

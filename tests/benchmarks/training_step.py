@@ -1,0 +1,141 @@
+"""A training step of the VQ-VAE, beside the same step of an earlier commit, and where its time goes.
+
+`python -m tests.benchmarks.training_step --against COMMIT` checks the commit out beside this tree, trains the same
+sizes on the same clips in both by turns, and compares Lightning's own profile of `run_training_batch`. Then it runs
+one process under torch's profiler: floating-point rate against a matrix product of this machine, and the three most
+expensive operators.
+"""
+
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from data.footage import copy_footage
+from data.prepare import prepare
+from t2v.errors import run_tool
+from t2v.vqvae.losses import L1Loss, L2Loss, LossTerm, MobileNetLoss, TemporalDifferenceLoss
+from t2v.vqvae.model import VQVAE
+from t2v.vqvae.quantizer import VectorQuantizer
+
+ROOT = Path(__file__).parents[2]
+EARLIER_SIZES = """
+trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {dirpath: checkpoints, save_last: true}}]}
+model: {init_args: {model: {init_args: {latent_patch_size: 2}}}}
+data: {init_args: {crop: 1.0, flip: false, frames: 2, fps: 8, batch_size: 8}}
+"""
+"""Brings this tree's `configs/vqvae/footage.yaml` to the sizes that it had at the earlier commit."""
+
+
+def compare(against: str = "", steps: int = 60, rounds: int = 2, precision: str = "bf16-mixed") -> None:
+    """Times training steps of `configs/vqvae/footage.yaml` at two commits, then profiles this one.
+
+    Args:
+        against: the earlier commit; without one there is only the profile.
+        steps: training steps a run.
+        rounds: runs of each, by turns.
+        precision: Lightning's name of the precision.
+    """
+    if against:
+        with tempfile.TemporaryDirectory() as folder:
+            _side_by_side(Path(folder), against, steps, rounds, precision)
+    _profile(precision)
+
+
+def _side_by_side(folder: Path, against: str, steps: int, rounds: int, precision: str) -> None:
+    copy_footage(folder / "clips")
+    for part in ("train", "val"):
+        prepare(folder / "clips" / part, folder / "shards" / part, size=128, frames=8)
+    (folder / "sizes.yaml").write_text(EARLIER_SIZES)
+    earlier = folder / "earlier"
+    subprocess.run(["git", "worktree", "add", "--quiet", "--detach", earlier, against], cwd=ROOT, check=True)
+    try:
+        seconds: dict[Path, list[float]] = {earlier: [], ROOT: []}
+        for _ in range(rounds):
+            for tree, times in seconds.items():
+                overlay = ["-c", str(folder / "sizes.yaml")] if tree == ROOT else []
+                times.append(_seconds_a_step(tree, folder, overlay, steps, precision))
+    finally:
+        subprocess.run(["git", "worktree", "remove", "--force", earlier], cwd=ROOT, check=True)
+    before, now = (statistics.mean(times) for times in seconds.values())
+    print(f"{against}: {before * 1e3:.0f} ms a step, {16 / before:.0f} frames/s   {seconds[earlier]}")
+    print(f"this tree: {now * 1e3:.0f} ms a step, {16 / now:.0f} frames/s   {seconds[ROOT]}")
+    print(f"{before / now:.2f} times as fast")
+
+
+def _seconds_a_step(tree: Path, folder: Path, overlay: list[str], steps: int, precision: str) -> float:
+    settings = {"class_path": "SimpleProfiler", "init_args": {"dirpath": str(folder), "filename": "profile"}}
+    profiler = json.dumps(settings)
+    command = [sys.executable, "cli.py", "fit", "-c", "configs/vqvae/footage.yaml", *overlay]
+    command += ["--trainer.max_steps", str(steps), "--trainer.precision", precision, "--trainer.profiler", profiler]
+    command += ["--trainer.default_root_dir", str(folder / "run"), "--trainer.limit_val_batches", "0"]
+    command += ["--data.train", str(folder / "shards/train"), "--data.val", str(folder / "shards/val")]
+    subprocess.run(command, cwd=tree, check=True, capture_output=True)
+    report = (folder / "fit-profile.txt").read_text()
+    row = re.search(r"run_training_batch\s*\|\s*([\d.e-]+)", report)
+    assert row, report
+    return float(row[1])
+
+
+def _profile(precision: str) -> None:
+    torch.manual_seed(0)
+    model = VQVAE(128, 64, (1, 2), 1, 3, 2, 1, 4, 1, quantizer=VectorQuantizer(1024))
+    losses: list[LossTerm] = [L1Loss(), L2Loss(), TemporalDifferenceLoss(0.5), MobileNetLoss(0.1, frames=4)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    video = torch.rand(4, 4, 3, 128, 128) * 2 - 1
+    dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            output = model(video)
+            reconstruction = output.reconstruction.float()
+            loss = output.quantizer_loss + sum(term.weight * term(reconstruction, video) for term in losses)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    a = torch.randn(2048, 2048, dtype=dtype)
+    peak = 2 * 2048**3 / _best(lambda: a @ a)
+    for name in ("eager", "compiled"):
+        if name == "compiled":
+            model.encoder.compile()
+            model.decoder.compile()
+        seconds = _best(step)
+        rate = counter.get_total_flops() / seconds
+        print(
+            f"{name}: {seconds * 1e3:.0f} ms a step of 16 frames, {16 / seconds:.0f} frames/s, "
+            f"{rate / 1e9:.0f} GFLOP/s, {rate / peak:.0%} of a {dtype} matrix product ({peak / 1e9:.0f} GFLOP/s)"
+        )
+        if name == "eager":
+            with profile(activities=[ProfilerActivity.CPU]) as profiled:
+                step()
+            rows = sorted(profiled.key_averages(), key=lambda row: -row.self_cpu_time_total)
+            total = sum(row.self_cpu_time_total for row in rows)
+            for row in rows[:3]:
+                print(f"  {row.key}: {row.self_cpu_time_total / total:.0%}")
+
+
+def _best(function, repeats: int = 15) -> float:
+    """Seconds of the quickest call, after three to warm up."""
+    times = []
+    for i in range(repeats + 3):
+        start = time.perf_counter()
+        function()
+        if i >= 3:
+            times.append(time.perf_counter() - start)
+    return min(times)
+
+
+if __name__ == "__main__":
+    run_tool(compare)
