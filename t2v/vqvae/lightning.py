@@ -62,8 +62,8 @@ class LitVQVAE(LightningModule):
 
     def setup(self, stage: str) -> None:
         if self.compiled:  # in place, so that the names of the weights stay as they are
-            self.model.encoder.compile()
-            self.model.decoder.compile()
+            self.model.encoder.compile(dynamic=False)
+            self.model.decoder.compile(dynamic=False)
 
     def training_step(self, batch: VideoBatch, batch_idx: int) -> Float[Tensor, ""]:
         video = to_model_range(batch.video)

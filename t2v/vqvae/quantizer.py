@@ -1,6 +1,8 @@
 """Quantizers: from vectors to codes, and from the codes' indices back.
 
-- Each is a thin shell over `vector-quantize-pytorch`, which keeps the codebook, its EMA and its restarts.
+- FSQ and LFQ are `vector-quantize-pytorch`'s. Of its `VectorQuantize` we take k-means and the rotation trick; it moves
+  the codebook by products with a one-hot matrix of all vectors by all codes, and gathering and adding do the same in a
+  quarter of the time.
 - A quantizer works on vectors of its own width `dim`; the networks around it bring them to that width and back.
 - `relax` sends vectors through the same bottleneck without choosing codes: a few hundred steps of that before a learned
   codebook is initialised give k-means something worth clustering.
@@ -17,9 +19,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from vector_quantize_pytorch import FSQ, LFQ, VectorQuantize
+from vector_quantize_pytorch import FSQ, LFQ
+from vector_quantize_pytorch.vector_quantize_pytorch import kmeans, rotate_to
 
 from t2v.errors import UserError
+
+ENTROPY_TEMPERATURE = 100.0
 
 
 class Quantized(NamedTuple):
@@ -88,8 +93,13 @@ class VectorQuantizer(Quantizer):
     batch when hardly anything chooses them. Vectors are drawn for both by their squared distance from the codes there
     are (k-means++, Arthur and Vassilvitskii 2007): drawn evenly, most codes would land on the background of the
     footage, as near-copies of each other between which its tokens flicker. Gradients pass by the rotation trick
-    (https://arxiv.org/abs/2410.06424). The whole state, the "initialised" flag too, lies in the checkpoint.
+    (https://arxiv.org/abs/2410.06424). The whole state, the flag that it has started too, lies in the checkpoint.
     """
+
+    codes: Tensor
+    sums: Tensor
+    counts: Tensor
+    started: Tensor
 
     def __init__(
         self,
@@ -112,54 +122,71 @@ class VectorQuantizer(Quantizer):
         super().__init__()
         self.codebook_size, self.dim, self.decay, self.restart_below = codebook_size, dim, decay, restart_below
         self.commitment_weight, self.entropy_weight = commitment_weight, entropy_weight
-        self.quantize = VectorQuantize(
-            dim=dim,
-            codebook_size=codebook_size,
-            decay=decay,
-            threshold_ema_dead_code=restart_below,
-            use_cosine_sim=True,
-            kmeans_init=True,
-            commitment_weight=commitment_weight,
-            codebook_diversity_loss_weight=entropy_weight,
-        )
-        codebook = self.quantize._codebook
-        # The library's reset value is the threshold itself, at which a restarted code dies again at the next step.
-        codebook.reset_cluster_size = 1.0
-        codebook.sample_fn, codebook.replace_sample_fn = self._first_codes, self._new_codes
-        # It decides at construction whether there are other ranks, which is before Lightning has started them.
-        codebook.all_reduce_fn = codebook.kmeans_all_reduce_fn = _sum_over_ranks
+        self.register_buffer("codes", torch.zeros(codebook_size, dim))
+        self.register_buffer("sums", torch.zeros(codebook_size, dim))
+        self.register_buffer("counts", torch.zeros(codebook_size))
+        self.register_buffer("started", torch.tensor(False))
 
     @property
     def ready(self) -> bool:
-        return bool(self.quantize._codebook.initted)
+        return bool(self.started)
 
     def forward(self, vectors: Float[Tensor, "n l c"]) -> Quantized:
         with torch.autocast(vectors.device.type, enabled=False):
-            if self.training:
-                codes, indices, loss = self.quantize(vectors.float())
-                return Quantized(codes, indices, loss.squeeze())
-            # The library would write a one-hot vector as long as the codebook for every token.
-            indices = (F.normalize(vectors.float(), dim=-1) @ self.quantize.codebook.T).argmax(dim=-1)
-            return Quantized(self.lookup(indices), indices, vectors.new_zeros(()))
+            unit = F.normalize(vectors.float(), dim=-1)
+            flat = unit.detach().flatten(0, 1)
+            if self.training and not self.started:
+                self._start(flat)
+            book = self.codes.clone()  # it moves on before the backward pass
+            similarity = unit @ book.T
+            indices = similarity.argmax(dim=-1)
+            codes = book[indices]
+            if not self.training:
+                return Quantized(codes, indices, vectors.new_zeros(()))
+            loss = self.commitment_weight * F.mse_loss(unit, codes)
+            if self.entropy_weight:
+                shares = (similarity * ENTROPY_TEMPERATURE).softmax(dim=-1).mean(dim=(0, 1))
+                loss = loss - self.entropy_weight * torch.special.entr(shares).sum()
+            self._follow(flat, indices.flatten())
+            return Quantized(rotate_to(unit, codes), indices, loss)
 
     def relax(self, vectors: Float[Tensor, "n l c"]) -> Float[Tensor, "n l c"]:
         return F.normalize(vectors, dim=-1)
 
     def lookup(self, indices: Int[Tensor, "n l"]) -> Float[Tensor, "n l c"]:
-        return self.quantize.codebook[indices]
+        return self.codes[indices]
 
-    def _first_codes(self, vectors: Float[Tensor, "1 n c"], count: int) -> Float[Tensor, "1 count c"]:
-        """Starting points for k-means: k-means++ in rounds that each double the number of codes."""
-        everything = _of_all_ranks(vectors[0])
-        codes = everything[torch.randint(len(everything), (1,), device=vectors.device)]
-        while (missing := count - len(codes)) > 0:
-            codes = torch.cat([codes, _draw_far(everything, codes, min(missing, len(codes)))])
-        return _of_first_rank(codes)[None]
+    def _start(self, vectors: Float[Tensor, "m c"]) -> None:
+        """Spherical k-means over the vectors of all ranks, from k-means++ drawn in rounds that double the codes."""
+        everything = _of_all_ranks(vectors)
+        first = everything[torch.randint(len(everything), (1,), device=vectors.device)]
+        while (missing := self.codebook_size - len(first)) > 0:
+            first = torch.cat([first, _draw_far(everything, first, min(missing, len(first)))])
+        first = _of_first_rank(first)
+        codes, counts = kmeans(
+            everything[None], self.codebook_size, use_cosine_sim=True, sample_fn=lambda *_: first[None]
+        )
+        self._set(slice(None), _of_first_rank(codes[0]), _of_first_rank(counts[0]).to(codes.dtype))
+        self.started.fill_(True)
 
-    def _new_codes(self, vectors: Float[Tensor, "1 n c"], count: int) -> Float[Tensor, "1 count c"]:
-        """Places for dead codes, far from all codes there are."""
-        codes = self.quantize._codebook.embed[0]
-        return _of_first_rank(_draw_far(_of_all_ranks(vectors[0]), codes, count))[None]
+    def _follow(self, vectors: Float[Tensor, "m c"], indices: Int[Tensor, " m"]) -> None:
+        """One step of the moving averages, and a new place for every code that hardly anything chooses."""
+        counts = indices.bincount(minlength=self.codebook_size).to(vectors.dtype)
+        sums = torch.zeros_like(self.sums).index_add_(0, indices, vectors)
+        if _many_ranks():
+            dist.all_reduce(counts)
+            dist.all_reduce(sums)
+        self.counts.lerp_(counts, 1 - self.decay)
+        self.sums.lerp_(sums, 1 - self.decay)
+        self.codes.copy_(F.normalize(self.sums, dim=-1))
+        dead = self.counts < self.restart_below
+        if missing := int(dead.sum()):
+            places = _of_first_rank(_draw_far(_of_all_ranks(vectors), self.codes, missing))
+            self._set(dead, places, torch.ones(missing, dtype=places.dtype, device=places.device))
+
+    def _set(self, which: Tensor | slice, codes: Float[Tensor, "k c"], counts: Float[Tensor, " k"]) -> None:
+        """Puts codes in their places, as if this many vectors a batch had chosen them."""
+        self.codes[which], self.sums[which], self.counts[which] = codes, codes * counts[:, None], counts
 
 
 class FSQuantizer(Quantizer):
@@ -238,11 +265,6 @@ def _draw_far(vectors: Float[Tensor, "n c"], codes: Float[Tensor, "k c"], count:
 
 def _many_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _sum_over_ranks(values: Tensor) -> None:
-    if _many_ranks():
-        dist.all_reduce(values)
 
 
 def _of_all_ranks(vectors: Float[Tensor, "n c"]) -> Float[Tensor, "m c"]:

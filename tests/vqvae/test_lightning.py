@@ -144,7 +144,7 @@ def test_the_average_is_what_is_loaded_and_differs_from_what_is_trained(tmp_path
     name = "decoder.0.weight"
     assert torch.equal(loaded[name], average[f"model.{name}"])
     assert not torch.equal(average[f"model.{name}"], trained[f"model.{name}"])
-    codebook = "model.quantizer.quantize._codebook.embed"
+    codebook = "model.quantizer.codes"
     assert torch.equal(average[codebook], trained[codebook])
 
 

@@ -77,6 +77,9 @@ def test_the_entropy_term_rewards_an_even_use_of_the_codes():
     quantizer(even)
     one_place = torch.ones(1, 512, 4) + 0.01 * torch.randn(1, 512, 4)
     assert quantizer(even).loss < quantizer(one_place).loss
+    one_place.requires_grad_()
+    quantizer(one_place).loss.backward()
+    assert one_place.grad.abs().sum() > 0
 
 
 def test_codes_do_not_pile_up_on_a_plain_background():
