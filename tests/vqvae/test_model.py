@@ -34,12 +34,14 @@ def trained(model: VQVAE) -> VQVAE:
     return model.eval()
 
 
-@pytest.mark.parametrize(("frames", "height", "width"), [(1, 16, 16), (3, 24, 16), (5, 8, 40)])
-def test_any_multiple_of_the_stride_goes_there_and_back(frames, height, width):
+@pytest.mark.parametrize(
+    ("batch", "frames", "height", "width"), [(2, 1, 16, 16), (1, 3, 24, 16), (1, 1, 8, 8), (3, 5, 8, 40)]
+)
+def test_any_multiple_of_the_stride_goes_there_and_back(batch, frames, height, width):
     model = trained(tiny())
-    tokens = model.encode(torch.rand(2, frames, 3, height, width))
-    assert tokens.shape == (2, frames, height // 8, width // 8)
-    assert model.decode(tokens).shape == (2, frames, 3, height, width)
+    tokens = model.encode(torch.rand(batch, frames, 3, height, width))
+    assert tokens.shape == (batch, frames, height // 8, width // 8)
+    assert model.decode(tokens).shape == (batch, frames, 3, height, width)
 
 
 def test_other_sizes_are_refused_by_name():
