@@ -63,7 +63,7 @@ class Road:
     """A folder in which the shipped configs run at toy sizes; their paths are relative to where one stands."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.run = folder, folder / "runs/demo"
+        self.code, self.folder, self.run = ROOT, folder, folder / "runs/demo"
         self.halfway: dict[str, Any] = {}
         """Each stage's checkpoint after the first of its two runs."""
 

@@ -1,5 +1,8 @@
 """The whole road with the shipped configs, as a user goes it."""
 
+import subprocess
+import sys
+
 import av
 import pytest
 import torch
@@ -129,3 +132,23 @@ def test_a_video_does_not_depend_on_what_else_is_in_its_batch(copy_road):
         road.cli("predict", "transformer", "--ckpt_path", "last", *flags)
         made.append([path.read_bytes() for path in sorted((road.run / "videos").iterdir())])
     assert made[0] == made[1]
+
+
+def test_two_processes_train_the_vqvae_with_discriminators(finished_road, tmp_path):
+    """Every parameter must get a gradient in every step, before the codebook and the discriminators begin too."""
+    flags = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=6", "--data.batch_size=4"]
+    flags += ["--model.adversarial=t2v.vqvae.losses.AdversarialLoss", "--model.adversarial.start_step=4"]
+    flags += ["--model.adversarial.channels=4", "--model.adversarial.layers=1", "--model.quantize_from_step=2"]
+    flags += [f"--data.{split}={finished_road.run / 'shards' / split}" for split in ("train", "val")]
+    made = subprocess.run(
+        [sys.executable, f"{finished_road.code}/cli.py", "fit", *finished_road.config("vqvae"), *flags],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert made.returncode == 0, made.stderr
+    checkpoint = torch.load(tmp_path / "runs/demo/vqvae/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 6
+    assert checkpoint["state_dict"]["model.quantizer.started"]
+    assert checkpoint["state_dict"]["adversarial.clips.0.bias"].isfinite().all()

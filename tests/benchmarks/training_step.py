@@ -28,20 +28,32 @@ from t2v.vqvae.quantizer import VectorQuantizer
 
 ROOT = Path(__file__).parents[2]
 EARLIER_SIZES = """
-trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {dirpath: checkpoints, save_last: true}}]}
-model: {init_args: {model: {init_args: {latent_patch_size: 2}}}}
+trainer:
+  callbacks:
+    - class_path: ModelCheckpoint
+      init_args: {dirpath: "${trainer.default_root_dir}/vqvae/checkpoints", save_last: true}
+model:
+  init_args:
+    model: {init_args: {latent_patch_size: 2}}
+    losses:
+      - class_path: t2v.vqvae.losses.L1Loss
+      - class_path: t2v.vqvae.losses.L2Loss
+      - class_path: t2v.vqvae.losses.TemporalDifferenceLoss
+        init_args: {weight: 0.5}
+      - class_path: t2v.vqvae.losses.MobileNetLoss
+        init_args: {weight: 0.1, frames: 4}
 data: {init_args: {crop: 1.0, flip: false, frames: 2, fps: 8, batch_size: 8}}
 """
 """Brings this tree's `configs/vqvae/footage.yaml` to the sizes that it had at the earlier commit."""
 
 
-def compare(against: str = "", steps: int = 60, rounds: int = 2, precision: str = "bf16-mixed") -> None:
-    """Times training steps of `configs/vqvae/footage.yaml` at two commits, then profiles this one.
+def compare(against: str = "", steps: int = 300, rounds: int = 2, precision: str = "bf16-mixed") -> None:
+    """Trains `configs/vqvae/footage.yaml` at two commits for speed and quality, then profiles this one.
 
     Args:
         against: the earlier commit; without one there is only the profile.
         steps: training steps a run.
-        rounds: runs of each, by turns.
+        rounds: runs of each, by turns, with a seed of their own.
         precision: Lightning's name of the precision.
     """
     if against:
@@ -58,31 +70,42 @@ def _side_by_side(folder: Path, against: str, steps: int, rounds: int, precision
     earlier = folder / "earlier"
     subprocess.run(["git", "worktree", "add", "--quiet", "--detach", earlier, against], cwd=ROOT, check=True)
     try:
-        seconds: dict[Path, list[float]] = {earlier: [], ROOT: []}
-        for _ in range(rounds):
-            for tree, times in seconds.items():
+        found: dict[Path, list[tuple[float, float]]] = {earlier: [], ROOT: []}
+        for seed in range(rounds):
+            for tree, values in found.items():
                 overlay = ["-c", str(folder / "sizes.yaml")] if tree == ROOT else []
-                times.append(_seconds_a_step(tree, folder, overlay, steps, precision))
+                values.append(_train(tree, folder, overlay, steps, precision, seed))
     finally:
         subprocess.run(["git", "worktree", "remove", "--force", earlier], cwd=ROOT, check=True)
-    before, now = (statistics.mean(times) for times in seconds.values())
-    print(f"{against}: {before * 1e3:.0f} ms a step, {16 / before:.0f} frames/s   {seconds[earlier]}")
-    print(f"this tree: {now * 1e3:.0f} ms a step, {16 / now:.0f} frames/s   {seconds[ROOT]}")
-    print(f"{before / now:.2f} times as fast")
+    mean = {tree: [statistics.mean(column) for column in zip(*values, strict=True)] for tree, values in found.items()}
+    for name, tree in ((against, earlier), ("this tree", ROOT)):
+        seconds, psnr = mean[tree]
+        runs = ", ".join(f"{1e3 * seconds:.0f} ms and {psnr:.2f} dB" for seconds, psnr in found[tree])
+        print(f"{name}: {1e3 * seconds:.0f} ms a step, {16 / seconds:.0f} frames/s, {psnr:.2f} dB ({runs})")
+    print(f"{mean[earlier][0] / mean[ROOT][0]:.2f} times as fast")
 
 
-def _seconds_a_step(tree: Path, folder: Path, overlay: list[str], steps: int, precision: str) -> float:
+def _train(tree: Path, folder: Path, overlay: list[str], steps: int, precision: str, seed: int) -> tuple[float, float]:
+    """Seconds a training step, and PSNR on the held-out clips after all of them."""
     settings = {"class_path": "SimpleProfiler", "init_args": {"dirpath": str(folder), "filename": "profile"}}
-    profiler = json.dumps(settings)
-    command = [sys.executable, "cli.py", "fit", "-c", "configs/vqvae/footage.yaml", *overlay]
-    command += ["--trainer.max_steps", str(steps), "--trainer.precision", precision, "--trainer.profiler", profiler]
-    command += ["--trainer.default_root_dir", str(folder / "run"), "--trainer.limit_val_batches", "0"]
-    command += ["--data.train", str(folder / "shards/train"), "--data.val", str(folder / "shards/val")]
-    subprocess.run(command, cwd=tree, check=True, capture_output=True)
-    report = (folder / "fit-profile.txt").read_text()
-    row = re.search(r"run_training_batch\s*\|\s*([\d.e-]+)", report)
-    assert row, report
-    return float(row[1])
+    flags = ["-c", "configs/vqvae/footage.yaml", *overlay, "--trainer.precision", precision]
+    flags += ["--data.train", str(folder / "shards/train"), "--data.val", str(folder / "shards/val")]
+    flags += ["--trainer.default_root_dir", str(folder / tree.name / str(seed)), "--seed_everything", str(seed)]
+    fit = ["--trainer.max_steps", str(steps), "--trainer.limit_val_batches", "0", "--trainer.profiler"]
+    cli = [sys.executable, "cli.py"]
+    subprocess.run([*cli, "fit", *flags, *fit, json.dumps(settings)], cwd=tree, check=True, capture_output=True)
+    validate = [*cli, "validate", *flags, "--ckpt_path", "last", "--data.frames", "8"]
+    measured = subprocess.run(validate, cwd=tree, check=True, capture_output=True, text=True).stdout
+    rows = [
+        re.search(pattern, text)
+        for pattern, text in (
+            (r"run_training_batch\s*\|\s*([\d.e-]+)", (folder / "fit-profile.txt").read_text()),
+            (r"val/psnr\W+([\d.]+)", measured),
+        )
+    ]
+    assert all(rows), measured
+    seconds, psnr = (float(row[1]) for row in rows if row)
+    return seconds, psnr
 
 
 def _profile(precision: str) -> None:
