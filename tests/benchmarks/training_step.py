@@ -87,10 +87,11 @@ def _side_by_side(folder: Path, against: str, steps: int, rounds: int, precision
 
 def _train(tree: Path, folder: Path, overlay: list[str], steps: int, precision: str, seed: int) -> tuple[float, float]:
     """Seconds a training step, and PSNR on the held-out clips after all of them."""
-    settings = {"class_path": "SimpleProfiler", "init_args": {"dirpath": str(folder), "filename": "profile"}}
+    run = folder / tree.name / str(seed)
+    settings = {"class_path": "SimpleProfiler", "init_args": {"dirpath": str(run), "filename": "profile"}}
     flags = ["-c", "configs/vqvae/footage.yaml", *overlay, "--trainer.precision", precision]
     flags += ["--data.train", str(folder / "shards/train"), "--data.val", str(folder / "shards/val")]
-    flags += ["--trainer.default_root_dir", str(folder / tree.name / str(seed)), "--seed_everything", str(seed)]
+    flags += ["--trainer.default_root_dir", str(run), "--seed_everything", str(seed)]
     fit = ["--trainer.max_steps", str(steps), "--trainer.limit_val_batches", "0", "--trainer.profiler"]
     cli = [sys.executable, "cli.py"]
     subprocess.run([*cli, "fit", *flags, *fit, json.dumps(settings)], cwd=tree, check=True, capture_output=True)
@@ -99,7 +100,7 @@ def _train(tree: Path, folder: Path, overlay: list[str], steps: int, precision: 
     rows = [
         re.search(pattern, text)
         for pattern, text in (
-            (r"run_training_batch\s*\|\s*([\d.e-]+)", (folder / "fit-profile.txt").read_text()),
+            (r"run_training_batch\s*\|\s*([\d.e-]+)", (run / "fit-profile.txt").read_text()),
             (r"val/psnr\W+([\d.]+)", measured),
         )
     ]
