@@ -59,7 +59,7 @@ def test_every_clip_becomes_a_token_sample(finished_road):
         assert [sample.key for sample in tokens] == [sample.key for sample in footage]
         assert len(tokens) == count
         assert {(sample.frames, sample.height, sample.width) for sample in tokens} == {(16, 4, 4)}
-    assert tokenizer["codebook_size"] == 32
+    assert tokenizer["quantizer"]["init_args"]["codebook_size"] == 32
 
 
 @pytest.mark.parametrize(("stage", "metric"), [("vqvae", "val/psnr"), ("transformer", "val/perplexity")])

@@ -146,7 +146,7 @@ class VectorQuantizer(Quantizer):
             loss = self.commitment_weight * F.mse_loss(unit, codes)
             if self.entropy_weight:
                 shares = (similarity * ENTROPY_TEMPERATURE).softmax(dim=-1).mean(dim=(0, 1))
-                loss = loss - self.entropy_weight * torch.special.entr(shares).sum()
+                loss = loss - self.entropy_weight * torch.special.entr(shares.clamp(min=1e-8)).sum()  # finite slope
             self._follow(flat, indices.flatten())
             return Quantized(rotate_to(unit, codes), indices, loss)
 
