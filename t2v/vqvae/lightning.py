@@ -39,7 +39,7 @@ class LitVQVAE(LightningModule):
             adversarial: discriminators to train beside the VQ-VAE, and their term.
             metrics: what `validate` measures beside PSNR, SSIM, flicker and the use of the codebook.
             quantize_from_step: train as a plain autoencoder until this step, then start the codebook by k-means.
-            compiled: compile the encoder and the decoder; a gain on GPUs, none on the CPUs it was measured on.
+            compiled: compile the encoder and the decoder; on the CPU where it was measured it is slower.
             optimizer: builds the optimizer from parameter groups.
             warmup_steps: steps over which the learning rate rises; then it follows a cosine.
         """
@@ -72,17 +72,16 @@ class LitVQVAE(LightningModule):
         terms = {term.name: term(reconstruction, video) for term in self.losses if self.global_step >= term.start_step}
         loss = sum((term.weight * terms[term.name] for term in self.losses if term.name in terms), video.new_zeros(()))
         terms["quantizer"] = quantizer_loss
-        if self.adversarial is None:
-            loss = loss + quantizer_loss
-        elif self.global_step < self.adversarial.start_step:
-            loss = loss + quantizer_loss + self.adversarial.idle()
-        else:
+        total = loss + quantizer_loss
+        if self.adversarial is not None and self.global_step < self.adversarial.start_step:
+            total = total + self.adversarial.idle()
+        elif self.adversarial is not None:
             terms["generator"] = self.adversarial.generator_loss(reconstruction, loss)
             terms["discriminator"] = self.adversarial.discriminator_loss(reconstruction, video)
-            loss = loss + quantizer_loss + terms["generator"] + terms["discriminator"]
-        terms["loss"] = loss
+            total = total + terms["generator"] + terms["discriminator"]
+        terms["loss"] = total
         self.log_dict({f"train/{name}": x.detach() for name, x in terms.items()}, batch_size=len(video))
-        return loss
+        return total
 
     def on_validation_epoch_start(self) -> None:
         for metric in self.metrics:

@@ -57,11 +57,8 @@ class AdversarialLoss(nn.Module):
 
     def discriminator_loss(self, reconstruction: Video, video: Video) -> Float[Tensor, ""]:
         """Hinge loss of telling footage from its reconstruction."""
-        real, fake = self(video), self(reconstruction.detach())
-        return (
-            0.5
-            * torch.stack([F.relu(1 - r).mean() + F.relu(1 + f).mean() for r, f in zip(real, fake, strict=True)]).mean()
-        )
+        pairs = zip(self(video), self(reconstruction.detach()), strict=True)
+        return 0.5 * torch.stack([F.relu(1 - real).mean() + F.relu(1 + fake).mean() for real, fake in pairs]).mean()
 
     def forward(self, video: Video) -> tuple[Tensor, Tensor]:
         """Logits of patches of frames and of clips: above zero for footage."""
