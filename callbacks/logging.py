@@ -11,7 +11,7 @@ from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 
-from t2v.batch import PromptBatch, VideoBatch
+from t2v.batch import PromptBatch, TextEmbedding, VideoBatch
 
 
 class ValidationLogger(Callback):
@@ -76,13 +76,16 @@ class GenerationLogger(ValidationLogger):
     def __init__(self, prompts: list[str], every_n_epochs: int = 1) -> None:
         super().__init__(every_n_epochs)
         self.prompts = prompts
+        self._text: TextEmbedding | None = None
 
     def log_videos(self, trainer: Trainer, pl_module: LightningModule, batch: object) -> None:
-        """Generate and log one video a prompt."""
+        """Generate and log one video a prompt; the prompts are embedded the first time only."""
+        if self._text is None:
+            self._text = pl_module.embed_prompts(self.prompts)  # type: ignore[operator]
         numbers = list(range(len(self.prompts)))
         jobs = PromptBatch(self.prompts, seeds=numbers, names=[f"{i:04d}" for i in numbers])
-        made = pl_module.generate_videos(jobs)  # type: ignore[operator]
-        for video, prompt in zip(made.video, made.prompts, strict=True):
+        made = pl_module.generate_videos(jobs, self._text)  # type: ignore[operator]
+        for video, prompt in zip(torch.cat(list(made.frames), dim=1), made.prompts, strict=True):
             log_gif(trainer, f"generation/{prompt}", video, made.fps)
 
 

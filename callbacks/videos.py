@@ -1,6 +1,7 @@
 """Writes what stage 2 predicts as mp4 files and one page to watch them on."""
 
 import os
+from contextlib import ExitStack
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from t2v.batch import GeneratedVideos
-from t2v.video import write_mp4
+from t2v.video import Mp4Writer
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -71,10 +72,14 @@ class VideoGalleryWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Write one batch."""
-        for video, prompt, name in zip(prediction.video, prediction.prompts, prediction.names, strict=True):
-            write_mp4(self.output_dir / "videos" / f"{name}.mp4", video, prediction.fps)
-            self._prompts[name] = prompt
+        """Write one batch, frame by frame as it is made."""
+        paths = [self.output_dir / "videos" / f"{name}.mp4" for name in prediction.names]
+        with ExitStack() as stack:
+            files = [stack.enter_context(Mp4Writer(path, prediction.fps)) for path in paths]
+            for frames in prediction.frames:
+                for file, frame in zip(files, frames, strict=True):
+                    file.write(frame)
+        self._prompts.update(zip(prediction.names, prediction.prompts, strict=True))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the page, with the videos of all ranks."""

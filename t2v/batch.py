@@ -3,6 +3,7 @@
 Axis letters: b batch, t frames, c channels, h w grid, l text length, d width.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from jaxtyping import Bool, Float, Int, UInt8
@@ -49,9 +50,10 @@ class PromptBatch(NamedTuple):
 
 
 class GeneratedVideos(NamedTuple):
-    """Generated clips, ready to be written."""
+    """Clips that are being generated, to be written as they come."""
 
-    video: UInt8[Tensor, "b t c h w"]
+    frames: Iterator[UInt8[Tensor, "b 1 c h w"]]
+    """One frame of all clips after the other; it can be gone through once, and that is when they are made."""
     prompts: list[str]
     names: list[str]
     fps: float

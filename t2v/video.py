@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from t2v.errors import UserError
@@ -118,40 +119,105 @@ def resize_and_crop(video: UInt8[Tensor, "t c h w"], size: int) -> UInt8[Tensor,
     return video[..., top : top + size, left : left + size]
 
 
-def write_mp4(path: str | Path, video: UInt8[Tensor, "t c h w"], fps: int | float, crf: int = 18) -> None:
-    """Write a video as H.264; the file appears only when it is complete.
+def read_clip(path: str | Path, frames: int, size: int, fps: int | float) -> UInt8[Tensor, "t c {size} {size}"]:
+    """Read the beginning of a video, or a picture, as training clips are read: at a frame rate, cut to a square.
 
     Args:
-        path: where the mp4 goes; its folder must exist.
-        video: the frames, RGB.
-        fps: frames a second.
-        crf: quality of libx264, from 0 (lossless) to 51 (worst).
+        path: a video, or a picture of any format that Pillow reads, which is a clip of one frame.
+        frames: how many frames to take.
+        size: height and width in pixels; the shorter side is resized to it, and the centre is cut out.
+        fps: frames a second to take; those of the video that are nearest in time.
+
+    Raises:
+        UserError: where there is no such file, it is no video and no picture, or it is shorter than `frames`.
+    """
+    try:
+        clip = _read_picture(path)
+        if clip is None:
+            info = probe(path)
+            wanted = np.floor(np.arange(frames) * info.fps / fps + 0.5).astype(np.int64)
+            clip = read_frames(path, wanted[wanted < info.frames].tolist())
+    except OSError as error:
+        raise UserError(
+            f"Cannot read '{path}' ({error.strerror or error}): give the path of a video or a picture."
+        ) from error
+    except DecodeError as error:
+        raise UserError(f"'{path}' is no video or picture that can be read ({error}): give another file.") from error
+    if len(clip) < frames:
+        raise UserError(
+            f"'{path}' has {len(clip)} frames at {fps:g} a second, but {frames} are asked for: ask for fewer, or "
+            "give a longer video."
+        )
+    return resize_and_crop(clip, size)
+
+
+class Mp4Writer:
+    """A video file that grows frame by frame, as H.264, in constant memory.
+
+    A context manager: the file appears under its name when the context ends, complete, and not at all where it ends by
+    an exception.
+    """
+
+    def __init__(self, path: str | Path, fps: int | float, crf: int = 18):
+        """
+        Args:
+            path: where the mp4 goes; its folder must exist.
+            fps: frames a second.
+            crf: quality of libx264, from 0 (lossless) to 51 (worst).
+        """
+        self.path = Path(path)
+        self.fps, self.crf = fps, crf
+        # FFmpeg reads the file again to move its index to the front: it must be a real file with its final suffix.
+        self._partial = self.path.with_name(f".{self.path.stem}.{os.getpid()}.partial.mp4")
+
+    def __enter__(self) -> "Mp4Writer":
+        options = {"movflags": "+faststart", "fflags": "+bitexact"}
+        self._file = av.open(str(self._partial), "w", format="mp4", options=options)
+        self._stream = self._file.add_stream("libx264", rate=Fraction(self.fps).limit_denominator(1001))
+        self._stream.pix_fmt, self._stream.options = "yuv420p", {"crf": str(self.crf), "threads": "1"}
+        self._started = False
+        return self
+
+    def write(self, frames: UInt8[Tensor, "t c h w"]) -> None:
+        """Append frames, RGB, all of the size of the first.
+
+        Raises:
+            UserError: where height or width is odd, which yuv420p cannot hold.
+        """
+        _, channels, height, width = frames.shape
+        if height % 2 or width % 2:
+            raise UserError(
+                f"Cannot write {self.path.name} at {width}x{height} pixels: H.264 needs an even width and height."
+            )
+        assert channels == 3
+        if not self._started:
+            self._stream.height, self._stream.width = height, width
+            self._started = True
+        assert (self._stream.height, self._stream.width) == (height, width)
+        for picture in frames.cpu().numpy().transpose(0, 2, 3, 1):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            self._file.mux(self._stream.encode(frame.reformat(format="yuv420p", threads=1)))
+
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            if error is None:
+                assert self._started, "a video has at least one frame"
+                self._file.mux(self._stream.encode())
+            self._file.close()
+            if error is None:
+                self._partial.replace(self.path)
+        finally:
+            self._partial.unlink(missing_ok=True)
+
+
+def write_mp4(path: str | Path, video: UInt8[Tensor, "t c h w"], fps: int | float, crf: int = 18) -> None:
+    """Write a video as H.264; the file appears only when it is complete. See `Mp4Writer` for the arguments.
 
     Raises:
         UserError: where height or width is odd, which yuv420p cannot hold.
     """
-    path = Path(path)
-    frames, channels, height, width = video.shape
-    if height % 2 or width % 2:
-        raise UserError(f"Cannot write {path.name} at {width}x{height} pixels: H.264 needs an even width and height.")
-    assert frames > 0
-    assert channels == 3
-    # FFmpeg reads the file again to move its index to the front, so that it must be a real file with its final suffix.
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial.mp4")
-    try:
-        with av.open(
-            str(partial), "w", format="mp4", options={"movflags": "+faststart", "fflags": "+bitexact"}
-        ) as file:
-            stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            stream.options = {"crf": str(crf), "threads": "1"}
-            for picture in video.cpu().numpy().transpose(0, 2, 3, 1):
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-                file.mux(stream.encode(frame.reformat(format="yuv420p", threads=1)))
-            file.mux(stream.encode())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with Mp4Writer(path, fps, crf) as file:
+        file.write(video)
 
 
 def encode_mp4(video: UInt8[Tensor, "t c h w"], fps: int | float, crf: int = 18) -> bytes:
@@ -160,6 +226,16 @@ def encode_mp4(video: UInt8[Tensor, "t c h w"], fps: int | float, crf: int = 18)
         path = Path(folder) / "video.mp4"
         write_mp4(path, video, fps, crf)
         return path.read_bytes()
+
+
+def _read_picture(path: str | Path) -> UInt8[Tensor, "1 c h w"] | None:
+    """A picture as a clip of one frame, upright; None where the file is none."""
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file).convert("RGB")
+    except UnidentifiedImageError:
+        return None
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
 
 
 @cache

@@ -55,6 +55,30 @@ def test_a_config_says_what_it_is_and_can_be_resumed(path):
     assert trainer["logger"]["init_args"]["version"] == ""
 
 
+@pytest.mark.parametrize(("name", "count", "within"), [("8b", 8.0e9, 0.02), ("1b", 1.0e9, 0.1), ("300m", 0.3e9, 0.1)])
+def test_a_size_is_what_the_name_says_and_begins_without_memory(name, count, within, monkeypatch):
+    monkeypatch.setattr(cli.T2VCLI, "_run_subcommand", lambda self, subcommand: None)
+    path = ROOT / f"configs/transformer/{name}.yaml"
+    model = cli.main(["fit", "--config", str(path), "--trainer.accelerator=cpu"]).model.model
+    assert all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(count, rel=within)
+
+
+@pytest.mark.parametrize(("first", "second"), [("512", "8b"), ("256", "1b"), ("128", "300m")])
+def test_a_size_fits_the_tokens_it_names(first, second):
+    vqvae, transformer = (
+        yaml.safe_load((ROOT / f"configs/{path}.yaml").read_text())
+        for path in (f"vqvae/{first}", f"transformer/{second}")
+    )
+    tokenizer, given = vqvae["model"]["init_args"]["model"]["init_args"], transformer["model"]["init_args"]
+    stride = tokenizer["patch_size"] * tokenizer["latent_patch_size"] * 2 ** (len(tokenizer["channel_multipliers"]) - 1)
+    assert given["model"]["init_args"]["grid_size"] == tokenizer["image_size"] / stride
+    assert given["model"]["init_args"]["vocab_size"] == tokenizer["quantizer"]["init_args"]["codebook_size"]
+    assert transformer["trainer"]["default_root_dir"] == vqvae["trainer"]["default_root_dir"]
+    writer = next(c for c in vqvae["trainer"]["callbacks"] if c["class_path"] == "callbacks.TokenShardWriter")
+    assert given["text_encoder"] == writer["init_args"]["text_encoder"]
+
+
 def test_the_stages_of_the_demo_fit_each_other(build):
     first, second = (build(ROOT / f"configs/{stage}/shapes.yaml") for stage in ("vqvae", "transformer"))
     vqvae, transformer = first.model.model, second.model.model

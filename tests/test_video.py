@@ -5,10 +5,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import ExifTags, Image
 
 from t2v import video as video_module
 from t2v.errors import UserError
-from t2v.video import DecodeError, encode_mp4, probe, read_frames, resize_and_crop, stream_frames, write_mp4
+from t2v.video import (
+    DecodeError,
+    Mp4Writer,
+    encode_mp4,
+    probe,
+    read_clip,
+    read_frames,
+    resize_and_crop,
+    stream_frames,
+    write_mp4,
+)
 
 
 def moving_square(frames=12, height=48, width=64):
@@ -79,6 +90,70 @@ def test_odd_sizes_are_refused(tmp_path):
     with pytest.raises(UserError, match="even"):
         write_mp4(tmp_path / "clip.mp4", moving_square(width=63), fps=8)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_written_frame_by_frame_is_the_file_written_at_once(tmp_path):
+    with Mp4Writer(tmp_path / "clip.mp4", fps=8) as file:
+        for frame in moving_square().split(1):
+            file.write(frame)
+            assert not (tmp_path / "clip.mp4").exists()
+    assert (tmp_path / "clip.mp4").read_bytes() == encode_mp4(moving_square(), fps=8)
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+@pytest.mark.parametrize("frames", [0, 12])
+def test_nothing_is_left_of_a_file_that_was_not_finished(tmp_path, frames):
+    (tmp_path / "clip.mp4").write_bytes(b"an earlier one")
+
+    def give_up() -> None:
+        with Mp4Writer(tmp_path / "clip.mp4", fps=8) as file:
+            for frame in moving_square(frames).split(1):
+                file.write(frame)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        give_up()
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"an earlier one"]
+
+
+def test_the_beginning_of_a_video_at_another_rate(tmp_path):
+    write_mp4(tmp_path / "clip.mp4", moving_square(), fps=16)
+    clip = read_clip(tmp_path / "clip.mp4", frames=3, size=24, fps=8)
+    assert clip.equal(resize_and_crop(read_frames(tmp_path / "clip.mp4", [0, 2, 4]), 24))
+    assert len(read_clip(tmp_path / "clip.mp4", frames=6, size=24, fps=8)) == 6
+    with pytest.raises(UserError, match="has 6 frames at 8 a second, but 7 are asked for"):
+        read_clip(tmp_path / "clip.mp4", frames=7, size=24, fps=8)
+
+
+@pytest.mark.parametrize(("suffix", "mode"), [("png", "RGB"), ("png", "RGBA"), ("jpg", "L"), ("gif", "P")])
+def test_a_picture_is_a_clip_of_one_frame(tmp_path, suffix, mode):
+    path = tmp_path / f"picture.{suffix}"
+    Image.new("RGB", (64, 48), (90, 90, 90)).convert(mode).save(path)
+    clip = read_clip(path, frames=1, size=24, fps=8)
+    assert clip.shape == (1, 3, 24, 24)
+    assert abs(clip.float().mean() - 90) < 3
+    with pytest.raises(UserError, match="has 1 frames at 8 a second, but 2 are asked for"):
+        read_clip(path, frames=2, size=24, fps=8)
+
+
+def test_a_photo_taken_sideways_is_read_upright(tmp_path):
+    picture = Image.new("RGB", (64, 64))
+    picture.paste((255, 255, 255), (0, 0, 64, 8))  # along the upper edge
+    exif = picture.getexif()
+    exif[ExifTags.Base.Orientation] = 6  # "turn right"
+    picture.save(tmp_path / "photo.png", exif=exif)
+    clip = read_clip(tmp_path / "photo.png", frames=1, size=64, fps=8)
+    assert (clip[..., -8:] == 255).all()
+    assert (clip[..., :-8] == 0).all()
+
+
+def test_what_is_no_picture_and_no_video_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("no picture")
+    with pytest.raises(UserError, match=r"notes.txt' is no video or picture"):
+        read_clip(tmp_path / "notes.txt", frames=1, size=8, fps=8)
+    for path in (tmp_path / "none.png", tmp_path):
+        with pytest.raises(UserError, match=f"Cannot read '{path}'"):
+            read_clip(path, frames=1, size=8, fps=8)
 
 
 def test_a_video_filmed_sideways_is_read_upright(decoder):

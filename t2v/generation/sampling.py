@@ -4,6 +4,7 @@ Each filter takes logits (b, v) and returns them with what must not be drawn at 
 temperature, top-k, top-p, typical, min-p, as in `transformers`.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from t2v.errors import UserError
+from t2v.generation.schedules import Schedule, value_at
 
 Logits = Float[Tensor, "b v"]
 
@@ -50,7 +52,7 @@ class Sampler:
 
     def __init__(
         self,
-        temperature: float = 1.0,
+        temperature: float | Schedule = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
         typical_p: float | None = None,
@@ -58,16 +60,12 @@ class Sampler:
     ):
         """
         Args:
-            temperature: logits are divided by it, > 0; small is greedy.
+            temperature: logits are divided by it, > 0; small is greedy. A schedule changes it from frame to frame.
             top_k: keep this many tokens, at least 1.
             top_p: keep the most probable tokens up to this mass, in (0, 1].
             typical_p: keep the most typical tokens up to this mass, in (0, 1].
             min_p: keep tokens at least this many times as probable as the most probable, in (0, 1].
         """
-        if temperature <= 0:
-            raise UserError(
-                f"temperature={temperature} must be greater than 0: use a small one such as 0.01 for greedy."
-            )
         if top_k is not None and top_k < 1:
             raise UserError(f"top_k={top_k} must be at least 1, or null for no limit.")
         for name, share in (("top_p", top_p), ("typical_p", typical_p), ("min_p", min_p)):
@@ -75,27 +73,55 @@ class Sampler:
                 raise UserError(f"{name}={share} must lie in (0, 1], or be null for no limit.")
         self.temperature = temperature
         self.top_k, self.top_p, self.typical_p, self.min_p = top_k, top_p, typical_p, min_p
+        if not isinstance(temperature, Schedule):
+            self.temperature_at(0, 1)
 
-    def filter(self, logits: Logits) -> Logits:
-        """The logits that tokens are drawn from."""
-        logits = logits.float() / self.temperature
+    def temperature_at(self, frame: int, frames: int) -> float:
+        """The temperature at a frame.
+
+        Args:
+            frame: counted from 0.
+            frames: length of the whole video.
+
+        Raises:
+            UserError: if it is not a number greater than 0.
+        """
+        temperature = value_at(self.temperature, frame, frames)
+        if not 0 < temperature < math.inf:
+            where = f" at frame {frame} of {frames}" if isinstance(self.temperature, Schedule) else ""
+            raise UserError(
+                f"temperature={temperature}{where} must be greater than 0 and finite: use a small one such as 0.01 "
+                "for greedy."
+            )
+        return temperature
+
+    def filter(self, logits: Logits, frame: int = 0, frames: int = 1) -> Logits:
+        """The logits that tokens of a frame are drawn from."""
+        logits = logits.float() / self.temperature_at(frame, frames)
         if self.top_k is not None:
             logits = top_k(logits, self.top_k)
-        if self.top_p is not None:
+        if self.top_p is not None and self.top_p < 1:  # all of the mass may round to less
             logits = top_p(logits, self.top_p)
-        if self.typical_p is not None:
+        if self.typical_p is not None and self.typical_p < 1:
             logits = typical(logits, self.typical_p)
         if self.min_p is not None:
             logits = min_p(logits, self.min_p)
         return logits
 
-    def __call__(self, logits: Logits, generators: Sequence[torch.Generator]) -> Int[Tensor, " b"]:
+    def __call__(
+        self, logits: Logits, generators: Sequence[torch.Generator], frame: int = 0, frames: int = 1
+    ) -> Int[Tensor, " b"]:
         """Draws one token a row, each row with its own generator, so that rows do not depend on each other.
 
-        The draw is an exponential race, argmax of p / Exp(1), which needs no sum over the row.
+        One uniform number a row is looked up in the row's distribution function, which takes a tenth of the time that
+        a random number a token does.
+
+        Args:
+            logits: of the token to draw.
+            generators: one a row.
+            frame: the frame that the token belongs to, counted from 0.
+            frames: length of the whole video.
         """
-        probabilities = self.filter(logits).softmax(dim=-1)
-        noise = torch.stack(
-            [torch.empty_like(row).exponential_(generator=g) for row, g in zip(probabilities, generators, strict=True)]
-        )
-        return (probabilities / noise).argmax(dim=-1)
+        mass = self.filter(logits, frame, frames).softmax(dim=-1).double().cumsum(dim=-1)
+        uniform = torch.stack([torch.rand(1, generator=g, device=g.device, dtype=mass.dtype) for g in generators])
+        return torch.searchsorted(mass, uniform * mass[:, -1:], right=True)[:, 0]

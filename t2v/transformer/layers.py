@@ -3,11 +3,14 @@
 Shapes: b batch, n positions in raster order, d width, l text length.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from t2v.transformer.rope import Rotation
 
@@ -26,6 +29,36 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
+class Linear(nn.Linear):
+    """`product` as a layer; there is no bias."""
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__(in_dim, out_dim, bias=False)
+
+    def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... e"]:
+        return product(x, self.weight)
+
+
+def product(x: Float[Tensor, "... d"], weight: Float[Tensor, "e d"]) -> Float[Tensor, "... e"]:
+    """`F.linear`; a single row on the CPU, as in decoding, takes all cores and reads the weights at full speed."""
+    if x.is_cpu and x.numel() == weight.shape[1] and x.dtype == weight.dtype == torch.float32:
+        if torch.compiler.is_compiling():
+            return (weight * x.flatten()).sum(dim=-1).view(*x.shape[:-1], -1)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return F.linear(x, weight)
+
+
+class Places(NamedTuple):
+    """Where a cached layer writes and what it may read."""
+
+    slots: Int[Tensor, " n"]
+    """Slots of the ring that the new positions take."""
+    stop: int
+    """Only slots before this one are read."""
+    mask: Bool[Tensor, "n stop"] | None
+    """Which of those; all where it is None."""
+
+
 class KVCache:
     """Keys and values of the last `size` positions, as a ring; what is written first is forgotten first."""
 
@@ -33,13 +66,10 @@ class KVCache:
         self.keys = like.new_zeros(batch, heads, size, head_dim)
         self.values = torch.zeros_like(self.keys)
 
-    def put(self, place: int, key: Float[Tensor, "b h 1 d"], value: Float[Tensor, "b h 1 d"]) -> tuple[Tensor, Tensor]:
-        """Writes the position `place` and returns the keys and values that a query there may see."""
-        size = self.keys.shape[2]
-        self.keys[:, :, place % size] = key[:, :, 0]
-        self.values[:, :, place % size] = value[:, :, 0]
-        filled = min(place + 1, size)
-        return self.keys[:, :, :filled], self.values[:, :, :filled]
+    def put(self, places: Places, key: Float[Tensor, "b h n d"], value: Float[Tensor, "b h n d"]) -> None:
+        """Writes new positions over the oldest."""
+        self.keys.index_copy_(2, places.slots, key)
+        self.values.index_copy_(2, places.slots, value)
 
 
 class PreviousFrame(nn.Module):
@@ -59,32 +89,71 @@ class PreviousFrame(nn.Module):
         return rearrange(self.mix(x), "(b t) d h w -> b t (h w) d", b=len(tokens))
 
 
+class TextGate(nn.Module):
+    """How strongly each head of each layer listens to the text, by how far the video has come.
+
+    A small network reads a frame's place in the video, in waves of one to eight half turns, and the video's length; it
+    gives a factor from 0 to 2, which begins as 1.
+    """
+
+    _WAVES = 4
+
+    def __init__(self, layers: int, heads: int, hidden_dim: int = 64):
+        super().__init__()
+        self.layers = layers
+        self.hidden = nn.Linear(2 * self._WAVES + 1, hidden_dim)
+        self.out = nn.Linear(hidden_dim, layers * heads)
+
+    def forward(self, frame: Int[Tensor, " t"], frames: int) -> Float[Tensor, "layers t heads"]:
+        """The factors for the frames numbered `frame` of a video of `frames` frames."""
+        angle = torch.pi * frame[:, None] / frames * 2 ** torch.arange(self._WAVES, device=frame.device)
+        length = torch.full_like(angle[:, :1], frames).log2() / 8
+        x = self.out(F.silu(self.hidden(torch.cat([angle.sin(), angle.cos(), length], dim=-1))))
+        return rearrange(2 * x.sigmoid(), "t (layers heads) -> layers t heads", layers=self.layers)
+
+
 class SelfAttention(nn.Module):
     """Causal self-attention with grouped queries (https://arxiv.org/abs/2305.13245), QK-norm and rotary positions."""
 
     def __init__(self, dim: int, heads: int, kv_heads: int, qk_norm: bool):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim // heads
-        self.query = nn.Linear(dim, dim, bias=False)
-        self.key_value = nn.Linear(dim, 2 * kv_heads * self.head_dim, bias=False)
+        self.query_key_value = Linear(dim, (heads + 2 * kv_heads) * self.head_dim)
         self.query_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
         self.key_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.out = Linear(dim, dim)
 
     def forward(self, x: Float[Tensor, "b n d"], rotate: Rotation, window: int) -> Float[Tensor, "b n d"]:
         """Attends from each position to itself and the `window` - 1 positions before it."""
         q, k, v = self._project(x, rotate)
         return self.out(rearrange(_causal_attention(q, k, v, window), "b h n d -> b n (h d)"))
 
-    def step(self, x: Float[Tensor, "b 1 d"], rotate: Rotation, cache: KVCache, place: int) -> Float[Tensor, "b 1 d"]:
+    def step(
+        self, x: Float[Tensor, "b 1 d"], rotate: Rotation, cache: KVCache, places: Places
+    ) -> Float[Tensor, "b 1 d"]:
         """The same for one position, the earlier ones being in the cache."""
         q, k, v = self._project(x, rotate)
-        k, v = cache.put(place, k, v)
-        return self.out(rearrange(_attend(q, k, v), "b h n d -> b n (h d)"))
+        cache.put(places, k, v)
+        y = _attend(q, cache.keys[:, :, : places.stop], cache.values[:, :, : places.stop], places.mask)
+        return self.out(rearrange(y, "b h n d -> b n (h d)"))
+
+    def extend(self, x: Float[Tensor, "b n d"], rotate: Rotation, cache: KVCache, place: int) -> Float[Tensor, "b n d"]:
+        """The same for a whole frame at `place`, the earlier ones being in the cache."""
+        q, k, v = self._project(x, rotate)
+        size, n = cache.keys.shape[2], x.shape[1]
+        start, known = place % size, min(place, size)
+        before = [
+            torch.roll(ring[:, :, :known], -start if known == size else 0, 2) for ring in (cache.keys, cache.values)
+        ]
+        keys, values = torch.cat([before[0], k], dim=2), torch.cat([before[1], v], dim=2)
+        distance = known + torch.arange(n, device=x.device)[:, None] - torch.arange(known + n, device=x.device)
+        y = _attend(q, keys, values, (distance >= 0) & (distance < size))
+        cache.put(Places(torch.arange(start, start + n, device=x.device), size, None), k, v)
+        return self.out(rearrange(y, "b h n d -> b n (h d)"))
 
     def _project(self, x: Tensor, rotate: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        q = rearrange(self.query(x), "b n (h d) -> b h n d", h=self.heads)
-        k, v = rearrange(self.key_value(x), "b n (two h d) -> two b h n d", two=2, h=self.kv_heads)
+        heads = rearrange(self.query_key_value(x), "b n (h d) -> b h n d", d=self.head_dim)
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         return rotate(self.query_norm(q)), rotate(self.key_norm(k)), v
 
 
@@ -94,11 +163,11 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, text_dim: int, heads: int, kv_heads: int):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim // heads
-        self.query = nn.Linear(dim, dim, bias=False)
+        self.query = Linear(dim, dim)
         self.key_value = nn.Linear(text_dim, 2 * kv_heads * self.head_dim, bias=False)
         self.query_norm = RMSNorm(self.head_dim)
         self.key_norm = RMSNorm(self.head_dim)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.out = Linear(dim, dim)
 
     def read_text(self, text: Float[Tensor, "b l e"]) -> tuple[Tensor, Tensor]:
         """Keys and values (b, kv heads, l, head width) of the text, the same for every position."""
@@ -106,11 +175,19 @@ class CrossAttention(nn.Module):
         return self.key_norm(k), v
 
     def forward(
-        self, x: Float[Tensor, "b n d"], text: tuple[Tensor, Tensor], mask: Bool[Tensor, "b l"]
+        self,
+        x: Float[Tensor, "b n d"],
+        text: tuple[Tensor, Tensor],
+        mask: Bool[Tensor, "b l"] | None,
+        gate: Float[Tensor, "t heads"] | None,
     ) -> Float[Tensor, "b n d"]:
+        """Attends to the words that `mask` shows, all where it is None; `gate` weighs the heads, a row a frame."""
         q = self.query_norm(rearrange(self.query(x), "b n (h d) -> b h n d", h=self.heads))
-        y = _attend(q, *text, mask=mask[:, None, None])
-        return self.out(rearrange(y, "b h n d -> b n (h d)"))
+        y = _attend(q, *text, mask=None if mask is None else mask[:, None, None])
+        y = rearrange(y, "b h n d -> b n h d")
+        if gate is not None:
+            y = y * gate.to(y.dtype).repeat_interleave(x.shape[1] // len(gate), dim=0)[..., None]
+        return self.out(y.flatten(2))
 
 
 class SwiGLU(nn.Module):
@@ -118,8 +195,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
-        self.gate_up = nn.Linear(dim, 2 * hidden_dim, bias=False)
-        self.out = nn.Linear(hidden_dim, dim, bias=False)
+        self.gate_up = Linear(dim, 2 * hidden_dim)
+        self.out = Linear(hidden_dim, dim)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -128,24 +205,33 @@ class SwiGLU(nn.Module):
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """Scaled dot-product attention in which groups of query heads share a key head."""
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    if q.is_cpu and q.shape[2] * k.shape[2] <= _SHORT**2:
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    n, m = q.shape[2], k.shape[2]
+    if n == 1:  # the heads of a group are then as good as positions
+        rows = rearrange(q, "b (h g) 1 d -> b h g d", h=k.shape[1])
+        return rearrange(F.scaled_dot_product_attention(rows, k, v, attn_mask=mask), "b h g d -> b (h g) 1 d")
+    if q.is_cpu and n * m <= _SHORT**2:
+        groups = q.shape[1] // k.shape[1]
+        rows = rearrange(q * q.shape[-1] ** -0.5, "b (h g) n d -> b h (g n) d", g=groups)
+        scores = (rows @ k.transpose(-1, -2)).unflatten(2, (groups, n))
         if causal:
-            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+            mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril()
         if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf)
-        return scores.softmax(dim=-1).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+            scores = scores.masked_fill(~(mask if mask.ndim == 2 else mask[:, :, None]), -torch.inf)
+        return rearrange(scores.softmax(dim=-1).to(v.dtype).flatten(2, 3) @ v, "b h (g n) d -> b (h g) n d", g=groups)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
 
 
 def _causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int, chunk: int = 512) -> Tensor:
-    """Causal attention over a sliding window, in chunks of queries once the window is shorter than the sequence."""
+    """Causal attention over a sliding window; no mask is ever as large as the sequence squared."""
     n = q.shape[2]
     if n <= window:
         return _attend(q, k, v, causal=True)
+    if torch.compiler.is_compiling() and (q.is_cuda or not torch.is_grad_enabled()):  # no backward pass on the CPU
+
+        def band(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (query >= key) & (query - key < window)
+
+        return flex_attention(q, k, v, block_mask=create_block_mask(band, None, None, n, n, q.device), enable_gqa=True)
     chunks = []
     for start in range(0, n, chunk):
         stop, first = min(start + chunk, n), max(start - window + 1, 0)

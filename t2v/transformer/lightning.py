@@ -1,25 +1,32 @@
 """Training, validation and generation with the transformer."""
 
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from torchmetrics import MeanMetric
 
-from t2v.batch import GeneratedVideos, PromptBatch, TokenBatch
+from t2v.batch import GeneratedVideos, PromptBatch, TextEmbedding, TokenBatch
 from t2v.errors import UserError
-from t2v.generation import decode  # the module: it imports t2v.transformer itself, and may be only half loaded here
+from t2v.generation.decode import check_schedules
 from t2v.generation.sampling import Sampler
+from t2v.generation.schedules import Schedule
+from t2v.generation.text_to_video import TextToVideo, check_parts
 from t2v.optimization import configure_optimization
 from t2v.text import TextEncoder
+from t2v.transformer.loss import token_loss
 from t2v.transformer.model import VideoTransformer
+from t2v.video import read_clip
 from t2v.vqvae.checkpoint import load_vqvae
-from t2v.vqvae.model import VQVAE, to_uint8
+from t2v.vqvae.model import VQVAE
 
 
 class LitVideoTransformer(LightningModule):
@@ -32,10 +39,15 @@ class LitVideoTransformer(LightningModule):
         text_encoder: TextEncoder,
         sampler: Sampler,
         frames: int,
-        guidance: float = 1.0,
+        guidance: float | Schedule = 1.0,
         caption_dropout: float = 0.1,
+        corruption: float = 0.0,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         warmup_steps: int = 0,
+        start: str | None = None,
+        start_frames: int = 1,
     ):
         """
         Args:
@@ -43,28 +55,48 @@ class LitVideoTransformer(LightningModule):
             tokenizer: path of the stage 1 checkpoint that made the tokens; it decodes what is generated.
             text_encoder: embeds prompts; the one that embedded the captions.
             sampler: how tokens are drawn.
-            frames: length of a generated video.
-            guidance: strength of classifier-free guidance at generation; 1 is none.
+            frames: length of a generated video, the frames of `start` included.
+            guidance: strength of classifier-free guidance at generation, also a schedule over the frames; 1 is none.
             caption_dropout: share of training clips that do not see their caption, in [0, 1]; guidance needs some.
+            corruption: share of input tokens that training replaces by codes drawn evenly, in [0, 1); the tokens to
+                predict stay as they are. Against drift in long videos.
+            label_smoothing: share of each target that training spreads over all codes evenly, in [0, 1).
+            z_loss: weight of log² Z in training, where Z is the sum that softmax divides by; it keeps logits small.
             optimizer: builds the optimizer from parameter groups.
             warmup_steps: steps over which the learning rate rises; then it follows a cosine.
+            start: path of a picture or video with which every video of `predict` begins.
+            start_frames: how many frames of `start` to take, at least 1 and fewer than `frames`.
         """
         super().__init__()
         if frames < 1:
             raise UserError(f"model.frames={frames} must be at least 1.")
+        check_schedules(sampler, guidance, frames)
+        if start is not None and not 0 < start_frames < frames:
+            raise UserError(
+                f"model.start_frames={start_frames} must be at least 1 and less than model.frames={frames}, so that "
+                "there is something left to make."
+            )
         if not 0 <= caption_dropout <= 1:
             raise UserError(f"model.caption_dropout={caption_dropout} must lie in [0, 1].")
+        for name, share in (("corruption", corruption), ("label_smoothing", label_smoothing)):
+            if not 0 <= share < 1:
+                raise UserError(f"model.{name}={share} must lie in [0, 1): it is a share of every target or input.")
+        if not 0 <= z_loss < math.inf:
+            raise UserError(f"model.z_loss={z_loss} must be a weight of at least 0; 1e-4 is usual.")
         self.model = model
         self.tokenizer_path = tokenizer
         self.text_encoder = text_encoder
         self.sampler = sampler
         self.frames = frames
         self.guidance = guidance
+        self.start, self.start_frames = start, start_frames
         self.caption_dropout = caption_dropout
+        self.corruption, self.label_smoothing, self.z_loss = corruption, label_smoothing, z_loss
         self.optimizer = optimizer
         self.warmup_steps = warmup_steps
         self.fingerprint: dict[str, Any] = {}
         self._tokenizer: list[VQVAE] = []  # in a list, so that it is in no checkpoint of this stage
+        self._start: Tensor | None = None
         self.loss = MeanMetric()
         self.accuracy = MeanMetric()
 
@@ -77,33 +109,44 @@ class LitVideoTransformer(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuses tokens or text that this model could not have been meant for, before anything is computed."""
-        vqvae, model = self.tokenizer, self.model
-        if (vqvae.codebook_size, vqvae.grid_size) != (model.vocab_size, model.grid_size):
-            raise UserError(
-                f"The VQ-VAE in '{self.tokenizer_path}' has {vqvae.codebook_size} codes on a grid of "
-                f"{vqvae.grid_size}×{vqvae.grid_size}, but the transformer has vocab_size={model.vocab_size} and "
-                f"grid_size={model.grid_size}: they must be equal."
-            )
-        if self.text_encoder.width != model.text_dim:
-            raise UserError(
-                f"The text encoder {self.text_encoder.name} is {self.text_encoder.width} wide, but the transformer has "
-                f"text_dim={model.text_dim}: they must be equal."
-            )
+        check_parts(self.model, self.tokenizer, self.text_encoder)
         if stage != "predict":  # then the fingerprint comes with the checkpoint
             self.fingerprint = dict(self.trainer.datamodule.fingerprint)  # type: ignore[attr-defined]
             self._require_same("the token shards were made")
 
+    def configure_model(self) -> None:
+        """Shards the model where the strategy asks for it; gives one that was built on the meta device its weights."""
+        mesh, device = self.device_mesh, torch.get_default_device()
+        if mesh is not None:
+            for part in (*self.model.blocks, self.model):
+                fully_shard(part, mesh=mesh["data_parallel"])
+            device = torch.device(mesh.device_type)
+        if any(parameter.is_meta for parameter in self.model.parameters()):
+            self.model.to(torch.get_default_dtype())  # with bf16-true, half the memory from the beginning
+            self.model.to_empty(device=device)
+            self.model.reset_parameters()
+
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Float[Tensor, ""]:
-        drop = torch.rand(len(batch.tokens), device=self.device) < self.caption_dropout
-        loss, accuracy = self._step(batch, drop)
-        self.log_dict({"train/loss": loss.detach(), "train/accuracy": accuracy}, batch_size=len(drop))
-        self.log("loss", loss.detach(), prog_bar=True, logger=False)
-        return loss
+        tokens = batch.tokens
+        drop = torch.rand(len(tokens), device=self.device) < self.caption_dropout
+        if self.corruption:
+            wrong = torch.rand(tokens.shape, device=self.device) < self.corruption
+            tokens = torch.where(wrong, torch.randint_like(tokens, self.model.vocab_size), tokens)
+        logits = self.model(tokens, batch.text, drop)
+        terms = token_loss(logits, batch.tokens, self.label_smoothing, self.z_loss)
+        logged = {"loss": terms.cross_entropy, "accuracy": terms.accuracy}
+        if self.label_smoothing or self.z_loss:
+            logged["objective"] = terms.objective.detach()
+        if self.z_loss:
+            logged["z_loss"] = terms.z_loss
+        self.log_dict({f"train/{name}": value for name, value in logged.items()}, batch_size=len(tokens))
+        self.log("loss", terms.cross_entropy, prog_bar=True, logger=False)
+        return terms.objective
 
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
-        loss, accuracy = self._step(batch, None)
-        self.loss.update(loss, batch.tokens.numel())
-        self.accuracy.update(accuracy, batch.tokens.numel())
+        terms = token_loss(self.model(batch.tokens, batch.text), batch.tokens)
+        self.loss.update(terms.cross_entropy, batch.tokens.numel())
+        self.accuracy.update(terms.accuracy, batch.tokens.numel())
 
     def on_validation_epoch_end(self) -> None:
         loss = self.loss.compute()
@@ -118,20 +161,42 @@ class LitVideoTransformer(LightningModule):
     def on_test_epoch_end(self) -> None:
         self.on_validation_epoch_end()
 
-    def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> GeneratedVideos:
-        """Generates one video a prompt."""
-        return self.generate_videos(batch)
+    def on_predict_start(self) -> None:
+        """Reads the frames that the videos begin with, so that mistakes show before anything is made."""
+        if self.start is not None:
+            fps = float(self.fingerprint["fps"])
+            self._start = read_clip(self.start, self.start_frames, self.tokenizer.image_size, fps)
 
-    @torch.inference_mode()
-    def generate_videos(self, batch: PromptBatch) -> GeneratedVideos:
-        """Generates one video a prompt, decoding each frame as soon as its tokens are there."""
+    def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> GeneratedVideos:
+        """Generates one video a prompt, which begins with the frames of `start`, if there are any."""
+        return self.generate_videos(batch, start=self._start)
+
+    def embed_prompts(self, prompts: list[str]) -> TextEmbedding:
+        """What `generate_videos` makes of prompts, to be made once for prompts that come again."""
+        return self._text_to_video().embed(prompts)
+
+    def generate_videos(
+        self,
+        batch: PromptBatch,
+        text: TextEmbedding | None = None,
+        start: UInt8[Tensor, "t c h w"] | None = None,
+    ) -> GeneratedVideos:
+        """Generates one video a prompt, frame by frame as the result's `frames` are asked for.
+
+        Args:
+            batch: prompts and seeds.
+            text: what `embed_prompts` made of the prompts, if that was done before.
+            start: frames that every video begins with.
+        """
+        made = self._text_to_video()
+        frames = made.stream(batch.prompts if text is None else text, seed=batch.seeds, start=start)
+        frames = _in_context(self.trainer.precision_plugin.forward_context, frames)
+        return GeneratedVideos(frames, batch.prompts, batch.names, made.fps)
+
+    def _text_to_video(self) -> TextToVideo:
         self.text_encoder.to(self.device)
-        text = self.text_encoder.encode(batch.prompts)
-        decoder, state, frames = self.tokenizer, None, []
-        for tokens in decode.generate_frames(self.model, text, self.frames, self.sampler, batch.seeds, self.guidance):
-            frame, state = decoder.decode_stream(tokens, state)
-            frames.append(to_uint8(frame))
-        return GeneratedVideos(torch.cat(frames, dim=1), batch.prompts, batch.names, float(self.fingerprint["fps"]))
+        fps = float(self.fingerprint["fps"])
+        return TextToVideo(self.model, self.tokenizer, self.text_encoder, fps, self.sampler, self.guidance, self.frames)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         return configure_optimization(self, self.model, self.optimizer, self.warmup_steps)
@@ -146,13 +211,6 @@ class LitVideoTransformer(LightningModule):
         if self._tokenizer:
             self._require_same("the tokens that the checkpoint learnt were made")
 
-    def _step(self, batch: TokenBatch, drop: Tensor | None) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """Cross-entropy in nats and share of tokens that the most probable code hits."""
-        logits = self.model(batch.tokens, batch.text, drop).flatten(0, 3)
-        targets = batch.tokens.flatten()
-        accuracy = (logits.argmax(-1) == targets).float().mean()
-        return F.cross_entropy(logits.float(), targets), accuracy
-
     def _require_same(self, what: str) -> None:
         """Refuses another tokenizer or text encoder than the fingerprint's."""
         for key, ours in (("tokenizer", self.tokenizer.fingerprint()), ("text_encoder", self.text_encoder.name)):
@@ -161,3 +219,13 @@ class LitVideoTransformer(LightningModule):
                     f"model.{key} is {ours}, but {what} by {theirs}: give the {key} that made them, or make the token "
                     f"shards again with `predict` of stage 1 and train on those."
                 )
+
+
+def _in_context(context: Callable[[], AbstractContextManager], frames: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Makes each frame in a new context, since who asks for it has left the trainer's."""
+    while True:
+        with context():
+            frame = next(frames, None)
+        if frame is None:
+            return
+        yield frame

@@ -13,19 +13,16 @@ VQ-VAE: https://arxiv.org/abs/1711.00937; VQGAN: https://arxiv.org/abs/2012.0984
 import hashlib
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from jaxtyping import Float, Int
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from t2v.errors import UserError
+from t2v.hub import HubModel
 from t2v.vqvae.layers import CausalTemporalBlock, ChannelNorm, Downsample, ResBlock, Upsample
 from t2v.vqvae.quantizer import Quantizer, VectorQuantizer
 
@@ -43,7 +40,7 @@ class VQVAEOutput(NamedTuple):
 
 class VQVAE(
     nn.Module,
-    PyTorchModelHubMixin,
+    HubModel,
     library_name="t2v",
     coders={Quantizer: (Quantizer.config, Quantizer.from_config)},
 ):
@@ -196,29 +193,6 @@ class VQVAE(
         """
         quantizer = arguments.get("quantizer")
         return cls(**{**arguments, "quantizer": quantizer and Quantizer.from_config(quantizer)})
-
-    @classmethod
-    def _from_pretrained(
-        cls, *, model_id: str, map_location: str = "cpu", strict: bool = True, **arguments: Any
-    ) -> "VQVAE":
-        """What the mixin's `from_pretrained` calls: strict, and safetensors only."""
-        download = {
-            name: arguments.pop(name)
-            for name in ("revision", "cache_dir", "force_download", "local_files_only", "token")
-        }
-        path = Path(model_id) / "model.safetensors"
-        try:
-            if not Path(model_id).is_dir():
-                path = Path(hf_hub_download(model_id, path.name, **download))
-            weights = load_file(path, device=map_location)
-        except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-            raise UserError(
-                f"There are no weights of a VQ-VAE at '{model_id}' ({type(error).__name__}): give a folder that "
-                f"`save_pretrained` wrote, or a repository of the hub that holds {path.name}."
-            ) from error
-        model = cls(**arguments)
-        model.load_state_dict(weights, strict=strict)
-        return model.requires_grad_(False).eval()
 
     def _encode(self, video: Float[Tensor, "b t c height width"]) -> Float[Tensor, "b t h w c"]:
         if video.shape[-2] % self.stride or video.shape[-1] % self.stride:

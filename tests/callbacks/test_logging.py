@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from callbacks import GenerationLogger, ReconstructionLogger
-from t2v.batch import GeneratedVideos, PromptBatch, VideoBatch
+from t2v.batch import GeneratedVideos, PromptBatch, TextEmbedding, VideoBatch
 
 
 class LitToy(LightningModule):
@@ -19,6 +19,7 @@ class LitToy(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(()))
+        self.embedded = 0
 
     def training_step(self, batch: VideoBatch, batch_idx: int) -> Tensor:
         return self.weight.square()
@@ -28,11 +29,14 @@ class LitToy(LightningModule):
     def reconstruct(self, video: Tensor) -> Tensor:
         return 255 - video
 
-    def generate_videos(self, prompts: PromptBatch) -> GeneratedVideos:
+    def embed_prompts(self, prompts: list[str]) -> TextEmbedding:
+        self.embedded += 1
+        return TextEmbedding(torch.zeros(2, 1, 1), torch.ones(2, 1, dtype=torch.bool), torch.zeros(2, 1))
+
+    def generate_videos(self, prompts: PromptBatch, text: TextEmbedding) -> GeneratedVideos:
         video = torch.stack([torch.arange(3, dtype=torch.uint8) + 9 * seed for seed in prompts.seeds])
-        return GeneratedVideos(
-            video[:, :, None, None, None].expand(-1, -1, 3, 6, 10), prompts.prompts, prompts.names, fps=4.0
-        )
+        frames = video[:, :, None, None, None].expand(-1, -1, 3, 6, 10).split(1, dim=1)
+        return GeneratedVideos(iter(frames), prompts.prompts, prompts.names, fps=4.0)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -44,7 +48,7 @@ def collate(numbers: list[int]) -> VideoBatch:
     return VideoBatch(video, [""] * len(numbers), [f"{n}" for n in numbers])
 
 
-def fit(tmp_path, *callbacks: Callback, **flags) -> EventAccumulator:
+def fit(tmp_path, *callbacks: Callback, model: LitToy | None = None, **flags) -> EventAccumulator:
     loader = DataLoader(list(range(6)), batch_size=3, collate_fn=collate)
     flags = {"logger": TensorBoardLogger(tmp_path, name="", version=""), "max_epochs": 2, **flags}
     trainer = Trainer(
@@ -56,7 +60,7 @@ def fit(tmp_path, *callbacks: Callback, **flags) -> EventAccumulator:
         callbacks=list(callbacks),
         **flags,
     )
-    trainer.fit(LitToy(), loader, loader)
+    trainer.fit(model or LitToy(), loader, loader)
     return EventAccumulator(str(tmp_path)).Reload()
 
 
@@ -86,6 +90,13 @@ def test_each_prompt_is_a_moving_picture(tmp_path):
     (event,) = events.Images("generation/a blue square")
     pictures = frames(event.encoded_image_string)
     assert [picture.getpixel((0, 0)) for picture in pictures] == [(9, 9, 9), (10, 10, 10), (11, 11, 11)]
+
+
+def test_fixed_prompts_are_embedded_once(tmp_path):
+    model = LitToy()
+    events = fit(tmp_path, GenerationLogger(["a red circle", "a blue square"]), model=model)
+    assert len(events.Images("generation/a red circle")) == 2
+    assert model.embedded == 1
 
 
 def test_no_tensorboard_is_said(tmp_path):

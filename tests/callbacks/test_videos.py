@@ -1,5 +1,7 @@
+from collections.abc import Iterator
 from html.parser import HTMLParser
 
+import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch.utils.data import DataLoader, DistributedSampler
@@ -7,15 +9,19 @@ from torch.utils.data import DataLoader, DistributedSampler
 from callbacks import VideoGalleryWriter
 from callbacks.videos import gallery
 from t2v.batch import GeneratedVideos, PromptBatch
-from t2v.video import probe
+from t2v.video import probe, read_frames
 
 PROMPTS = ["a red circle", 'a "quoted" <b>bold</b> & braced {prompt}', "a café at night"]
 
 
 class LitPainter(LightningModule):
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> GeneratedVideos:
-        video = torch.stack([torch.full((4, 3, 16, 16), 40 * seed, dtype=torch.uint8) for seed in batch.seeds])
-        return GeneratedVideos(video, batch.prompts, batch.names, fps=8.0)
+        return GeneratedVideos(self.paint(batch.seeds), batch.prompts, batch.names, fps=8.0)
+
+    def paint(self, seeds: list[int]) -> Iterator[torch.Tensor]:
+        for frame in range(4):
+            grey = torch.tensor([40 * seed + frame for seed in seeds], dtype=torch.uint8)
+            yield grey[:, None, None, None, None].expand(-1, 1, 3, 16, 16)
 
 
 class Prompts(LightningDataModule):
@@ -49,10 +55,26 @@ class Page(HTMLParser):
         self.text += data
 
 
-def predict(folder, **flags) -> None:
+def predict(folder, model: LightningModule | None = None, **flags) -> None:
     writer = VideoGalleryWriter(str(folder))
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[writer], **flags)
-    trainer.predict(LitPainter(), datamodule=Prompts(), return_predictions=False)
+    trainer.predict(model or LitPainter(), datamodule=Prompts(), return_predictions=False)
+
+
+class LitLosingPainter(LitPainter):
+    """Notes what lies in a folder while it paints, and gives up in the second batch."""
+
+    def __init__(self, folder) -> None:
+        super().__init__()
+        self.folder = folder
+        self.listed: list[list[str]] = []
+
+    def paint(self, seeds: list[int]) -> Iterator[torch.Tensor]:
+        for frame in super().paint(seeds):
+            self.listed.append(sorted(path.name for path in self.folder.iterdir()))
+            yield frame
+            if 2 in seeds:
+                raise RuntimeError("out of paint")
 
 
 def check(folder) -> None:
@@ -62,6 +84,10 @@ def check(folder) -> None:
         assert {"autoplay", "loop", "muted"} <= video.keys()
         info = probe(folder / video["src"])
         assert (info.frames, info.fps, info.height, info.width) == (4, 8.0, 16, 16)
+    for i, video in enumerate(page.videos):
+        expected = torch.arange(4) + 40 * i
+        greys = read_frames(folder / video["src"], range(4)).float().mean((1, 2, 3))
+        torch.testing.assert_close(greys, expected.float(), atol=2, rtol=0)
     for prompt in PROMPTS:
         assert prompt in page.text
     assert not page.tags & {"b", "script", "link", "img", "iframe"}
@@ -72,6 +98,17 @@ def test_every_prompt_has_its_video_on_the_page(tmp_path, capsys):
     check(tmp_path)
     assert f"3 videos; open {tmp_path / 'index.html'}" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index.html", "videos"]
+
+
+def test_videos_appear_when_they_are_complete(tmp_path):
+    model = LitLosingPainter(tmp_path / "videos")
+    with pytest.raises(RuntimeError, match="out of paint"):
+        predict(tmp_path, model)
+    first, second = model.listed[:4], model.listed[4:]
+    assert all(name.startswith(".") for names in first for name in names)
+    assert [[name for name in names if not name.startswith(".")] for names in second] == [["0000.mp4", "0001.mp4"]]
+    assert sorted(path.name for path in tmp_path.rglob("*.mp4")) == ["0000.mp4", "0001.mp4"]
+    assert not (tmp_path / "index.html").exists()
 
 
 def test_two_ranks_make_one_page(tmp_path):

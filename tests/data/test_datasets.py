@@ -229,6 +229,17 @@ def test_token_clips(tokens, make):
     np.testing.assert_array_equal(batch.text.pooled[1], wrote["pooled.npy"])
 
 
+def test_windows_of_longer_clips_change_from_epoch_to_epoch_and_come_again_in_another_run(tokens):
+    def starts(epoch, workers=0):
+        made = batches(TokenClips(ShardSet(tokens), frames=2), collate_tokens, workers, epoch)  # of clips of 6 frames
+        return {key: int(clip[0, 0, 0]) for batch in made for key, clip in zip(batch.keys, batch.tokens, strict=True)}
+
+    epochs = [starts(epoch) for epoch in range(12)]
+    assert {start for epoch in epochs for start in epoch.values()} == {0, 1, 2, 3, 4}
+    assert all(len({epoch[key] for epoch in epochs if key in epoch}) > 1 for key in epochs[0])
+    assert [starts(epoch, workers=2) for epoch in range(2)] == epochs[:2]
+
+
 def test_token_clips_without_their_text(make, tmp_path):
     sample = make.tokens("a")
     del sample["text.npy"]

@@ -1,42 +1,60 @@
-"""Sampling against the warpers of `transformers`, and what seeds promise."""
+"""Sampling against the warpers of `transformers`."""
+
+from itertools import combinations
 
 import pytest
 import torch
 from transformers.generation import logits_process as reference
 
-from t2v.batch import TextEmbedding
 from t2v.errors import UserError
-from t2v.generation.decode import generate_frames
-from t2v.generation.sampling import Sampler
-from t2v.transformer.model import VideoTransformer
+from t2v.generation import Interval, Linear, Sampler
+
+WARPERS = {
+    "temperature": (1.3, reference.TemperatureLogitsWarper),
+    "top_k": (20, reference.TopKLogitsWarper),
+    "top_p": (0.9, reference.TopPLogitsWarper),
+    "typical_p": (0.8, reference.TypicalLogitsWarper),
+    "min_p": (0.02, reference.MinPLogitsWarper),
+}
+"""In the order in which they are applied."""
+COMBINATIONS = [names for size in range(1, 6) for names in combinations(WARPERS, size)]
+
+
+def logits(rows: int = 64) -> torch.Tensor:
+    return torch.randn(rows, 50, generator=torch.Generator().manual_seed(0)) * 3
+
+
+@pytest.mark.parametrize("names", COMBINATIONS, ids="+".join)
+def test_all_combinations_of_filters_equal_those_of_transformers(names):
+    expected = logits()
+    for name in names:
+        value, warper = WARPERS[name]
+        expected = warper(value)(None, expected)
+    found = Sampler(**{name: WARPERS[name][0] for name in names}).filter(logits())
+    torch.testing.assert_close(found, expected)
+    assert found.isfinite().any(-1).all()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "warpers"),
+    ("arguments", "warper"),
     [
-        ({"temperature": 0.7}, [reference.TemperatureLogitsWarper(0.7)]),
-        ({"top_k": 5}, [reference.TopKLogitsWarper(5)]),
-        ({"top_k": 500}, [reference.TopKLogitsWarper(500)]),
-        ({"top_p": 0.8}, [reference.TopPLogitsWarper(0.8)]),
-        ({"typical_p": 0.6}, [reference.TypicalLogitsWarper(0.6)]),
-        ({"min_p": 0.1}, [reference.MinPLogitsWarper(0.1)]),
-        (
-            {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
-            [
-                reference.TemperatureLogitsWarper(1.3),
-                reference.TopKLogitsWarper(20),
-                reference.TopPLogitsWarper(0.9),
-                reference.MinPLogitsWarper(0.02),
-            ],
-        ),
+        ({"temperature": 0.1}, reference.TemperatureLogitsWarper(0.1)),
+        ({"top_k": 1}, reference.TopKLogitsWarper(1)),
+        ({"top_k": 500}, reference.TopKLogitsWarper(500)),
+        ({"top_p": 0.01}, reference.TopPLogitsWarper(0.01)),
+        ({"typical_p": 0.05}, reference.TypicalLogitsWarper(0.05)),
+        ({"min_p": 1.0}, reference.MinPLogitsWarper(1.0)),
     ],
 )
-def test_filters_equal_those_of_transformers(arguments, warpers):
-    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(0)) * 3
-    expected = logits
-    for warper in warpers:
-        expected = warper(None, expected)
-    torch.testing.assert_close(Sampler(**arguments).filter(logits), expected)
+def test_extreme_filters_equal_those_of_transformers(arguments, warper):
+    torch.testing.assert_close(Sampler(**arguments).filter(logits()), warper(None, logits()))
+
+
+@pytest.mark.parametrize("name", ["top_p", "typical_p"])
+def test_the_whole_mass_filters_nothing(name):
+    """Not even in the tail, where the sum of all before rounds to 1."""
+    peaked = logits() * 10
+    assert torch.equal(Sampler(**{name: 1.0}).filter(peaked), peaked)
 
 
 def test_draws_follow_the_probabilities():
@@ -47,12 +65,23 @@ def test_draws_follow_the_probabilities():
     torch.testing.assert_close(shares, probabilities, atol=0.025, rtol=0)
 
 
+def test_a_schedule_changes_the_temperature_from_frame_to_frame():
+    sampler = Sampler(temperature=Linear(2.0, 0.5), top_k=9)
+    for frame, temperature in enumerate((2.0, 1.5, 1.0, 0.5)):
+        expected = Sampler(temperature=temperature, top_k=9).filter(logits())
+        torch.testing.assert_close(sampler.filter(logits(), frame, 4), expected)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"temperature": 0.0}, "temperature=0.0 must be greater than 0"),
+        ({"temperature": -1.0}, "temperature=-1.0 must be greater than 0"),
+        ({"temperature": float("nan")}, "temperature=nan must be greater than 0"),
         ({"top_p": 1.5}, r"top_p=1.5 must lie in \(0, 1\]"),
-        ({"typical_p": 0.0}, "typical_p=0.0"),
+        ({"top_p": 0.0}, r"top_p=0.0 must lie in \(0, 1\]"),
+        ({"typical_p": 0.0}, r"typical_p=0.0 must lie in \(0, 1\]"),
+        ({"min_p": -0.1}, r"min_p=-0.1 must lie in \(0, 1\]"),
         ({"top_k": 0}, "top_k=0 must be at least 1"),
     ],
 )
@@ -61,41 +90,14 @@ def test_impossible_settings_are_refused(arguments, message):
         Sampler(**arguments)
 
 
-@pytest.fixture(scope="module")
-def model() -> VideoTransformer:
-    torch.manual_seed(0)
-    return VideoTransformer(16, 2, 16, 1, 1, 2, 1, 24, 8, 2).eval()
-
-
-def texts(batch: int) -> TextEmbedding:
-    generator = torch.Generator().manual_seed(5)
-    return TextEmbedding(
-        torch.randn(batch, 3, 8, generator=generator),
-        torch.ones(batch, 3, dtype=torch.bool),
-        torch.randn(batch, 8, generator=generator),
-    )
-
-
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_a_video_depends_on_its_own_text_and_seed_alone(model, guidance):
-    text = texts(3)
-    together = torch.cat(list(generate_frames(model, text, 4, Sampler(), [7, 8, 9], guidance)), dim=1)
-    alone = TextEmbedding(*(tensor[1:2] for tensor in text))
-    single = torch.cat(list(generate_frames(model, alone, 4, Sampler(), [8], guidance)), dim=1)
-    assert torch.equal(together[1:2], single)
-
-
-def test_frames_come_out_one_by_one_and_other_seeds_give_other_videos(model):
-    stream = generate_frames(model, texts(2), 50, Sampler(), [1, 2])
-    first = next(stream)
-    assert first.shape == (2, 1, 2, 2)
-    again = next(generate_frames(model, texts(2), 1, Sampler(), [1, 3]))
-    assert torch.equal(first[0], again[0])
-    assert not torch.equal(first[1], again[1])
-
-
-def test_wrong_numbers_are_refused(model):
-    with pytest.raises(UserError, match="frames=0"):
-        next(generate_frames(model, texts(1), 0, Sampler(), [1]))
-    with pytest.raises(UserError, match="1 seeds for 2 texts"):
-        next(generate_frames(model, texts(2), 1, Sampler(), [1]))
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        (Linear(1.0, 0.0), "temperature=0.0 at frame 2 of 3"),
+        (Interval(-1.0, 0.5, 0.5), "temperature=-1.0 at frame 1 of 3"),
+    ],
+)
+def test_an_impossible_temperature_on_a_schedule_is_refused(schedule, message):
+    sampler = Sampler(temperature=schedule)
+    with pytest.raises(UserError, match=message):
+        [sampler.filter(logits(1), frame, 3) for frame in range(3)]

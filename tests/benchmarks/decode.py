@@ -1,0 +1,154 @@
+"""Speed of decoding: `python -m tests.benchmarks.decode`.
+
+One process, batch 1, float32, plain draws (Llama: greedy). In every round, by turns: the memory bandwidth, measured by
+summing as many floats as a token reads; `generate` of a Llama out of `transformers`; and our decoding loop, eager and
+compiled, on a model of as many layers, as wide, that reads as many weights a token (Llama has no attention to text, so
+its feed-forward layers are wider). The limit is bandwidth ÷ bytes of weights read a token.
+
+Then, on a small model, whether frames far into a video cost more time or memory than early ones.
+"""
+
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import psutil
+import torch
+import transformers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from t2v.batch import TextEmbedding
+from t2v.generation.decode import generate_frames
+from t2v.generation.sampling import Sampler
+from t2v.transformer.model import VideoTransformer
+
+VOCABULARY, GRID, DIM, LAYERS, HEADS, KV_HEADS = 16384, 16, 768, 12, 12, 4
+TOKENS = GRID**2
+"""Tokens a run: one frame of ours."""
+
+
+def text(width: int) -> TextEmbedding:
+    """A caption of twelve word pieces."""
+    return TextEmbedding(torch.randn(1, 12, width), torch.ones(1, 12, dtype=torch.bool), torch.randn(1, width))
+
+
+def ours() -> VideoTransformer:
+    """7 spatial and 5 temporal layers."""
+    return VideoTransformer(
+        vocab_size=VOCABULARY,
+        grid_size=GRID,
+        dim=DIM,
+        spatial_layers=7,
+        temporal_layers=5,
+        heads=HEADS,
+        kv_heads=KV_HEADS,
+        hidden_dim=1504,
+        text_dim=384,
+    ).eval()
+
+
+def llama() -> LlamaForCausalLM:
+    """The same layers without text, and wider feed-forward layers."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=DIM,
+        intermediate_size=2048,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        tie_word_embeddings=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def read_a_token(model: torch.nn.Module) -> int:
+    """Weights that every token reads: not the embeddings, of which it reads a row, nor what reads the text once."""
+    skipped = ("embed", "mix", "pooled", "gate.hidden", "gate.out", "attention.key_value", "no_text")
+    return sum(p.numel() for name, p in model.named_parameters() if not any(part in name for part in skipped))
+
+
+def seconds(job: Callable[[], object]) -> float:
+    """Wall time."""
+    began = time.perf_counter()
+    job()
+    return time.perf_counter() - began
+
+
+def speed(rounds: int) -> None:
+    """The first table."""
+    theirs, eager, compiled = llama(), ours(), ours()
+    compiled.load_state_dict(eager.state_dict())
+    compiled.compile_decoding()
+    caption, floats = text(384), torch.randn(read_a_token(eager))
+    prompt = torch.zeros(1, 1, dtype=torch.long)
+    settings = {"do_sample": False, "min_new_tokens": TOKENS, "max_new_tokens": TOKENS, "use_cache": True}
+
+    def decode(model: VideoTransformer) -> None:
+        list(generate_frames(model, caption, 1, Sampler(), [0]))
+
+    jobs: dict[str, Callable[[], object]] = {
+        "transformers' Llama, generate": lambda: theirs.generate(prompt, **settings),
+        "ours, eager": lambda: decode(eager),
+        "ours, compiled": lambda: decode(compiled),
+    }
+    weights = dict(zip(jobs, map(read_a_token, (theirs, eager, eager)), strict=True))
+    sizes = dict(zip(jobs, (sum(p.numel() for p in m.parameters()) for m in (theirs, eager, eager)), strict=True))
+    with torch.inference_mode():
+        for job in jobs.values():
+            job()
+        bandwidth, times = [], {name: [] for name in jobs}
+        for _ in range(rounds):
+            for name, job in jobs.items():
+                bandwidth.append(4 * floats.numel() / min(seconds(floats.sum) for _ in range(3)))
+                times[name].append(seconds(job) / TOKENS)
+    bytes_a_second = statistics.median(bandwidth)
+    print(
+        f"Memory bandwidth {bytes_a_second / 1e9:.1f} GB/s (of {len(bandwidth)}: {min(bandwidth) / 1e9:.1f} to ", end=""
+    )
+    print(f"{max(bandwidth) / 1e9:.1f}); {TOKENS} tokens a run, medians of {rounds} rounds\n")
+    print("| | parameters | weights read a token | tokens/s | beside Llama | share of the limit |")
+    print("|---|---|---|---|---|---|")
+    first = statistics.median(next(iter(times.values())))
+    for name, each in times.items():
+        median = statistics.median(each)
+        share = 4 * weights[name] / bytes_a_second / median
+        print(
+            f"| {name} | {sizes[name] / 1e6:.1f} M | {4 * weights[name] / 1e6:.0f} MB | {1 / median:.1f} | "
+            f"{first / median:.2f}× | {share:.0%} |"
+        )
+
+
+def flatness(frames: int = 300, near: int = 8) -> None:
+    """The second table: a small model, 4×4 tokens a frame and a window of 16 frames."""
+    model = VideoTransformer(1024, 4, 256, 3, 3, 4, 2, 640, 384, 16).eval()
+    process, spent, memory = psutil.Process(), [], []
+    for _ in range(2):  # the first warms up
+        spent, memory, stream = [], [], generate_frames(model, text(384), frames, Sampler(), [0])
+        began = time.perf_counter()
+        for _ in stream:
+            spent.append(time.perf_counter() - began)
+            memory.append(process.memory_info().rss / 2**20)
+            began = time.perf_counter()
+    print(f"\n| frame | ms a frame, median of {2 * near + 1} around it | resident memory |\n|---|---|---|")
+    for frame in (20, 64, 150, frames - near):
+        around = statistics.median(spent[frame - 1 - near : frame + near])
+        print(f"| {frame} | {1000 * around:.2f} | {memory[frame - 1]:.1f} MiB |")
+    print(f"\nFrom frame 17 to frame {frames} memory grew by {memory[-1] - memory[16]:.2f} MiB.")
+
+
+def main(rounds: int = 7) -> None:
+    """Prints both tables."""
+    torch.manual_seed(0)
+    torch.set_num_threads(psutil.cpu_count(logical=True) or 1)
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, Python ", end="")
+    print(f"{platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}")
+    speed(rounds)
+    flatness()
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

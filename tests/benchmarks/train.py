@@ -1,0 +1,160 @@
+"""A training step of the transformer beside one of `transformers`' Llama with as many parameters.
+
+`python -m tests.benchmarks.train` runs both by turns, in float32 and under bf16 autocast: forward and backward pass of
+four clips of two frames of 256 tokens, and AdamW's step. Ours also reads the frame before and a text of 16 vectors.
+"""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import psutil
+import torch
+import transformers
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from t2v.batch import TextEmbedding
+from t2v.errors import run_tool
+from t2v.transformer.loss import token_loss
+from t2v.transformer.model import VideoTransformer
+
+VOCABULARY, WIDTH, HEADS, KV_HEADS, TEXT = 16384, 768, 12, 4, 384
+CLIPS, FRAMES, GRID, WORDS = 4, 2, 16, 16
+TOKENS = CLIPS * FRAMES * GRID**2
+Step = Callable[[], Tensor]
+
+
+def train(
+    rounds: int = 5, precisions: tuple[str, ...] = ("fp32", "bf16"), hidden: int = 1664, profiled: bool = False
+) -> None:
+    """Prints tokens a second of both models, their ratio, and their share of a matrix product's rate.
+
+    Args:
+        rounds: steps of each model, by turns, after one to warm up and to count.
+        precisions: of fp32 and bf16 (autocast; weights stay in float32).
+        hidden: hidden width of our feed-forward layers; Llama's is chosen so that both have as many parameters.
+        profiled: whether to print what the time of a step of ours goes to.
+    """
+    torch.manual_seed(0)
+    ours = VideoTransformer(
+        VOCABULARY, GRID, WIDTH, 7, 5, HEADS, KV_HEADS, hidden, TEXT, window=16, tied_head=True, text_gate=True
+    )
+    count = sum(p.numel() for p in ours.parameters())
+    llama = LlamaForCausalLM(_llama(count))
+    theirs = sum(p.numel() for p in llama.parameters())
+    assert abs(theirs / count - 1) < 0.03, (theirs, count)
+    print(f"python -m tests.benchmarks.train --rounds {rounds} --hidden {hidden} --precisions {list(precisions)}")
+    print(_machine())
+    print(f"parameters: ours {count / 1e6:.1f} M, Llama {theirs / 1e6:.1f} M; {TOKENS} tokens a step\n")
+    tokens = torch.randint(VOCABULARY, (CLIPS, FRAMES, GRID, GRID))
+    words = torch.randn(CLIPS, WORDS, TEXT)
+    text = TextEmbedding(words, torch.ones(CLIPS, WORDS, dtype=torch.bool), words.mean(1))
+    losses: dict[str, Step] = {
+        "ours": lambda: token_loss(ours(tokens, text), tokens).objective,
+        "Llama": lambda: llama(input_ids=tokens.flatten(1), labels=tokens.flatten(1), use_cache=False).loss,
+    }
+    optimizers = {
+        "ours": torch.optim.AdamW(ours.parameters(), lr=1e-4),
+        "Llama": torch.optim.AdamW(llama.parameters(), lr=1e-4),
+    }
+    print("| precision | model | tokens/s | ratio | TFLOP a step | share of a matrix product's rate |")
+    print("|---|---|---|---|---|---|")
+    for precision in precisions:
+        steps = {name: _step(loss, optimizers[name], precision) for name, loss in losses.items()}
+        flops = {name: _flops(step) for name, step in steps.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        rates = []
+        for _ in range(rounds):
+            rates.append(_rate(precision))
+            for name, step in steps.items():
+                start = time.perf_counter()
+                step()
+                seconds[name].append(time.perf_counter() - start)
+        median = {name: statistics.median(times) for name, times in seconds.items()}
+        ratio = statistics.median(b / a for a, b in zip(seconds["ours"], seconds["Llama"], strict=True))
+        rate = statistics.median(rates)
+        for name in steps:
+            print(
+                f"| {precision} | {name} | {TOKENS / median[name]:.0f} | {f'{ratio:.2f}' if name == 'ours' else '1'} | "
+                f"{flops[name] / 1e12:.2f} | {flops[name] / median[name] / rate:.0%} of {rate / 1e9:.0f} GFLOP/s |",
+                flush=True,
+            )
+        if profiled:
+            for name, step in steps.items():
+                print(f"\n{name}\n{_where(step)}")
+
+
+def _llama(parameters: int) -> LlamaConfig:
+    """A Llama with this many parameters, which its feed-forward layers make up for."""
+    attention = 2 * WIDTH**2 + 2 * WIDTH * WIDTH * KV_HEADS // HEADS + 2 * WIDTH
+    hidden = ((parameters - VOCABULARY * WIDTH) / 12 - attention) / (3 * WIDTH)
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=round(hidden / 64) * 64,
+        num_hidden_layers=12,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        tie_word_embeddings=True,
+        max_position_embeddings=FRAMES * GRID**2,
+    )
+
+
+def _step(loss: Step, optimizer: torch.optim.Optimizer, precision: str) -> Step:
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            value = loss()
+        value.backward()
+        optimizer.step()
+        return value.detach()
+
+    return step
+
+
+def _flops(step: Step) -> int:
+    """Floating-point operations of a step's matrix products; it also warms up."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def _rate(precision: str) -> float:
+    """Floating-point operations a second of the best of a few large matrix products."""
+    a = torch.randn(2048, 2048, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return 2 * 2048**3 / min(times)
+
+
+def _where(step: Step) -> str:
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        step()
+    rows = sorted(profiled.key_averages(), key=lambda row: -row.self_cpu_time_total)
+    total = sum(row.self_cpu_time_total for row in rows)
+    return "\n".join(
+        f"  {row.key:<45} {row.count:>5} calls {row.self_cpu_time_total / 1e3:>8.1f} ms "
+        f"{row.self_cpu_time_total / total:.1%}"
+        for row in rows[:18]
+    )
+
+
+def _machine() -> str:
+    memory = psutil.virtual_memory().total / 2**30
+    return (
+        f"{os.cpu_count()} cores, {memory:.0f} GiB, {platform.machine()}, {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}; Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}"
+    )
+
+
+if __name__ == "__main__":
+    run_tool(train)

@@ -1,0 +1,114 @@
+"""Generation inside a trainer: precision, streaming, given frames."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from t2v import LitVideoTransformer, TextToVideo
+from t2v.batch import PromptBatch
+from t2v.errors import UserError
+from t2v.generation import Linear, Sampler
+from t2v.video import read_frames, write_mp4
+
+PROMPTS = ["a red circle", "one large blue square moves"]
+BATCH = PromptBatch(PROMPTS, seeds=[3, 4], names=["a", "b"])
+
+
+class Keep(Callback):
+    """Takes the frames as a writer does, outside the step that returned them."""
+
+    def __init__(self) -> None:
+        self.videos: list[Tensor] = []
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
+        assert not torch.is_autocast_enabled("cpu")
+        frames = []
+        for frame in outputs.frames:
+            assert not torch.is_autocast_enabled("cpu")
+            frames.append(frame)
+        self.videos.append(torch.cat(frames, dim=1))
+
+
+class Dtypes(Sampler):
+    """Notes what it draws from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __call__(self, logits: Tensor, *args: Any) -> Tensor:
+        self.seen.add(logits.dtype)
+        return super().__call__(logits, *args)
+
+
+@pytest.fixture
+def tokenizer(vqvae, tmp_path) -> str:
+    """The folder of the toy VQ-VAE."""
+    vqvae.save_pretrained(tmp_path / "vqvae")
+    return str(tmp_path / "vqvae")
+
+
+def build(model: TextToVideo, tokenizer: str, **changes: Any) -> LitVideoTransformer:
+    arguments = {"sampler": Sampler(), "frames": 6, **changes}
+    lit = LitVideoTransformer(model.transformer, tokenizer, model.text_encoder, **arguments)
+    lit.fingerprint = {"fps": 8.0}  # comes with a checkpoint
+    return lit
+
+
+def predict(lit: LitVideoTransformer, folder: Path, precision: str = "32-true") -> Tensor:
+    keep = Keep()
+    loader = DataLoader([BATCH], batch_size=None)
+    flags = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(accelerator="cpu", default_root_dir=folder, precision=precision, callbacks=[keep], **flags)
+    trainer.predict(lit, loader, return_predictions=False)
+    return keep.videos[0]
+
+
+def test_predict_makes_what_the_model_makes(model, tokenizer, tmp_path):
+    guidance = Linear(4.0, 1.0)
+    made = predict(build(model, tokenizer, guidance=guidance), tmp_path)
+    assert torch.equal(made, model.generate(PROMPTS, 6, seed=[3, 4], guidance=guidance))
+
+
+def test_frames_are_made_in_the_trainers_precision(model, tokenizer, tmp_path):
+    sampler = Dtypes()
+    made = predict(build(model, tokenizer, sampler=sampler), tmp_path, "bf16-mixed")
+    assert sampler.seen == {torch.bfloat16}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(made, model.generate(PROMPTS, 6, seed=[3, 4]))
+
+
+def test_prompts_are_embedded_in_full_precision(model):
+    plain = model.embed(PROMPTS)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(model.embed(PROMPTS), plain, strict=True))
+
+
+def test_videos_begin_with_the_first_frames_of_a_file(model, tokenizer, tmp_path):
+    footage = torch.randint(256, (9, 3, 32, 48), dtype=torch.uint8)
+    write_mp4(tmp_path / "footage.mp4", footage, fps=16)
+    made = predict(build(model, tokenizer, start=str(tmp_path / "footage.mp4"), start_frames=3), tmp_path)
+    taken = read_frames(tmp_path / "footage.mp4", [0, 2, 4])  # at 8 frames a second
+    start = torch.nn.functional.interpolate(taken, (16, 24), mode="bilinear", antialias=True)[..., 4:20]
+    assert torch.equal(made, model.generate(PROMPTS, 6, seed=[3, 4], start=start))
+
+
+@pytest.mark.parametrize("start_frames", [0, 6])
+def test_there_is_something_given_and_something_left_to_make(model, tokenizer, start_frames):
+    with pytest.raises(UserError, match=f"start_frames={start_frames} must be at least 1 and less than model.frames=6"):
+        build(model, tokenizer, start="picture.png", start_frames=start_frames)
+
+
+def test_a_missing_start_is_told_before_anything_is_made(model, tokenizer, tmp_path):
+    with pytest.raises(UserError, match=r"Cannot read '.*none.png'"):
+        predict(build(model, tokenizer, start=str(tmp_path / "none.png")), tmp_path)
+
+
+def test_an_impossible_schedule_is_told_before_training(model, tokenizer):
+    with pytest.raises(UserError, match=r"temperature=0.0 at frame 4 of 6"):
+        build(model, tokenizer, sampler=Sampler(Linear(4.0, -1.0)))

@@ -1,0 +1,204 @@
+"""From prompts to pictures, and the folder it is all kept in."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from t2v import TextToVideo
+from t2v.errors import UserError
+from t2v.generation import Cosine, Interval, Linear, Sampler
+from t2v.vqvae.model import to_model_range, to_uint8
+
+PROMPTS = ["a red circle", "one large blue square moves", ""]
+
+
+def clips(count: int, frames: int) -> torch.Tensor:
+    """Random footage of the toy VQ-VAE's size."""
+    return torch.randint(256, (count, frames, 3, 16, 16), generator=torch.Generator().manual_seed(1)).byte()
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal but for pixels that round to their neighbour: kernels for other batch sizes add in another order."""
+    return a.shape == b.shape and int((a.int() - b.int()).abs().max()) <= 1
+
+
+def test_one_prompt_and_several(model):
+    videos = model.generate(PROMPTS, seed=4)
+    assert videos.dtype == torch.uint8
+    assert videos.shape == (3, 5, 3, 16, 16)
+    for i, prompt in enumerate(PROMPTS):
+        assert close(model.generate(prompt, seed=4 + i), videos[i : i + 1])
+    assert close(model.generate(PROMPTS, seed=[6, 5, 4])[1], videos[1])
+    assert not close(model.generate(PROMPTS[0], seed=5), videos[:1])
+
+
+def test_what_a_call_does_not_say_the_model_says(transformer, vqvae, model):
+    sampler, guidance = Sampler(temperature=Cosine(0.5, 1.0)), Linear(5.0, 2.0)
+    set_up = TextToVideo(transformer, vqvae, model.text_encoder, 8.0, sampler, guidance, frames=3)
+    asked = model.generate(PROMPTS, frames=3, guidance=guidance, sampler=sampler)
+    assert torch.equal(set_up.generate(PROMPTS), asked)
+    assert not torch.equal(model.generate(PROMPTS, frames=3), asked)
+    assert torch.equal(set_up.generate(PROMPTS, guidance=1.0, sampler=Sampler()), model.generate(PROMPTS, frames=3))
+
+
+def test_embeddings_may_be_made_before(model):
+    assert torch.equal(model.generate(model.embed(PROMPTS)), model.generate(PROMPTS))
+
+
+def test_a_stream_hands_out_frames_as_they_are_made(model):
+    endless = model.stream(PROMPTS, frames=100_000)
+    assert next(endless).shape == next(endless).shape == (3, 1, 3, 16, 16)
+    assert torch.equal(torch.cat(list(model.stream(PROMPTS)), dim=1), model.generate(PROMPTS))
+
+
+@pytest.mark.parametrize(
+    "start", [clips(1, 1)[0, 0], clips(1, 3)[0], clips(1, 3), clips(3, 2)], ids=["picture", "clip", "batch 1", "batch"]
+)
+def test_a_video_begins_with_the_reconstruction_of_start(model, vqvae, start):
+    videos = model.generate(PROMPTS, start=start)
+    assert videos.shape == (3, 5, 3, 16, 16)
+    given = start[(None,) * (5 - start.ndim)].expand(3, -1, -1, -1, -1)
+    with torch.inference_mode():
+        expected = to_uint8(vqvae.decode(vqvae.encode(to_model_range(given))))
+    assert close(videos[:, : given.shape[1]], expected)
+    assert not close(videos, model.generate(PROMPTS, start=start, seed=9))
+    # What follows depends on what was given.
+    assert not close(videos[:, given.shape[1] :], model.generate(PROMPTS, start=255 - start)[:, given.shape[1] :])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": []}, "There are no prompts"),
+        ({"frames": 0}, "frames=0 must be at least 1"),
+        ({"seed": [1, 2]}, "2 seeds for 3 texts"),
+        ({"start": clips(1, 5)}, "5 given frames of frames=5"),
+        ({"start": clips(1, 0)}, "start has no frames"),
+        ({"start": clips(2, 1)}, "start has 2 clips for 3 prompts"),
+        ({"start": clips(1, 1)[..., :8]}, r"shape \(1, 1, 3, 16, 8\), but must be uint8 and end in \(3, 16, 16\)"),
+        ({"start": clips(1, 1).float()}, "start is float32"),
+        ({"start": clips(1, 1)[0, 0, 0]}, r"shape \(16, 16\)"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_made(model, arguments, message):
+    with pytest.raises(UserError, match=message):
+        model.stream(**{"prompts": PROMPTS, **arguments})
+
+
+def test_parts_that_do_not_fit_are_refused(model, transformer, vqvae):
+    with pytest.raises(UserError, match="The text encoder words-9 is 9 wide, but the transformer has text_dim=8"):
+        TextToVideo(transformer, vqvae, type(model.text_encoder)(9), 8.0)
+    finer = type(vqvae)(image_size=32, base_channels=8, channel_multipliers=(1,), quantizer=vqvae.quantizer)
+    with pytest.raises(
+        UserError, match="has 16 codes on a grid of 4×4, but the transformer has vocab_size=16 and grid"
+    ):
+        TextToVideo(transformer, finer, model.text_encoder, 8.0)
+
+
+@pytest.fixture
+def folder(model, tmp_path) -> Path:
+    """A saved model with all that can be set."""
+    model.sampler = Sampler(temperature=Linear(0.9, 0.6), top_k=9, min_p=0.01)
+    model.guidance = Interval(3.0, 0.0, 0.5, outside=1.5)
+    model.frames = 4
+    model.save_pretrained(tmp_path / "deep" / "model")
+    return tmp_path / "deep" / "model"
+
+
+def test_what_is_loaded_makes_what_the_saved_one_made(model, folder):
+    loaded = TextToVideo.from_pretrained(folder)
+    assert (loaded.fps, loaded.frames) == (8.0, 4)
+    assert not any(parameter.requires_grad for parameter in loaded.vqvae.parameters())
+    assert torch.equal(loaded.generate(PROMPTS, seed=3), model.generate(PROMPTS, seed=3))
+    # Nothing else lies around, and there is nothing in it that could run.
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert files - {"transformer/README.md", "vqvae/README.md"} == {
+        "text_to_video.json",
+        *(f"{part}/{name}" for part in ("transformer", "vqvae") for name in ("config.json", "model.safetensors")),
+    }
+
+
+def test_a_folder_that_holds_something_is_left_alone(model, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not an empty folder"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is not an empty folder"):
+        model.save_pretrained(tmp_path / "notes.txt")
+    with pytest.raises(UserError, match="Cannot write"):
+        model.save_pretrained(tmp_path / "notes.txt" / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    (tmp_path / "empty").mkdir()
+    model.save_pretrained(tmp_path / "empty")
+    TextToVideo.from_pretrained(tmp_path / "empty")
+
+
+def test_nothing_is_left_of_a_save_that_failed(model, tmp_path):
+    model.sampler = Sampler()
+    model.sampler.top_k = object()  # JSON has no word for it
+    with pytest.raises(TypeError):
+        model.save_pretrained(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "text_to_video.json",
+        "transformer/config.json",
+        "transformer/model.safetensors",
+        "vqvae/config.json",
+        "vqvae/model.safetensors",
+    ],
+)
+def test_a_missing_or_damaged_part_is_one_sentence(folder, name):
+    path = folder / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="is damaged") as damaged:
+        TextToVideo.from_pretrained(folder)
+    assert name.split("/")[0] in str(damaged.value)
+    assert "\n" not in str(damaged.value)
+    path.unlink()
+    with pytest.raises(UserError, match=f"has no {name}"):
+        TextToVideo.from_pretrained(folder)
+
+
+def test_no_folder_is_no_question_to_the_hub(tmp_path):
+    with pytest.raises(UserError, match="no exported model"):
+        TextToVideo.from_pretrained("someone/something")
+
+
+def rewrite(folder: Path, **changes) -> None:
+    path = folder / "text_to_video.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 2}, r"has format 2, written by t2v .*, which reads format 1"),
+        ({"sampler": {"class_path": "subprocess.Popen", "init_args": {"args": "ls"}}}, "subprocess.Popen is no known"),
+        ({"sampler": {"class_path": "t2v.generation.Linear", "init_args": {}}}, "Linear is no known Sampler"),
+        ({"text_encoder": {"class_path": "t2v.text.TextEncoder"}}, "t2v.text.MiniLMTextEncoder"),
+        ({"guidance": {"class_path": "os.system", "init_args": {"command": "ls"}}}, "os.system is no known Schedule"),
+        ({"guidance": "strong"}, "is damaged"),
+        ({"sampler": {"class_path": "t2v.generation.Sampler", "init_args": {"warmth": 1}}}, "is damaged.*warmth"),
+        ({"sampler": {"class_path": "t2v.generation.Sampler", "init_args": {"top_p": 2.0}}}, r"top_p=2.0 must lie in"),
+        ({"fps": None}, "is damaged"),
+    ],
+)
+def test_settings_name_no_code_and_no_nonsense(folder, changes, message):
+    rewrite(folder, **changes)
+    with pytest.raises(UserError, match=message):
+        TextToVideo.from_pretrained(folder)
+
+
+def test_weights_of_another_model_are_refused(folder, tmp_path):
+    shutil.copy(folder / "vqvae/model.safetensors", folder / "transformer/model.safetensors")
+    with pytest.raises(UserError) as refused:
+        TextToVideo.from_pretrained(folder)
+    assert "transformer" in str(refused.value)
