@@ -253,8 +253,9 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
             if parameter.ndim == 1 and "norm" in name:
                 nn.init.ones_(parameter)
             elif name == "previous_frame.mix.weight":
-                nn.init.dirac_(parameter, groups=len(parameter))
-                parameter.data += 0.3 * torch.randn_like(parameter)
+                nn.init.normal_(parameter, std=0.3)
+                with torch.no_grad():
+                    parameter[:, :, 1, 1] += 1
             elif name in ("gate.hidden.bias", "gate.out.bias", "gate.out.weight", "pooled.weight"):
                 nn.init.zeros_(parameter)
             elif name == "gate.hidden.weight":

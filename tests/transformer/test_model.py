@@ -146,6 +146,19 @@ def test_the_compiled_band_equals_the_chunked_one():
     torch.testing.assert_close(made, attend(q, k, v, 48, chunk=32))
 
 
+@pytest.mark.parametrize("window", [300, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_by_chunks_equals_one_product_with_a_mask(dtype, window):
+    q, k, v = (torch.randn(1, heads, 700, 16).to(dtype) for heads in (4, 2, 2))
+    distance = torch.arange(700)[:, None] - torch.arange(700)
+    mask = (distance >= 0) & (distance < window)
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), attn_mask=mask, enable_gqa=True
+    )
+    made = layers._causal_attention(q, k, v, window)
+    assert (made - exact).abs().max() < (0.03 if dtype == torch.bfloat16 else 1e-5)
+
+
 def test_logits_equal_llamas():
     """All tokens in one frame, no text, rotary positions along one axis: Llama's network, with Llama's weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
