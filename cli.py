@@ -35,7 +35,7 @@ from t2v.errors import UserError
 STAGES = {"t2v.vqvae": "stage 1, the video tokenizer", "t2v.transformer": "stage 2, the transformer"}
 SILENCED = (
     "Checkpoint directory .* exists and is not empty",  # a fixed run folder
-    "You.re using the WeightAveraging callback with a model that overrides the configure_model",  # ours can be called twice
+    "You.re using the WeightAveraging callback with a model that overrides the configure_model",
     "Couldn't infer the batch indices",  # the writers take names from the batch
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own
 )
