@@ -25,15 +25,17 @@ import torch
 from PIL import Image, ImageDraw
 
 from cli import main
-from data.oracle import Answer, read_clip
+from data.oracle import Answer, read, read_clip
 from data.shapes import FRAMES, held_out_prompts
 from t2v.video import read_frames
 
 RUN = Path("runs/demo")
+LONG = RUN / "long"
+LONG_FRAMES = 64
 STATE = RUN / "steps.json"
 STAGE1, STAGE2 = "configs/vqvae/shapes.yaml", "configs/transformer/shapes.yaml"
 PROMPTS_PER_COMBINATION = 3
-STEPS = {"bf16-mixed": (700, 1000), "32-true": (600, 450)}
+STEPS = {"bf16-mixed": (700, 1100), "32-true": (600, 450)}
 """Training steps of the stages, by precision: what fits into a quarter of an hour."""
 
 
@@ -132,18 +134,20 @@ def tokenise(precision: str) -> None:
     cli("predict", "--config", STAGE1, "--ckpt_path", "last", "--trainer.precision", precision)
 
 
-def generate(precision: str) -> list[str]:
-    """Videos of the held-out prompts; their file names, in the order of the prompts."""
-    for old in (RUN / "videos").glob("*.mp4"):
+def generate(precision: str, folder: Path, prompts_per_combination: int, frames: int) -> list[str]:
+    """Videos of held-out prompts in `folder`; their file names, in the order of the prompts."""
+    for old in (folder / "videos").glob("*.mp4"):
         old.unlink()
-    prompts = [prompt for _, prompt in held_out_prompts(PROMPTS_PER_COMBINATION)]
-    (RUN / "prompts.txt").write_text("\n".join(prompts) + "\n")
-    batch = str(len(prompts))
+    folder.mkdir(exist_ok=True)
+    prompts = [prompt for _, prompt in held_out_prompts(prompts_per_combination)]
+    (folder / "prompts.txt").write_text("\n".join(prompts) + "\n")
     cli(
-        *("predict", "--config", STAGE2, "--ckpt_path", "last", "--trainer.precision", precision),
-        *("--data.prompts", f"{RUN}/prompts.txt", "--data.batch_size", batch),
+        *("predict", "--config", STAGE2, "--ckpt_path", f"{RUN}/transformer/checkpoints/last.ckpt"),
+        *("--trainer.precision", precision, "--trainer.default_root_dir", str(folder)),
+        *("--model.tokenizer", f"{RUN}/vqvae/checkpoints/last.ckpt", "--model.frames", str(frames)),
+        *("--data.prompts", f"{folder}/prompts.txt", "--data.batch_size", str(len(prompts))),
     )
-    return sorted(path.name for path in (RUN / "videos").glob("*.mp4"))
+    return sorted(path.name for path in (folder / "videos").glob("*.mp4"))
 
 
 def accuracy(answers: list[Answer], truths: list[Answer]) -> dict[str, float]:
@@ -165,6 +169,17 @@ def judge_generated(videos: list[str]) -> dict[str, float]:
     clips = [clip for clip, _ in held_out_prompts(PROMPTS_PER_COMBINATION)]
     truths = [Answer(clip.colour, clip.shape, clip.direction) for clip in clips]
     return accuracy([read_clip(RUN / "videos" / name) for name in videos], truths)
+
+
+def judge_long(videos: list[str]) -> float:
+    """How often the end of a long video, as long as a training clip, still shows the prompt's colour and shape."""
+    kept = 0
+    for (clip, _), name in zip(held_out_prompts(1), videos, strict=True):
+        end = read(
+            read_frames(LONG / "videos" / name, range(LONG_FRAMES - FRAMES, LONG_FRAMES)).permute(0, 2, 3, 1).numpy()
+        )
+        kept += (end.colour, end.shape) == (clip.colour, clip.shape)
+    return kept / len(videos)
 
 
 def contact_sheet(videos: list[str], path: Path, rows: int = 8, frames: int = 6) -> None:
@@ -211,9 +226,19 @@ def demo() -> None:
         "Stage 2: measuring predictions on held-out clips",
         lambda: cli("validate", "--config", STAGE2, "--ckpt_path", "last", *fast),
     )
-    videos = steps.run("generate", "Stage 2: generating videos of held-out prompts", lambda: generate(precision))
+    videos = steps.run(
+        "generate",
+        "Stage 2: generating videos of held-out prompts",
+        lambda: generate(precision, RUN, PROMPTS_PER_COMBINATION, FRAMES),
+    )
+    long = steps.run(
+        "generate_long",
+        f"Stage 2: generating videos of {LONG_FRAMES} frames, from a model that was trained on {FRAMES}",
+        lambda: generate(precision, LONG, 1, LONG_FRAMES),
+    )
     real = steps.run("judge_real", "Asking the oracle about real clips", judge_real)
     generated = steps.run("judge_generated", "Asking the oracle about the videos", lambda: judge_generated(videos))
+    kept = steps.run("judge_long", "Asking the oracle about the end of the long videos", lambda: judge_long(long))
 
     contact_sheet(videos, RUN / "generated.png")
     seconds = {name: round(step["seconds"], 1) for name, step in steps.state.items()}
@@ -224,6 +249,7 @@ def demo() -> None:
         "flicker": stage1["val/flicker"],
         "perplexity": stage2["val/perplexity"],
         **{f"{name}_accuracy": value for name, value in generated.items()},
+        "long_videos_keep_colour_and_shape": kept,
         "oracle_accuracy_real": real,
         "prompts": len(videos),
         "precision": precision,
@@ -241,6 +267,7 @@ def demo() -> None:
     print(f"Videos of {len(videos)} prompts that training never saw, judged by the oracle (on real clips)")
     for name in Answer._fields:
         print(f"  {name:<10} {generated[name]:6.1%}  ({real[name]:.1%})")
+    print(f"  colour and shape kept to the end of {LONG_FRAMES} frames {kept:6.1%}")
     print("Seconds")
     for name, value in report["seconds"].items():
         print(f"  {name:<22} {value:7.1f}")
