@@ -184,7 +184,7 @@ def test_an_exported_folder_that_does_not_fit_is_refused(tmp_path):
     with pytest.raises(RuntimeError, match=r"Missing key\(s\).*decoder"):
         VQVAE.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="no weights of a VQ-VAE"):
+    with pytest.raises(UserError, match="no weights of a VQVAE"):
         VQVAE.from_pretrained(tmp_path)
 
 
