@@ -108,7 +108,8 @@ class TextGate(nn.Module):
         """The factors for the frames numbered `frame` of a video of `frames` frames."""
         angle = torch.pi * frame[:, None] / frames * 2 ** torch.arange(self._WAVES, device=frame.device)
         length = torch.full_like(angle[:, :1], frames).log2() / 8
-        x = self.out(F.silu(self.hidden(torch.cat([angle.sin(), angle.cos(), length], dim=-1))))
+        waves = torch.cat([angle.sin(), angle.cos(), length], dim=-1).to(self.hidden.weight.dtype)
+        x = self.out(F.silu(self.hidden(waves)))
         return rearrange(2 * x.sigmoid(), "t (layers heads) -> layers t heads", layers=self.layers)
 
 

@@ -122,6 +122,17 @@ def test_decoding_goes_on_from_given_frames(given):
     torch.testing.assert_close(decode(model, tokens, text, given), full[:, given * 4 :], atol=1e-4, rtol=1e-4)
 
 
+def test_a_model_in_bfloat16_alone_decodes_as_it_predicts():
+    model, text = (
+        tiny().to(torch.bfloat16),
+        TextEmbedding(*(x.to(torch.bfloat16) if x.is_floating_point() else x for x in texts())),
+    )
+    tokens = torch.randint(0, 24, (1, 6, 2, 2))
+    full = model(tokens, text).flatten(1, 3).detach()
+    assert full.dtype == torch.bfloat16
+    torch.testing.assert_close(decode(model, tokens, text), full, atol=0.1, rtol=0.1)
+
+
 def test_caches_do_not_grow_beyond_the_window():
     model = tiny(window=4)
     sizes = {cache.keys.shape[2] for cache in model.start_decoding(texts(), 300).caches}
