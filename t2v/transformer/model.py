@@ -256,11 +256,9 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
                 nn.init.normal_(parameter, std=0.3)
                 with torch.no_grad():
                     parameter[:, :, 1, 1] += 1
-            elif name in ("gate.hidden.bias", "gate.out.bias", "gate.out.weight", "pooled.weight"):
-                nn.init.zeros_(parameter)
             elif name == "gate.hidden.weight":
                 nn.init.normal_(parameter, std=0.5)
-            elif name.endswith("text_attention.out.weight"):
+            elif name.startswith("gate.") or name == "pooled.weight" or name.endswith("text_attention.out.weight"):
                 nn.init.zeros_(parameter)
             else:
                 nn.init.normal_(parameter, std=0.02 / (2 * len(self.blocks)) ** (0.5 * name.endswith("out.weight")))
