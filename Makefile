@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := dev,docs,footage,minilm,perceptual,t5
+EXTRAS := dev,docs,footage,minilm,perceptual,prepare,ray,t5
 
 .DEFAULT_GOAL := demo
 .PHONY: demo test lint docs clean

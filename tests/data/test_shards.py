@@ -5,11 +5,14 @@ import sys
 import tarfile
 import time
 
-import fsspec
+import av
 import pytest
+import torch
 
 from data.shards import ShardSet, ShardWriter
 from t2v.errors import UserError
+from t2v.video import encode_mp4, probe
+from tests.data.corpus import corrupted_corpus
 
 
 def names(folder):
@@ -28,6 +31,29 @@ def video2dataset_tar(samples):
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     return file.getvalue()
+
+
+def tar_of(path, *members, kind=tarfile.USTAR_FORMAT):
+    """A tar of members: name and content; instead of a content a type, for what is not a file."""
+    with tarfile.open(path, "w", format=kind) as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            if content in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE):
+                member.type, member.linkname = content, "a.txt"
+                tar.addfile(member)
+            else:
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def keys(shards):
+    return [sample.key for sample in shards.samples]
+
+
+def told(shards):
+    """Key and reason of what is bad."""
+    return [(sample.key, sample.reason) for sample in shards.bad]
 
 
 def test_round_trip(videos, make):
@@ -57,6 +83,8 @@ def test_the_same_samples_make_the_same_bytes(videos, make, tmp_path):
 def test_one_tar_and_patterns(videos):
     assert len(ShardSet(videos / "shard-000002.tar")) == 2
     assert len(ShardSet(f"{videos}/shard-00000[12].tar")) == 6
+    assert keys(ShardSet(f"{videos}/shard-{{000002,000000}}.tar")) == ["008", "009", "000", "001", "002", "003"]
+    assert len(ShardSet(f"{videos}/shard-00000{{1..2}}.*")) == 6
 
 
 def test_tokens_are_indexed_by_their_shape(tokens):
@@ -74,17 +102,11 @@ def test_shards_of_other_tools(make, tmp_path):
     shards = ShardSet(tmp_path)
     assert [sample.key for sample in shards.samples] == ["00012", "00013", "00014"]
     assert [sample.frames for sample in shards.samples] == [9, 0, 6]
+    assert [bool(sample.reason) for sample in shards.samples] == [False, True, False]
     assert shards.samples[0].fps == 25
     assert shards.read(shards.samples[2], "json", "mp4")["mp4"] == samples[2]["mp4"]
     assert names(tmp_path) == ["00000.index.json", "00000.tar"]
     assert ShardSet(tmp_path).samples == shards.samples  # from the index now
-
-
-def test_remote_shards(make):
-    memory = fsspec.filesystem("memory")
-    memory.pipe_file("/clips/00000.tar", video2dataset_tar([make.video("a"), make.video("b")]))
-    shards = ShardSet("memory://clips")
-    assert shards.read(shards.samples[1], "txt") == {"txt": b"caption of b"}
 
 
 def test_an_index_of_another_tar_is_remade(make, tmp_path):
@@ -133,10 +155,16 @@ def test_keys_that_would_not_come_back(key, tmp_path):
         writer.write({"__key__": key, "txt": "text"})
 
 
-@pytest.mark.parametrize("path", ["", "none", "none/*.tar"])
+@pytest.mark.parametrize("path", ["", "none", "none/*.tar", "none.tar", "shard-{0..1}.tar"])
 def test_no_shards(path, tmp_path):
     with pytest.raises(UserError, match=r"No shards \(\*\.tar\) in"):
         ShardSet(tmp_path / path)
+
+
+@pytest.mark.parametrize("path", ["nowhere://clips", "shard-{0..1.tar"])
+def test_addresses_that_mean_nothing(path):
+    with pytest.raises(UserError, match="correct the address"):
+        ShardSet(path)
 
 
 @pytest.mark.parametrize("content", [b"no tar" * 200, b""])
@@ -144,3 +172,190 @@ def test_damaged_tar(content, tmp_path):
     (tmp_path / "00000.tar").write_bytes(content)
     with pytest.raises(UserError, match=r"00000\.tar"):
         ShardSet(tmp_path)
+
+
+def test_all_that_goes_wrong(tmp_path):
+    shards = ShardSet(corrupted_corpus(tmp_path, good=2)[0])
+    assert keys(shards)[-3:] == ["texts-behind", "names-0", "names-1"]
+    broken = {sample.key: sample.reason for sample in shards.samples if not sample.frames}
+    assert list(broken) == ["truncated", "truncated-head", "zero", "text"]
+    assert all("cut short" in broken[key] for key in ("truncated", "truncated-head"))
+    assert all("Invalid data" in broken[key] for key in ("zero", "text"))
+    assert [(sample.key, sample.shard.rpartition("/")[-1]) for sample in shards.bad] == [
+        ("twice", "clips-00001.tar"),
+        *((key, "clips-00002.tar") for key in ("../escape", "/absolute", "link", "cut")),
+    ]
+    assert "cut short" in shards.bad[-1].reason
+    again = ShardSet(tmp_path)
+    assert (again.samples, again.bad) == (shards.samples, shards.bad)  # from the index now
+    kept = next(sample for sample in shards.samples if sample.key == "twice")
+    assert shards.read(kept, "txt") == {"txt": b"a caption"}
+
+
+def remux(mp4, skip=0, **options):
+    """The same packets in a container of other options, the first ones before its beginning: they are not shown."""
+    file = io.BytesIO()
+    with av.open(io.BytesIO(mp4)) as source, av.open(file, "w", format="mp4", options=options) as copy:
+        stream = copy.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.pts -= skip * packet.duration
+                packet.dts -= skip * packet.duration
+                packet.stream = stream
+                copy.mux(packet)
+    return file.getvalue()
+
+
+def vp9(frames):
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libvpx-vp9", rate=8, options={"cpu-used": "8"})
+        stream.height, stream.width = frames.shape[-2:]
+        for frame in frames.permute(0, 2, 3, 1).numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def test_the_index_says_of_a_video_what_all_of_its_bytes_say(tmp_path):
+    frames = torch.randint(0, 256, (12, 3, 64, 96), dtype=torch.uint8)
+    mp4 = encode_mp4(frames, fps=8)
+    videos = {
+        "front": mp4,
+        "behind": remux(mp4),
+        "fragments": remux(mp4, movflags="frag_keyframe+empty_moov"),
+        "cut": remux(mp4, skip=5, avoid_negative_ts="disabled", use_editlist="1"),
+        "vp9": vp9(frames),
+    }
+    tar_of(tmp_path / "0.tar", *((f"{name}.mp4", content) for name, content in videos.items()))
+    found = {
+        sample.key: (sample.frames, sample.fps, sample.height, sample.width) for sample in ShardSet(tmp_path).samples
+    }
+    assert found == {name: tuple(probe(content)) for name, content in videos.items()}
+    assert found["front"] == found["behind"] == (12, 8, 64, 96)
+
+
+def samples_of(*names):
+    return [
+        (f"{name}.{extension}", f"{extension} of {name}".encode()) for name in names for extension in ("cls", "txt")
+    ]
+
+
+@pytest.mark.parametrize("cut", range(0, 7 * 512 + 1, 128))
+def test_a_tar_cut_anywhere(cut, tmp_path):
+    """Each member is a block of header and a block of content: a, b and c with two members each."""
+    path = tar_of(tmp_path / "0.tar", *samples_of("a", "b", "c"))
+    path.write_bytes(path.read_bytes()[: 4 * 512 + cut])  # behind all of a
+    shards = ShardSet(tmp_path)
+    whole = [key for key, end in (("a", 0), ("b", 3 * 512 + 8), ("c", 7 * 512 + 8)) if cut >= end]
+    assert keys(shards) == whole
+    begun = [("b", 512), ("c", 5 * 512)]
+    named = [key for key, start in begun if cut >= start and key not in whole]
+    assert [bad.key for bad in shards.bad] == (named or [""])
+    assert all("cut short" in bad.reason for bad in shards.bad)
+
+
+@pytest.mark.parametrize("place", [0, 100, 148, 300])
+@pytest.mark.parametrize(("member", "whole", "named"), [(2, "a", ""), (3, "a", "b"), (4, "ab", "")])
+def test_a_damaged_header(place, member, whole, named, tmp_path):
+    path = tar_of(tmp_path / "0.tar", *samples_of("a", "b", "c"))
+    content = bytearray(path.read_bytes())
+    content[member * 1024 + place : member * 1024 + place + 4] = b"\xff\xfe\xfd\xfc"
+    path.write_bytes(content)
+    shards = ShardSet(tmp_path)
+    assert keys(shards) == list(whole)
+    assert [bad.key for bad in shards.bad] == [named]
+    assert "damaged" in shards.bad[0].reason
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "reason"),
+    [
+        ("/etc/b.txt", b"x", "leads out"),
+        ("../b.txt", b"x", "leads out"),
+        ("clips/../../b.txt", b"x", "leads out"),
+        ("..\\b.txt", b"x", "leads out"),
+        ("C:\\b.txt", b"x", "leads out"),
+        ("/etc/passwd", b"x", "leads out"),
+        ("b.txt", tarfile.SYMTYPE, "is a link"),
+        ("b.txt", tarfile.LNKTYPE, "is a link"),
+        ("b.txt", tarfile.CHRTYPE, "is a device"),
+        ("b\udcff.txt", b"x", "not UTF-8"),
+    ],
+)
+def test_members_that_are_never_read(name, kind, reason, tmp_path):
+    tar_of(tmp_path / "0.tar", *samples_of("a"), (name, kind), *samples_of("c"))
+    shards = ShardSet(tmp_path)
+    assert keys(shards) == ["a", "c"]
+    ((key, why),) = told(shards)
+    assert reason in why
+    key.encode()  # can be written into a list
+    assert key.rpartition("/")[-1].rpartition("\\")[-1].startswith(("b", "passwd"))
+
+
+def test_members_that_mean_nothing_are_passed_over(tmp_path):
+    tar_of(
+        tmp_path / "0.tar",
+        ("clips", tarfile.DIRTYPE),
+        ("README", b"x"),
+        ("clips/.hidden", b"x"),
+        *samples_of("clips/a"),
+    )
+    shards = ShardSet(tmp_path)
+    assert keys(shards) == ["clips/a"]
+    assert shards.bad == []
+
+
+def test_members_of_a_sample_may_lie_apart(tmp_path):
+    far = b"x" * 2**21
+    tar_of(tmp_path / "0.tar", ("a.cls", b"11"), ("b.cls", b"22"), ("c.bin", far), ("b.txt", b"two"), ("a.txt", b"one"))
+    shards = ShardSet(tmp_path)
+    assert keys(shards) == ["a", "b", "c"]
+    assert [shards.read(sample, "cls", "txt") for sample in shards.samples[:2]] == [
+        {"cls": b"11", "txt": b"one"},
+        {"cls": b"22", "txt": b"two"},
+    ]
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_names(kind, tmp_path):
+    long = "clips/" + "ä" * 150
+    tar_of(tmp_path / "0.tar", *samples_of("a", long, "b"), kind=kind)
+    shards = ShardSet(tmp_path)
+    assert keys(shards) == ["a", long, "b"]
+    assert shards.read(shards.samples[1], "txt") == {"txt": f"txt of {long}".encode()}
+    assert shards.bad == []
+
+
+def test_shards_of_webdataset(make, tmp_path):
+    import webdataset
+
+    with webdataset.ShardWriter(f"{tmp_path}/%05d.tar", maxcount=2, verbose=0) as writer:
+        for key in "abc":
+            writer.write(make.video(key))
+    shards = ShardSet(f"{tmp_path}/{{00000..00001}}.tar")
+    assert [(sample.key, sample.frames) for sample in shards.samples] == [("a", 6), ("b", 6), ("c", 6)]
+    assert shards.read(shards.samples[2], "txt") == {"txt": b"caption of c"}
+
+
+def test_an_index_of_an_earlier_version_is_remade(make, tmp_path):
+    make.shards(tmp_path, [make.tokens("a")])
+    path = tmp_path / "shard-000000.index.json"
+    made = path.read_text()
+    path.write_text(made.replace('"version": 2', '"version": 1').replace('"a"', '"z"'))
+    assert keys(ShardSet(tmp_path)) == ["a"]
+    assert path.read_text() == made
+
+
+def test_a_key_that_comes_again_begins_a_shard(make, tmp_path):
+    make.shards(tmp_path, [{"__key__": key, "txt": key} for key in "abcabdd"])
+    shards = ShardSet(tmp_path)
+    assert [(sample.key, sample.shard[-5]) for sample in shards.samples] == list(zip("abcabdd", "0001112", strict=True))
+    assert shards.bad == []
+
+
+def test_a_shard_that_has_become_shorter(make, tmp_path):
+    shards = ShardSet(make.shards(tmp_path, [make.tokens("a")]))
+    os.truncate(tmp_path / "shard-000000.tar", 600)
+    with pytest.raises(OSError, match="has become shorter"):
+        shards.read(shards.samples[0], "tokens.npy")
