@@ -1,6 +1,6 @@
 """Video files: probing, decoding only the frames that are wanted, and encoding.
 
-- decord reads; PyAV reads where decord is missing or gives up. Both give the same pixels.
+- decord reads short clips; PyAV reads the others, and where decord is missing or gives up. Both give the same pixels.
 - PyAV writes H.264 (yuv420p, index in front), one thread an encoder, so that equal frames make equal bytes anywhere.
 - A source is a path or the file's bytes, as they come out of a shard.
 
@@ -10,12 +10,15 @@ Axis letters: t frames, c channels (3, red green blue), h w pixels.
 import io
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from functools import cache
+from itertools import chain, islice
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -28,6 +31,14 @@ from torch import Tensor
 from t2v.errors import UserError
 
 Source = bytes | str | Path
+Check = Callable[[], None]
+
+MAX_PIXELS = 2**25
+"""Largest frame that is decoded, height times width: that of 8K footage, 100 MB as RGB."""
+_GROUP_BYTES = 2**24
+"""So many bytes of full-size frames are decoded at once: two frames of 1080p, all of a clip for training."""
+_DECORD_BYTES = 2**27
+"""Largest clip that decord reads, all its frames in full size: decord decodes to the end, whatever is asked for."""
 
 
 class DecodeError(ValueError):
@@ -56,35 +67,49 @@ def probe(source: Source) -> VideoInfo:
         DecodeError: where it is not a video.
     """
     with _open(source) as (container, stream):
-        frames = stream.frames or sum(packet.pts is not None for packet in container.demux(stream))
+        packets = container.demux(stream)
+        first, frames = next(packets), stream.frames
+        if first.is_discard or not frames:  # what was cut without encoding anew begins with frames not to be shown
+            frames = sum(packet.pts is not None and not packet.is_discard for packet in chain([first], packets))
         fps = float(stream.average_rate or 0)
         if not (frames and fps and stream.height and stream.width):
             raise DecodeError("its head names no frames, no frame rate or no size")
         return VideoInfo(frames, fps, stream.height, stream.width)
 
 
-def read_frames(source: Source, indices: Sequence[int]) -> UInt8[Tensor, "t c h w"]:
+def read_frames(
+    source: Source,
+    indices: Sequence[int],
+    transform: Callable[[UInt8[Tensor, "t c h w"]], Tensor] | None = None,
+    timeout: float = 60.0,
+) -> Tensor:
     """Decode the frames at the given indices.
 
     Args:
         source: a path, or the bytes of the file.
         indices: which frames, counted from 0, in any order and with repetitions.
+        transform: makes of a few frames what is kept of them, such as smaller ones, so that not all are held in full
+            size. It gets each frame once, by increasing index, and gives as many back.
+        timeout: seconds that this may take, `transform` included. They are looked at between frames, or decord's
+            groups of frames: a call into FFmpeg that hangs is not interrupted.
 
     Returns:
-        The frames as RGB, in the order of `indices`.
+        The frames as RGB, uint8 (t, c, h, w), or what `transform` made of them, in the order of `indices`.
 
     Raises:
-        DecodeError: where a frame is missing or the bytes cannot be decoded.
+        DecodeError: where a frame is missing, broken or larger than `MAX_PIXELS`, or it takes longer than `timeout`.
     """
-    assert len(indices) > 0
-    if (decord := _decord()) is not None:
-        try:
-            file = io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)
-            frames = decord.VideoReader(file, num_threads=1).get_batch(list(indices)).asnumpy()
-            return torch.from_numpy(frames).permute(0, 3, 1, 2)
-        except (decord.DECORDError, RuntimeError, IndexError):
-            pass  # PyAV's FFmpeg is newer: it may read the file, and says better why it cannot
-    return torch.from_numpy(_read_with_pyav(source, indices)).permute(0, 3, 1, 2)
+    assert min(indices, default=-1) >= 0
+    wanted, end = sorted(set(indices)), time.monotonic() + timeout
+
+    def check() -> None:
+        if time.monotonic() > end:
+            raise DecodeError(f"it takes longer than the {timeout:g} seconds that one clip may take")
+
+    groups = _groups(source, wanted, check)
+    parts = list(map(transform, groups) if transform else groups)
+    frames = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return frames if wanted == list(indices) else frames[np.searchsorted(wanted, indices)]
 
 
 def stream_frames(source: Source) -> Iterator[tuple[float, UInt8[Tensor, "c h w"]]]:
@@ -97,7 +122,7 @@ def stream_frames(source: Source) -> Iterator[tuple[float, UInt8[Tensor, "c h w"
         Seconds since the first frame, and the frame as RGB, upright.
 
     Raises:
-        DecodeError: where the bytes cannot be decoded.
+        DecodeError: where the bytes cannot be decoded, or a frame is larger than `MAX_PIXELS`.
     """
     with _open(source) as (container, stream):
         first = None
@@ -107,16 +132,22 @@ def stream_frames(source: Source) -> Iterator[tuple[float, UInt8[Tensor, "c h w"
                 yield frame.time - first, torch.from_numpy(_to_rgb(frame)).permute(2, 0, 1)
 
 
-def resize_and_crop(video: UInt8[Tensor, "t c h w"], size: int) -> UInt8[Tensor, "t c {size} {size}"]:
-    """Resize the shorter side to `size` pixels and cut out the centre; a video of that size is returned as it is."""
+def resize_and_crop(video: UInt8[Tensor, "t c h w"], size: int | tuple[int, int]) -> UInt8[Tensor, "t c {size} {size}"]:
+    """Resize a video until it covers `size` pixels and cut out the centre; one of that size is returned as it is.
+
+    Args:
+        video: the frames.
+        size: height and width of the result, or one number for both.
+    """
+    high, wide = (size, size) if isinstance(size, int) else size
     height, width = video.shape[-2:]
-    if height == width == size:
+    if (height, width) == (high, wide):
         return video
-    scale = size / min(height, width)
-    height, width = max(size, round(height * scale)), max(size, round(width * scale))
+    scale = max(high / height, wide / width)
+    height, width = max(high, round(height * scale)), max(wide, round(width * scale))
     video = F.interpolate(video.contiguous(), (height, width), mode="bilinear", antialias=True)
-    top, left = (height - size) // 2, (width - size) // 2
-    return video[..., top : top + size, left : left + size]
+    top, left = (height - high) // 2, (width - wide) // 2
+    return video[..., top : top + high, left : left + wide]
 
 
 def read_clip(path: str | Path, frames: int, size: int, fps: int | float) -> UInt8[Tensor, "t c {size} {size}"]:
@@ -241,7 +272,8 @@ def _read_picture(path: str | Path) -> UInt8[Tensor, "1 c h w"] | None:
 @cache
 def _decord() -> ModuleType | None:
     """Decord, or None where it has no wheel or its libraries do not load."""
-    os.environ.setdefault("DECORD_EOF_RETRY_MAX", "128")  # its own 10,240 turn a truncated file into a stall
+    # One for each frame that waits behind the last packet, even of an intact file; its own 10,240 can be a long stall.
+    os.environ.setdefault("DECORD_EOF_RETRY_MAX", "2048")
     try:
         import decord
     except (ImportError, OSError):
@@ -263,10 +295,11 @@ class _open:
             raise
         except (av.FFmpegError, ValueError, IndexError) as error:
             raise DecodeError(_reason(error)) from error
-        if not self.container.streams.video:
+        stream = next(iter(self.container.streams.video), None)
+        if stream is None or stream.codec_context is None:
             self.container.close()
-            raise DecodeError("there is no picture in it")
-        stream = self.container.streams.video[0]
+            raise DecodeError("there is no picture in it, or of a kind that is not known")
+        _check_size(stream.height, stream.width)
         stream.codec_context.thread_count = 1  # many small clips: threads cost more than they bring
         return self.container, stream
 
@@ -280,22 +313,85 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def _read_with_pyav(source: Source, indices: Sequence[int]) -> UInt8[np.ndarray, "t h w c"]:
+def _check_size(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise DecodeError(f"its frames of {width}x{height} are larger than the {MAX_PIXELS:,} pixels that are decoded")
+
+
+def _groups(source: Source, wanted: Sequence[int], check: Check) -> Iterator[UInt8[Tensor, "t c h w"]]:
+    """The wanted frames, by increasing index, a few at a time."""
+    done = 0
+    if (decord := _decord()) is not None:
+        try:
+            for group in _read_with_decord(decord, source, wanted):
+                check()
+                done += len(group)
+                yield group.permute(0, 3, 1, 2)
+        except (decord.DECORDError, RuntimeError, IndexError):
+            pass  # PyAV's FFmpeg is newer: it may read the file, and says better why it cannot
+    if done < len(wanted):
+        frames = _read_with_pyav(source, wanted[done:], check)
+        for frame in frames:
+            more = islice(frames, max(0, _GROUP_BYTES // frame.nbytes - 1))
+            yield torch.from_numpy(np.stack([frame, *more])).permute(0, 3, 1, 2)
+
+
+def _read_with_decord(decord: ModuleType, source: Source, wanted: Sequence[int]) -> Iterator[UInt8[Tensor, "t h w c"]]:
+    """Groups of frames; none where the clip is too large for decord, or it might give others than those wanted.
+
+    It takes a key frame's place in the file for its place in the video, which is wrong by some frames for one that is
+    shown after others behind it (an open group of pictures), and it counts frames that are not to be shown.
+    """
+    reader = decord.VideoReader(io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source), num_threads=1)
+    later_key_frames, begins = reader.get_key_indices()[1:], reader.get_frame_timestamp([0])[0, 0]
+    if wanted[-1] >= min([len(reader), *later_key_frames]) or begins < 0:
+        return
+    _check_size(*(first := _from_decord(reader, wanted[:1])).shape[1:3])  # only a frame tells the size
+    if first.nbytes * len(reader) <= _DECORD_BYTES:
+        size = max(1, _GROUP_BYTES // first.nbytes)
+        yield torch.cat([first, _from_decord(reader, wanted[1:size])]) if wanted[1:size] else first
+        for start in range(size, len(wanted), size):
+            yield _from_decord(reader, wanted[start : start + size])
+
+
+def _from_decord(reader: Any, indices: Sequence[int]) -> UInt8[Tensor, "t h w c"]:
+    return torch.from_dlpack(reader.get_batch(indices).to_dlpack())
+
+
+def _read_with_pyav(source: Source, wanted: Sequence[int], check: Check) -> Iterator[UInt8[np.ndarray, "h w c"]]:
+    """One frame after the other; what lies between two wanted ones is passed over from key frame to key frame."""
     with _open(source) as (container, stream):
-        times = sorted(packet.pts for packet in container.demux(stream) if packet.pts is not None)
-        if not times or max(indices) >= len(times):
-            raise DecodeError(f"frame {max(indices)} is asked for, but it has {len(times)} frames")
-        wanted = {times[index] for index in indices}
-        last, found = max(wanted), {}
-        container.seek(min(wanted), stream=stream)  # to the key frame at or before the first wanted frame
-        for frame in container.decode(stream):
-            if frame.pts in wanted:
-                found[frame.pts] = _to_rgb(frame)
-            if frame.pts is not None and frame.pts >= last:
-                break
-    if missing := len(wanted) - len(found):
-        raise DecodeError(f"{missing} of {len(wanted)} frames are missing")
-    return np.stack([found[times[index]] for index in indices])
+        times, key_frames = [], []
+        for packet in container.demux(stream):
+            if packet.pts is not None and not packet.is_discard:
+                times.append(packet.pts)
+            if packet.pts is not None and packet.is_keyframe:
+                key_frames.append((packet.pts, packet.pts if packet.dts is None else packet.dts))
+        if wanted[-1] >= len(times) or not key_frames:
+            raise DecodeError(f"frame {wanted[-1]} is asked for, but it has {len(times)} frames")
+        times, key_frames = sorted(times), sorted(key_frames)
+        frames, at, shape = iter(()), -2, None
+        for index in wanted:
+            # A frame needs the last key frame that is shown before it, and may stand behind a later one in the file.
+            key_frame = max(0, bisect_right(key_frames, times[index], key=lambda times: times[0]) - 1)
+            if key_frame > at + 1:
+                container.seek(key_frames[key_frame][1], stream=stream)
+                frames = container.decode(stream)
+            at = key_frame
+            frame = _next_frame(frames, times[index], check)
+            if frame is None or (frame.height, frame.width) != (shape := shape or (frame.height, frame.width)):
+                raise DecodeError(f"frame {index} is {'of another size' if frame else 'missing'}")
+            yield _to_rgb(frame)
+
+
+def _next_frame(frames: Iterator[av.VideoFrame], pts: int, check: Check) -> av.VideoFrame | None:
+    """The frame of that time; those before it are passed over. None where there is none."""
+    for frame in frames:
+        check()
+        if frame.pts is not None and frame.pts >= pts:
+            _check_size(frame.height, frame.width)
+            return frame if frame.pts == pts else None
+    return None
 
 
 def _to_rgb(frame: av.VideoFrame) -> UInt8[np.ndarray, "h w c"]:

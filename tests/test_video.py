@@ -1,8 +1,12 @@
 import importlib.util
+import io
 import struct
 import sys
+import weakref
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
@@ -27,6 +31,37 @@ def moving_square(frames=12, height=48, width=64):
     for t in range(frames):
         video[t, 0, 8:24, 3 * t : 3 * t + 16] = 220
     return video
+
+
+def footage(video, form="mp4", **x264):
+    """A video as others write it: `Mp4Writer` has one way only."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=form) as container:
+        stream = container.add_stream("libx264", rate=8, width=video.shape[3], height=video.shape[2])
+        stream.pix_fmt, stream.options = "yuv420p", {"crf": "10", **x264}
+        for picture in video.numpy().transpose(0, 2, 3, 1):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def cut_without_encoding(content, start):
+    """The video from a frame on: what lies between the key frame before it and this one is not to be shown."""
+    file = io.BytesIO()
+    with av.open(io.BytesIO(content)) as whole, av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream_from_template(whole.streams.video[0])
+        packets = [packet for packet in whole.demux(video=0) if packet.pts is not None]
+        begins = sorted(packet.pts for packet in packets)[start]
+        first = max(i for i, packet in enumerate(packets) if packet.is_keyframe and packet.pts <= begins)
+        for packet in packets[first:]:
+            packet.pts, packet.dts, packet.stream = packet.pts - begins, packet.dts - begins, stream
+            container.mux(packet)
+    return file.getvalue()
+
+
+KEY_FRAMES = {"g": "8", "bf": "3", "x264-params": "scenecut=0:b-adapt=0"}
+OPEN_GROUPS = {**KEY_FRAMES, "x264-params": KEY_FRAMES["x264-params"] + ":open-gop=1"}
 
 
 @pytest.fixture(params=["decord", "pyav"])
@@ -70,7 +105,86 @@ def test_probe(fps):
     assert info.fps == pytest.approx(fps)
 
 
-@pytest.mark.parametrize("content", [b"", b"no video", encode_mp4(moving_square(), fps=8)[:-400]])
+@pytest.mark.parametrize("x264", [{}, KEY_FRAMES, OPEN_GROUPS], ids=["one key frame", "several", "open groups"])
+def test_a_frame_is_the_same_whatever_is_read_beside_it(x264, decoder):
+    content = footage(moving_square(20), **x264)
+    whole = torch.stack([frame for _, frame in stream_frames(content)])
+    assert read_frames(content, range(20)).equal(whole)
+    for indices in (*([i] for i in range(20)), range(0, 20, 3), range(1, 20, 9), [19, 3, 3, 11]):
+        assert read_frames(content, indices).equal(whole[list(indices)])
+
+
+@pytest.mark.parametrize("start", [8, 11])
+def test_footage_that_was_cut_without_encoding_it_anew(start, decoder):
+    content = cut_without_encoding(footage(moving_square(20), **KEY_FRAMES), start)
+    whole = torch.stack([frame for _, frame in stream_frames(content)])
+    assert (whole.float() - moving_square(20)[start:].float()).abs().mean() < 3
+    assert probe(content).frames == 20 - start
+    assert read_frames(content, range(20 - start)).equal(whole)
+    assert read_frames(content, [20 - start - 1, 1]).equal(whole[[-1, 1]])
+    with pytest.raises(DecodeError, match=f"it has {20 - start} frames"):
+        read_frames(content, [20 - start])
+
+
+@pytest.mark.parametrize("form", ["mpegts", "matroska"])
+def test_other_containers(form, decoder, monkeypatch):
+    content = footage(moving_square(20), form, **KEY_FRAMES)
+    whole = torch.stack([frame for _, frame in stream_frames(content)])
+    monkeypatch.setattr(video_module, "_GROUP_BYTES", 3 * whole[0].numel())
+    assert read_frames(content, range(20)).equal(whole)
+    assert read_frames(content, [17, 2, 10]).equal(whole[[17, 2, 10]])
+
+
+def test_full_size_frames_are_held_a_few_at_a_time(decoder, monkeypatch):
+    content = footage(moving_square(40))
+    frame = 3 * 48 * 64
+    monkeypatch.setattr(video_module, "_GROUP_BYTES", 4 * frame)
+    seen, held = [], []
+
+    def shrink(frames):
+        seen.append(weakref.ref(frames.untyped_storage()))
+        held.append(sum(storage().nbytes() for storage in seen if storage() is not None))
+        return resize_and_crop(frames, 8)
+
+    indices = [39, *range(1, 30, 2), 1]
+    assert read_frames(content, indices, shrink).equal(resize_and_crop(read_frames(content, indices), 8))
+    assert len(seen) == 4  # 16 frames, each decoded once
+    assert 4 * frame <= max(held) <= 2 * 4 * frame
+
+
+def test_a_clip_takes_no_longer_than_it_may(decoder):
+    with pytest.raises(DecodeError, match="longer than the 0 seconds"):
+        read_frames(encode_mp4(moving_square(), fps=8), [0], timeout=0.0)
+
+
+def test_larger_frames_are_not_decoded(decoder, monkeypatch):
+    content = encode_mp4(moving_square(), fps=8)
+    monkeypatch.setattr(video_module, "MAX_PIXELS", 64 * 48)
+    assert read_frames(content, [0]).shape == (1, 3, 48, 64)
+    monkeypatch.setattr(video_module, "MAX_PIXELS", 64 * 48 - 1)
+    for read in (probe, lambda content: read_frames(content, [0]), lambda content: next(stream_frames(content))):
+        with pytest.raises(DecodeError, match="64x48 are larger than the 3,071 pixels"):
+            read(content)
+
+
+def test_a_codec_that_nobody_knows(decoder):
+    content = encode_mp4(moving_square(), fps=8).replace(b"avc1", b"zzzz")
+    for read in (probe, lambda content: read_frames(content, [0]), lambda content: next(stream_frames(content))):
+        with pytest.raises(DecodeError, match="not known"):
+            read(content)
+
+
+def test_an_error_of_the_transform_is_not_taken_for_one_of_the_video(decoder):
+    def fail(frames):
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        read_frames(encode_mp4(moving_square(), fps=8), [0], fail)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no video", footage(moving_square(0)), encode_mp4(moving_square(), fps=8)[:-400]]
+)
 def test_undecodable_bytes(content, decoder):
     with pytest.raises(DecodeError):
         read_frames(content, [0, 11])
