@@ -29,6 +29,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from callbacks.checkpoint import FinalCheckpoint
+from callbacks.seeding import StepSeed
 from callbacks.summary import RunSummary
 from t2v.errors import UserError
 
@@ -73,7 +74,10 @@ class T2VCLI(LightningCLI):
             seed_everything_default=0,
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},  # a resumed run rewrites its own config.yaml
-            trainer_defaults={"callbacks": [RunSummary(), FinalCheckpoint()], "enable_model_summary": False},
+            trainer_defaults={
+                "callbacks": [RunSummary(), StepSeed(), FinalCheckpoint()],
+                "enable_model_summary": False,
+            },
             args=args,
         )
 

@@ -4,6 +4,7 @@ from callbacks.averaging import EMA
 from callbacks.checkpoint import FinalCheckpoint
 from callbacks.logging import GenerationLogger, ReconstructionLogger
 from callbacks.report import MetricsReport
+from callbacks.seeding import StepSeed
 from callbacks.summary import RunSummary
 from callbacks.tokens import TokenShardWriter
 from callbacks.videos import VideoGalleryWriter
@@ -15,6 +16,7 @@ __all__ = [
     "MetricsReport",
     "ReconstructionLogger",
     "RunSummary",
+    "StepSeed",
     "TokenShardWriter",
     "VideoGalleryWriter",
 ]

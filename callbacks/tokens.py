@@ -1,6 +1,7 @@
 """Writes what stage 1 predicts as token shards, the training data of stage 2."""
 
 import shutil
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ _REMEMBERED = 2**28
 class TokenShardWriter(BasePredictionWriter):
     """Writes ``OUTPUT_DIR/SPLIT/shard-RANK-NUMBER.tar``, one folder a split of the data.
 
-    A sample is ``KEY.tokens.npy`` (t, h, w), ``KEY.text.npy`` (l, d) and ``KEY.pooled.npy`` (d) in float16, and
-    ``KEY.json`` with the caption, the frame rate and a fingerprint of all that made it. The splits' folders appear when
-    every sample is written; until then the shards lie in ``OUTPUT_DIR/.partial``.
+    A sample is ``KEY.tokens.npy`` (t, h, w); ``KEY.text.npy`` (l, d), the embeddings of all its captions one after the
+    other, and ``KEY.pooled.npy`` (captions, d), both in float16; and ``KEY.json`` with the captions, the length of each
+    one's embedding, the frame rate and a fingerprint of all that made it. The splits' folders appear when every sample
+    is written; until then the shards lie in ``OUTPUT_DIR/.partial``.
 
     Args:
         output_dir: Where the splits' folders go. It must not hold them already.
@@ -88,17 +90,21 @@ class TokenShardWriter(BasePredictionWriter):
             )
             self._writers[split] = writer.__enter__()
         with trainer.profiler.profile(f"[TextEncoder]{self.text_encoder.name}"):  # type: ignore[attr-defined]
-            embeddings = self._embeddings.of(batch.captions)
-        for key, caption, (text, pooled), tokens in zip(
-            batch.keys, batch.captions, embeddings, prediction.cpu().numpy(), strict=True
-        ):
+            embeddings = iter(self._embeddings.of([caption for captions in batch.captions for caption in captions]))
+        for key, captions, tokens in zip(batch.keys, batch.captions, prediction.cpu().numpy(), strict=True):
+            texts, pooled = zip(*islice(embeddings, len(captions)), strict=True)
             self._writers[split].write(
                 {
                     "__key__": key,
                     "tokens.npy": tokens.astype(np.uint16 if tokens.max() < 2**16 else np.int32),
-                    "text.npy": text,
-                    "pooled.npy": pooled,
-                    "json": {"caption": caption, "fps": self._fps, "fingerprint": self._fingerprint},
+                    "text.npy": np.concatenate(texts),
+                    "pooled.npy": np.stack(pooled),
+                    "json": {
+                        "captions": captions,
+                        "text_lengths": [len(text) for text in texts],
+                        "fps": self._fps,
+                        "fingerprint": self._fingerprint,
+                    },
                 }
             )
 

@@ -9,18 +9,21 @@ import io
 import json
 import re
 import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from data.plan import Draw
-from data.shards import Sample, ShardSet
+from data.plan import Batch, Bucket, Draw
+from data.shards import BadSample, Sample, ShardSet
 from t2v.batch import TextEmbedding, TokenBatch, VideoBatch
 from t2v.errors import UserError
 from t2v.video import read_frames, resize_and_crop
@@ -35,7 +38,7 @@ class VideoClip(NamedTuple):
     """One clip of a `VideoBatch`."""
 
     video: UInt8[Tensor, "t c h w"]
-    caption: str
+    captions: list[str]
     key: str
 
 
@@ -50,24 +53,38 @@ class TokenClip(NamedTuple):
 
 
 class Clips(Dataset):
-    """Clips of a set of shards; the base of `VideoClips` and `TokenClips`.
+    """Clips of a set of shards, a batch of the plan at a time; the base of `VideoClips` and `TokenClips`.
 
     Args:
         shards: the shards.
         member: the member without which a sample is no clip.
-        frames: clips shorter than this are left out.
-        fps: frames a second at which `frames` counts; none where clips are taken as they are stored.
+        buckets: what the clips of a batch have in common; a clip too short for all of them is left out.
+        fps: frames a second at which a bucket's `frames` count; none where clips are taken as they are stored.
+        bad_samples: a file to which a line is added for each sample that cannot be used: key, shard and reason. Those
+            it names already are not added again.
 
     Attributes:
         samples: the clips that are long enough.
-        broken: for each of them, whether it turned out not to decode; shared by all workers.
+        bad: the samples of which is known from the index alone that they cannot be used.
+        broken: for each of `samples`, whether it turned out not to decode; shared by all workers.
+        failures: how often that happened since somebody set it to 0, with the clips that are known to be broken; shared
+            by all workers.
 
     Raises:
         UserError: where no clip is left.
     """
 
-    def __init__(self, shards: ShardSet, member: str, frames: int, fps: float | None = None) -> None:
-        self.shards, self.frames, self.fps = shards, frames, fps
+    collate: Callable[[list[Any]], Any]
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        member: str,
+        buckets: Sequence[Bucket],
+        fps: float | None = None,
+        bad_samples: Path | None = None,
+    ) -> None:
+        self.shards, self.buckets, self.fps, self.bad_samples = shards, buckets, fps, bad_samples
         clips = [sample for sample in shards.samples if member in sample.members]
         if not clips:
             found = sorted({name for sample in shards.samples for name in sample.members})
@@ -75,12 +92,28 @@ class Clips(Dataset):
                 f"No sample in '{shards.path}' has a {member}; they have {', '.join(found) or 'nothing'}: "
                 "are these the shards of the other stage?"
             )
-        unreadable = [sample for sample in clips if sample.frames == 0]
-        readable = [sample for sample in clips if sample.frames]
+        needed = [name for name in self._needed if any(name in sample.members for sample in clips)]
+        self.bad = list(shards.bad)
+        readable = []
+        for sample in clips:
+            if missing := [name for name in needed if name not in sample.members]:
+                self.bad.append(BadSample(sample.key, sample.shard, f"it has no {' and no '.join(missing)}"))
+            elif not sample.frames:
+                self.bad.append(BadSample(sample.key, sample.shard, f"its {member} does not decode: {sample.reason}"))
+            else:
+                readable.append(sample)
+        frames = min(bucket.frames for bucket in buckets)
         self.samples = [sample for sample in readable if self.length(sample) >= frames]
         self.broken = torch.zeros(len(self.samples), dtype=torch.bool).share_memory_()
-        for sample in unreadable:
-            _warn_broken(sample, f"its {member} does not decode")
+        self.failures = torch.zeros((), dtype=torch.int64).share_memory_()
+        if self.bad:
+            first = self.bad[0]
+            warnings.warn(
+                f"{len(self.bad)} samples in '{shards.path}' cannot be used and are left out, such as '{first.key}' in "
+                f"{first.shard}: {first.reason}.",
+                stacklevel=2,
+            )
+        self._list(*self.bad)
         if short := len(readable) - len(self.samples):
             longest = max(self.length(sample) for sample in readable)
             rate = f" at {fps:g} fps" if fps else ""
@@ -99,23 +132,19 @@ class Clips(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, draw: Draw) -> Any:
-        index = draw.sample
-        for attempt in range(_ATTEMPTS):
-            rng = draw.rng(attempt)
-            if attempt:
-                index = int(rng.integers(len(self)))
-            if (clip := self.load(index, rng)) is not None:
-                return clip
-        raise UserError(
-            f"{_ATTEMPTS} clips in a row from '{self.shards.path}' do not decode, {int(self.broken.sum())} of "
-            f"{len(self)} so far: make the shards again from intact footage."
-        )
+    def __getitem__(self, batch: Batch) -> Any:
+        return type(self).collate([self._draw(draw, self.buckets[batch.bucket]) for draw in batch.draws])
 
     @property
     def shard_sizes(self) -> list[int]:
         """Number of clips in each shard, for the plan."""
         return [len(list(clips)) for _, clips in groupby(self.samples, lambda sample: sample.shard)]
+
+    @property
+    def fits(self) -> Bool[np.ndarray, "samples buckets"]:
+        """Whether a clip is long enough for a bucket, for the plan."""
+        lengths = np.array([self.length(sample) for sample in self.samples])
+        return lengths[:, None] >= np.array([bucket.frames for bucket in self.buckets])
 
     def length(self, sample: Sample) -> int:
         """Frames of a clip at the rate it is taken at."""
@@ -125,24 +154,56 @@ class Clips(Dataset):
         """Stored frames from one wanted frame to the next."""
         return sample.fps / self.fps if self.fps else 1.0
 
-    def load(self, index: int, rng: np.random.Generator | None) -> Any:
+    def load(self, index: int, bucket: Bucket, rng: np.random.Generator | None) -> Any:
         """One clip: a random window with a generator, all of it without; None where it is broken."""
         if not self.broken[index]:
+            sample = self.samples[index]
             try:
-                return self._load(self.samples[index], rng)
+                return self._load(sample, bucket, rng)
             except (ValueError, EOFError) as error:
                 self.broken[index] = True
-                _warn_broken(self.samples[index], error)
+                warnings.warn(f"Clip {sample.key} in {sample.shard} is broken and left out: {error}", stacklevel=2)
+                self._list(BadSample(sample.key, sample.shard, str(error)))
+        self.failures += 1
         return None
 
-    def _load(self, sample: Sample, rng: np.random.Generator | None) -> Any:
+    @property
+    def _needed(self) -> Sequence[str]:
+        """Members that a clip must have where any clip has them."""
         raise NotImplementedError
 
-    def _window(self, sample: Sample, rng: np.random.Generator | None) -> Int[np.ndarray, "t"]:
+    def _load(self, sample: Sample, bucket: Bucket, rng: np.random.Generator | None) -> Any:
+        raise NotImplementedError
+
+    def _draw(self, draw: Draw, bucket: Bucket) -> Any:
+        """The clip at a place of the plan, or another long enough where it is broken."""
+        index, length = draw.sample, bucket.frames
+        for attempt in range(_ATTEMPTS):
+            rng = draw.rng(attempt)
+            while attempt and self.length(self.samples[index := int(rng.integers(len(self)))]) < length:
+                continue
+            if (clip := self.load(index, bucket, rng)) is not None:
+                return clip
+        raise UserError(
+            f"{_ATTEMPTS} clips in a row from '{self.shards.path}' do not decode, {int(self.broken.sum())} of "
+            f"{len(self)} so far: make the shards again from intact footage."
+        )
+
+    def _window(self, sample: Sample, bucket: Bucket, rng: np.random.Generator | None) -> Int[np.ndarray, "t"]:
         """Which stored frames to take: those nearest in time to the wanted ones."""
-        length = self.frames if rng is not None else self.length(sample)
+        length = bucket.frames if rng is not None else self.length(sample)
         window = np.floor(np.arange(length) * self.stride(sample) + 0.5).astype(np.int64)
         return window if rng is None else window + rng.integers(sample.frames - window[-1])
+
+    def _list(self, *samples: BadSample) -> None:
+        """Add samples that cannot be used to the file."""
+        if self.bad_samples is None or not samples:
+            return
+        self.bad_samples.parent.mkdir(parents=True, exist_ok=True)
+        listed = self.bad_samples.read_text().splitlines() if self.bad_samples.exists() else []
+        lines = [json.dumps(sample._asdict()) for sample in samples]
+        with self.bad_samples.open("a") as file:
+            file.write("".join(f"{line}\n" for line in lines if line not in listed))
 
 
 class VideoClips(Clips):
@@ -150,19 +211,28 @@ class VideoClips(Clips):
 
     Args:
         shards: shards with mp4 and, if there is one, txt.
-        size: height and width in pixels.
-        frames: length of a clip.
+        buckets: length, height and width of the clips.
         fps: frames a second to take; the footage may have another rate.
-        crop: with less than 1, a random clip shows a random square of the footage, whose side is at least this share
-            of the shorter side; with 1, and of a whole clip, the largest square in the centre.
+        crop: with less than 1, a random clip shows a random window of the footage, whose sides are at least this share
+            of the largest such window; with 1, and of a whole clip, the largest window in the centre.
         flip: mirror half of the random clips, but none whose caption speaks of left or right.
+        bad_samples: see `Clips`.
     """
 
+    _needed = ("txt",)
+
     def __init__(
-        self, shards: ShardSet, size: int, frames: int, fps: float, crop: float = 1.0, flip: bool = False
+        self,
+        shards: ShardSet,
+        buckets: Sequence[Bucket],
+        fps: float,
+        crop: float = 1.0,
+        flip: bool = False,
+        bad_samples: Path | None = None,
     ) -> None:
-        super().__init__(shards, "mp4", frames, fps)
-        self.size, self.crop, self.flip = size, crop, flip
+        super().__init__(shards, "mp4", buckets, fps, bad_samples)
+        self.crop, self.flip = crop, flip
+        size = max(min(_size(bucket)) for bucket in buckets)
         smallest = round(crop * min(min(sample.height, sample.width) for sample in self.samples))
         if crop < 1 and smallest < size:
             warnings.warn(
@@ -171,16 +241,24 @@ class VideoClips(Clips):
                 stacklevel=2,
             )
 
-    def _load(self, sample: Sample, rng: np.random.Generator | None) -> VideoClip:
-        members = self.shards.read(sample, "mp4", "txt")
-        caption = members.get("txt", b"").decode().strip()
-        video = read_frames(members["mp4"], self._window(sample, rng).tolist())
+    @staticmethod
+    def collate(clips: list[VideoClip]) -> VideoBatch:
+        """Clips of equal length as one batch."""
+        videos, captions, keys = zip(*clips, strict=True)
+        return VideoBatch(torch.stack(videos), list(captions), list(keys))
+
+    def _load(self, sample: Sample, bucket: Bucket, rng: np.random.Generator | None) -> VideoClip:
+        members = self.shards.read(sample, "mp4", "txt", "json")
+        captions = _captions(members)
+        window = self._window(sample, bucket, rng)
+        cut = partial(resize_and_crop, size=_size(bucket))
         if self.crop < 1 and rng is not None:
-            video = _random_square(video, self.crop, rng)
-        video = resize_and_crop(video, self.size)
-        if self.flip and rng is not None and rng.random() < 0.5 and not _SIDED.search(caption):
+            cut = partial(_cut, size=_size(bucket), share=rng.uniform(self.crop, 1), place=rng.random(2))
+        video = read_frames(members["mp4"], window.tolist(), transform=cut)
+        sided = any(_SIDED.search(caption) for caption in captions)
+        if self.flip and rng is not None and rng.random() < 0.5 and not sided:
             video = video.flip(-1)
-        return VideoClip(video, caption, sample.key)
+        return VideoClip(video, captions, sample.key)
 
 
 class TokenClips(Clips):
@@ -188,21 +266,38 @@ class TokenClips(Clips):
 
     Args:
         shards: shards with tokens.npy, text.npy, pooled.npy and json.
-        frames: length of a clip; a random window is taken where one is longer.
+        buckets: length of the clips; a random window is taken where one is longer.
+        bad_samples: see `Clips`.
     """
 
-    def __init__(self, shards: ShardSet, frames: int) -> None:
-        super().__init__(shards, "tokens.npy", frames)
+    _needed = ("text.npy", "pooled.npy", "json")
 
-    def _load(self, sample: Sample, rng: np.random.Generator | None) -> TokenClip:
-        members = self.shards.read(sample, "tokens.npy", "text.npy", "pooled.npy", "json")
-        if missing := {"text.npy", "pooled.npy", "json"} - members.keys():
-            raise ValueError(f"it has no {', '.join(sorted(missing))}")
-        tokens = torch.from_numpy(_array(members["tokens.npy"])[self._window(sample, rng)].astype(np.int64))
-        text, pooled = (
+    def __init__(self, shards: ShardSet, buckets: Sequence[Bucket], bad_samples: Path | None = None) -> None:
+        super().__init__(shards, "tokens.npy", buckets, bad_samples=bad_samples)
+
+    @staticmethod
+    def collate(clips: list[TokenClip]) -> TokenBatch:
+        """Clips as one batch; shorter captions are padded with zeros, which the mask tells apart."""
+        tokens, texts, pooled, captions, keys = zip(*clips, strict=True)
+        lengths = torch.tensor([len(text) for text in texts])
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        text = TextEmbedding(pad_sequence(list(texts), batch_first=True), mask, torch.stack(pooled))
+        return TokenBatch(torch.stack(tokens), text, list(captions), list(keys))
+
+    def _load(self, sample: Sample, bucket: Bucket, rng: np.random.Generator | None) -> TokenClip:
+        """One of the clip's captions goes with it: a random one with a generator, the first without."""
+        members = self.shards.read(sample, "tokens.npy", *self._needed)
+        tokens = torch.from_numpy(_array(members["tokens.npy"])[self._window(sample, bucket, rng)].astype(np.int64))
+        texts, pooled = (
             torch.from_numpy(_array(members[name]).astype(np.float32)) for name in ("text.npy", "pooled.npy")
         )
-        return TokenClip(tokens, text, pooled, json.loads(members["json"]).get("caption", ""), sample.key)
+        told = json.loads(members["json"])
+        captions = told.get("captions") or [told.get("caption", "")]
+        lengths = told.get("text_lengths") or [len(texts)]
+        which = int(rng.integers(len(captions))) if rng is not None else 0
+        return TokenClip(
+            tokens, texts.split(lengths)[which], pooled.view(len(captions), -1)[which], captions[which], sample.key
+        )
 
 
 class WholeClips(Dataset):
@@ -230,38 +325,45 @@ class WholeClips(Dataset):
 
     def __getitem__(self, number: int) -> VideoBatch | None:
         """One batch, without its broken clips; None where no clip is left."""
-        clips = [clip for index in self.batches[number] if (clip := self.clips.load(index, rng=None)) is not None]
-        return collate_video(clips) if clips else None
+        bucket = self.clips.buckets[0]
+        loaded = (self.clips.load(index, bucket, rng=None) for index in self.batches[number])
+        clips = [clip for clip in loaded if clip is not None]
+        return VideoClips.collate(clips) if clips else None
 
 
-def collate_video(clips: list[VideoClip]) -> VideoBatch:
-    """Clips of equal length as one batch."""
-    videos, captions, keys = zip(*clips, strict=True)
-    return VideoBatch(torch.stack(videos), list(captions), list(keys))
+def _captions(members: dict[str, bytes]) -> list[str]:
+    """All that is said of a clip; the first is that in txt."""
+    told = json.loads(members.get("json", b"{}"))
+    first = members["txt"].decode() if "txt" in members else str(told.get("caption") or "")
+    others = [str(caption).strip() for caption in told.get("captions", [])]
+    return list(dict.fromkeys([first.strip(), *others]))
 
 
-def collate_tokens(clips: list[TokenClip]) -> TokenBatch:
-    """Clips as one batch; shorter captions are padded with zeros, which the mask tells apart."""
-    tokens, texts, pooled, captions, keys = zip(*clips, strict=True)
-    lengths = torch.tensor([len(text) for text in texts])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    text = TextEmbedding(pad_sequence(list(texts), batch_first=True), mask, torch.stack(pooled))
-    return TokenBatch(torch.stack(tokens), text, list(captions), list(keys))
+def _size(bucket: Bucket) -> tuple[int, int]:
+    assert bucket.height is not None
+    assert bucket.width is not None
+    return bucket.height, bucket.width
 
 
-def _random_square(
-    video: UInt8[Tensor, "t c h w"], least: float, rng: np.random.Generator
-) -> UInt8[Tensor, "t c side side"]:
-    """The same square of every frame; its side is at least that share of the shorter one."""
+def _cut(
+    video: UInt8[Tensor, "t c h w"], size: tuple[int, int], share: float, place: np.ndarray
+) -> UInt8[Tensor, "t c height width"]:
+    """The same window of every frame, resized.
+
+    Args:
+        video: the frames.
+        size: height and width of the result.
+        share: sides of the window, as shares of the largest that has the result's proportions.
+        place: where it lies, from the top and from the left, in [0, 1].
+    """
     height, width = video.shape[-2:]
-    side = max(1, round(min(height, width) * rng.uniform(least, 1)))
-    top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
-    return video[..., top : top + side, left : left + side]
+    scale = min(height / size[0], width / size[1]) * share
+    sides = [max(1, round(scale * side)) for side in size]
+    top, left = (
+        round(float(at) * (whole - side)) for at, whole, side in zip(place, (height, width), sides, strict=True)
+    )
+    return resize_and_crop(video[..., top : top + sides[0], left : left + sides[1]], size)
 
 
 def _array(content: bytes) -> np.ndarray:
     return np.load(io.BytesIO(content), allow_pickle=False)
-
-
-def _warn_broken(sample: Sample, reason: object) -> None:
-    warnings.warn(f"Clip {sample.key} in {sample.shard} is broken and left out: {reason}", stacklevel=3)

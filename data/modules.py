@@ -3,7 +3,9 @@
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,8 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader, DistributedSampler
 
-from data.datasets import Clips, TokenClips, VideoClips, WholeClips, collate_tokens, collate_video
-from data.plan import PlanSampler
+from data.datasets import Clips, TokenClips, VideoClips, WholeClips
+from data.plan import Bucket, OrderedSampler, Plan, TrainSampler
 from data.shards import ShardSet
 from t2v.batch import PromptBatch
 from t2v.errors import UserError
@@ -24,17 +26,32 @@ _WHOLE = 8
 
 
 class ShardDataModule(LightningDataModule):
-    """Train and validation loaders over shards; the base of `VideoDataModule` and `TokenDataModule`."""
+    """Train and validation loaders over shards; the base of `VideoDataModule` and `TokenDataModule`.
 
-    collate: Callable[[list[Any]], Any]
+    A checkpoint of `fit` in the middle of an epoch goes on with the batch that would have come next, with any number of
+    workers, and with another number of ranks.
+    """
+
     frames: int
 
-    def __init__(self, train: str, val: str, batch_size: int, num_workers: int, seed: int) -> None:
+    def __init__(
+        self,
+        train: str,
+        val: str,
+        batch_size: int,
+        num_workers: int,
+        seed: int,
+        buckets: list[Bucket],
+        max_bad_fraction: float,
+    ) -> None:
         super().__init__()
         self.train, self.val = train, val
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.buckets, self.max_bad_fraction = buckets, max_bad_fraction
         self._shards: dict[str, ShardSet] = {}
         self._clips: dict[tuple[str, bool], Clips] = {}
+        self._sampler: TrainSampler | None = None
+        self._resumed: dict[str, Any] = {}
 
     def shards(self, path: str) -> ShardSet:
         """The shards at a path, opened once."""
@@ -71,12 +88,15 @@ class ShardDataModule(LightningDataModule):
             "seed": self.seed,
         }
 
-    def _open_clips(self, shards: ShardSet, training: bool) -> Clips:
-        raise NotImplementedError
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs to know, beside Lightning's count of batches, to go on at the next clip."""
+        if self._sampler is None:
+            return {}
+        return {"plan": self._plan_hash, "ranks": self._sampler.num_replicas, "origin": list(self._sampler.origin)}
 
-    def _paths(self, stage: str) -> list[str]:
-        """The shards that a command needs."""
-        return {"fit": [self.train, self.val], "predict": []}.get(stage, [self.val])
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep it until the trainer's counts are restored."""
+        self._resumed = state_dict
 
     def prepare_data(self) -> None:
         """Index shards that have no index yet, on one rank only."""
@@ -94,40 +114,76 @@ class ShardDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Random windows of the training clips, in the order of the plan."""
-        loader = self._plan_loader(self.clips(self.train, training=True), shuffle=True)
-        if len(loader) == 0:
+        clips, ranks = self.clips(self.train, training=True), self._ranks()
+        plan = Plan(clips.shard_sizes, self.seed, clips.buckets, clips.fits)
+        self._sampler = TrainSampler(plan, **ranks)
+        if len(self._sampler) == 0:
+            sizes = ", ".join(f"{bucket.batch_size} clips of {bucket.frames} frames" for bucket in clips.buckets)
             raise UserError(
-                f"{len(loader.dataset)} training clips in '{self.train}' do not fill one batch of "  # type: ignore[arg-type]
-                f"data.batch_size={self.batch_size} on each of {self._ranks()['num_replicas']} ranks: "
-                "lower it, or add clips."
+                f"{len(clips)} training clips in '{self.train}' do not fill one batch (data.batch_size: {sizes}) on "
+                f"each of {ranks['num_replicas']} ranks: lower it, or add clips."
             )
-        return loader
+        self._plan_hash = plan.fingerprint()
+        self._rejoin(self._sampler)
+        return _TrainLoader(clips, self._sampler, self._place, self.max_bad_fraction, self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
         """The validation clips in their order, the same in every epoch."""
-        return self._plan_loader(self.clips(self.val), shuffle=False)
+        clips = self.clips(self.val)
+        sampler = OrderedSampler(len(clips), self.batch_size, self.seed, **self._ranks())
+        return _Loader(clips, sampler, self.max_bad_fraction, self.num_workers)
 
     def test_dataloader(self) -> DataLoader:
         """The validation clips."""
         return self.val_dataloader()
+
+    def _open_clips(self, shards: ShardSet, training: bool) -> Clips:
+        raise NotImplementedError
+
+    def _paths(self, stage: str) -> list[str]:
+        """The shards that a command needs."""
+        return {"fit": [self.train, self.val], "predict": []}.get(stage, [self.val])
 
     def _ranks(self) -> dict[str, int]:
         """Number of ranks among which samples are shared, and which of them this is."""
         known = self.trainer.distributed_sampler_kwargs if self.trainer else None
         return known or {"num_replicas": 1, "rank": 0}
 
-    def _plan_loader(self, clips: Clips, shuffle: bool) -> DataLoader:
-        sampler = PlanSampler(clips.shard_sizes, shuffle, self.seed, **self._ranks())
-        return DataLoader(
-            clips,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            drop_last=shuffle,
-            collate_fn=type(self).collate,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+    @property
+    def _bad_samples(self) -> Path | None:
+        """The list of samples that cannot be used, in the run's folder."""
+        if self.trainer is None:
+            return None
+        return Path(self.trainer.log_dir or self.trainer.default_root_dir) / "bad_samples.jsonl"
+
+    def _place(self) -> tuple[int, int]:
+        """The epoch, and how many of its batches are trained on, as Lightning counts them."""
+        if self.trainer is None:
+            return 0, 0
+        return self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+    def _rejoin(self, sampler: TrainSampler) -> None:
+        """Go on where the checkpoint was written, if training resumes from one."""
+        resumed, self._resumed = self._resumed, {}
+        if not resumed or self.trainer is None:
+            return
+        if resumed["plan"] != self._plan_hash:
+            warnings.warn(
+                f"The training clips, data.seed, data.batch_size, data.frames or data.buckets are not those of the "
+                f"checkpoint: the running epoch of '{self.train}' goes on at the same step, but some clips may come "
+                "twice and others not at all.",
+                stacklevel=2,
+            )
+            return
+        epoch = self.trainer.current_epoch
+        sampler.origin = tuple(resumed["origin"])
+        if (ranks := resumed["ranks"]) == sampler.num_replicas:
+            return
+        done: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        steps = sampler.rejoin(epoch, sampler.first_batch(epoch) + done.processed * ranks)
+        more = steps - done.processed
+        for name in ("ready", "started", "processed", "completed"):  # Lightning counts this number of ranks' batches
+            setattr(done, name, getattr(done, name) + more)
 
 
 class VideoDataModule(ShardDataModule):
@@ -148,12 +204,15 @@ class VideoDataModule(ShardDataModule):
             at least this share of the footage's shorter side, so that shards of `size` / `crop` pixels are needed for
             no square to be enlarged.
         flip: mirror half of the training clips, left to right, but none whose caption has the word left or right.
+        buckets: train on batches of these kinds instead of `batch_size` clips of `frames` frames and `size` pixels.
+            Ranks may work on different buckets at the same step, so batches should cost about the same.
+        max_bad_fraction: more samples than this share of an epoch's that cannot be used stop the run. Each is named in
+            `bad_samples.jsonl` in the run's folder, and another takes its place.
 
     Raises:
         UserError: where shards are missing or no clip is long enough.
     """
 
-    collate = staticmethod(collate_video)
     predict_splits = ("train", "val")
     """What the loaders of `predict_dataloader` hold."""
 
@@ -169,9 +228,11 @@ class VideoDataModule(ShardDataModule):
         seed: int = 0,
         crop: float = 1.0,
         flip: bool = False,
+        buckets: list[Bucket] = [],  # noqa: B006
+        max_bad_fraction: float = 0.01,
     ) -> None:
-        super().__init__(train, val, batch_size, num_workers, seed)
-        self.save_hyperparameters(logger=False)
+        super().__init__(train, val, batch_size, num_workers, seed, buckets, max_bad_fraction)
+        self.save_hyperparameters(logger=False, ignore="buckets")  # checkpoints hold plain values only
         _require_positive(size=size, frames=frames, fps=fps, batch_size=batch_size, crop=crop)
         if crop > 1:
             raise UserError(f"data.crop={crop} is more than 1, all of the footage's shorter side: lower it.")
@@ -188,8 +249,12 @@ class VideoDataModule(ShardDataModule):
         }
 
     def _open_clips(self, shards: ShardSet, training: bool) -> VideoClips:
+        buckets = [Bucket(self.frames, self.batch_size)]
+        if training and self.buckets:
+            buckets = self.buckets
+        sized = [replace(b, height=b.height or self.size, width=b.width or self.size) for b in buckets]
         crop, flip = (self.crop, self.flip) if training else (1.0, False)
-        return VideoClips(shards, self.size, self.frames, self.fps, crop, flip)
+        return VideoClips(shards, sized, self.fps, crop, flip, self._bad_samples)
 
     def _paths(self, stage: str) -> list[str]:
         return super()._paths("fit" if stage == "predict" else stage)
@@ -199,7 +264,8 @@ class VideoDataModule(ShardDataModule):
         return [self._whole_loader(path) for path in (self.train, self.val)]
 
     def _whole_loader(self, path: str) -> DataLoader:
-        clips = VideoClips(self.shards(path), self.size, frames=1, fps=self.fps)
+        bucket = Bucket(frames=1, batch_size=1, height=self.size, width=self.size)
+        clips = VideoClips(self.shards(path), [bucket], self.fps, bad_samples=self._bad_samples)
         ranks = self._ranks()
         batches = WholeClips(clips, _WHOLE * self.batch_size * self.frames, ranks["num_replicas"])
         return _NonEmptyLoader(
@@ -223,13 +289,15 @@ class TokenDataModule(ShardDataModule):
         num_workers: processes that read, on each rank.
         prompts: what `predict` generates: a list of prompts, or a text file with one prompt a line.
         seed: decides the order of the clips and the random windows; prompt number i is generated with seed + i.
+        buckets: train on batches of these kinds instead of `batch_size` clips of `frames` frames; height and width are
+            those of the tokens, and not given here.
+        max_bad_fraction: more samples than this share of an epoch's that cannot be used stop the run. Each is named in
+            `bad_samples.jsonl` in the run's folder, and another takes its place.
 
     Raises:
         UserError: where shards or prompts are missing, no clip is long enough, or the shards were written by different
             tokenizers.
     """
-
-    collate = staticmethod(collate_tokens)
 
     def __init__(
         self,
@@ -240,14 +308,24 @@ class TokenDataModule(ShardDataModule):
         num_workers: int = 2,
         prompts: list[str] | str = (),  # type: ignore[assignment]
         seed: int = 0,
+        buckets: list[Bucket] = [],  # noqa: B006
+        max_bad_fraction: float = 0.01,
     ) -> None:
-        super().__init__(train, val, batch_size, num_workers, seed)
-        self.save_hyperparameters(logger=False)
+        super().__init__(train, val, batch_size, num_workers, seed, buckets, max_bad_fraction)
+        self.save_hyperparameters(logger=False, ignore="buckets")  # checkpoints hold plain values only
         _require_positive(frames=frames, batch_size=batch_size)
+        if sized := [bucket for bucket in buckets if bucket.height or bucket.width]:
+            raise UserError(
+                f"data.buckets asks for height={sized[0].height}, width={sized[0].width}, but tokens are as large as "
+                "they were written: leave height and width away."
+            )
         self.frames, self.prompts = frames, prompts
 
     def _open_clips(self, shards: ShardSet, training: bool) -> TokenClips:
-        return TokenClips(shards, self.frames)
+        buckets = [Bucket(self.frames, self.batch_size)]
+        if training and self.buckets:
+            buckets = self.buckets
+        return TokenClips(shards, buckets, self._bad_samples)
 
     def setup(self, stage: str) -> None:
         """Open the shards, or read the prompts."""
@@ -310,6 +388,66 @@ class _NonEmptyLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         return (batch for batch in super().__iter__() if batch is not None)
+
+
+class _Loader(DataLoader):
+    """Batches of clips, as a sampler names them, as long as not too many clips are broken."""
+
+    def __init__(self, clips: Clips, sampler: DistributedSampler, max_bad_fraction: float, num_workers: int) -> None:
+        super().__init__(
+            clips,
+            batch_size=None,
+            sampler=sampler,
+            collate_fn=_as_it_is,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+        self.clips, self.max_bad_fraction = clips, max_bad_fraction
+        self.share = math.ceil(len(clips) / sampler.num_replicas)
+        self._require_few(len(clips.bad), len(clips.bad) + len(clips))
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self.clips.failures.zero_()
+        for batch in super().__iter__():
+            self._require_few(int(self.clips.failures), self.share)
+            yield batch
+
+    def _require_few(self, bad: int, clips: int) -> None:
+        if bad > self.max_bad_fraction * clips:
+            raise UserError(
+                f"{bad} of {clips} clips in '{self.clips.shards.path}' cannot be used, more than "
+                f"data.max_bad_fraction={self.max_bad_fraction:g}; {self.clips.bad_samples} names them: "
+                "mend the footage, or raise data.max_bad_fraction."
+            )
+
+
+class _TrainLoader(_Loader):
+    """A loader whose epoch begins where training stands.
+
+    Lightning counts the batches of a running epoch, in checkpoints too, but makes the iterator of a resumed epoch
+    before it knows the epoch, and its `set_epoch` is one too high after some resumes. So nothing is decided before the
+    first batch is asked for.
+    """
+
+    def __init__(self, clips: Clips, sampler: TrainSampler, place: Callable[[], tuple[int, int]], *args: Any) -> None:
+        super().__init__(clips, sampler, *args)
+        self.train_sampler, self.place = sampler, place
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self.train_sampler.epoch, self.train_sampler.steps = self.place()
+        yield from super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty; that it exists tells Lightning that the loader can resume."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to load."""
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _collate_prompts(jobs: list[tuple[str, int, str]]) -> PromptBatch:

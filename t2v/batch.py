@@ -25,7 +25,8 @@ class VideoBatch(NamedTuple):
     """Clips as they leave the loader."""
 
     video: UInt8[Tensor, "b t c h w"]
-    captions: list[str]
+    captions: list[list[str]]
+    """All captions of each clip."""
     keys: list[str]
     """The sample's key in its shard."""
 
@@ -36,6 +37,7 @@ class TokenBatch(NamedTuple):
     tokens: Int[Tensor, "b t h w"]
     text: TextEmbedding
     captions: list[str]
+    """The one caption of each clip that `text` embeds."""
     keys: list[str]
 
 

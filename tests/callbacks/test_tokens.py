@@ -64,7 +64,7 @@ class Clips(LightningDataModule):
 
 def collate(keys: list[str]) -> VideoBatch:
     video = torch.stack([torch.full((2, 3, 4, 4), int(key[-1]), dtype=torch.uint8) for key in keys])
-    return VideoBatch(video, ["", *(["same caption"] * (len(keys) - 1))], keys)
+    return VideoBatch(video, [[""], *([["same caption"]] * (len(keys) - 1))], keys)
 
 
 def predict(writer: TokenShardWriter, model: LightningModule | None = None, **flags) -> None:
@@ -94,9 +94,10 @@ def test_a_sample_holds_tokens_text_and_where_they_come_from(tmp_path, capsys):
     assert tokens.dtype == np.uint16
     assert text.shape == (len("same caption"), 3)
     assert text.dtype == np.float16
-    assert array(train["train3.pooled.npy"]).shape == (3,)
+    assert array(train["train3.pooled.npy"]).shape == (1, 3)
     assert json.loads(train["train3.json"]) == {
-        "caption": "same caption",
+        "captions": ["same caption"],
+        "text_lengths": [len("same caption")],
         "fps": 8.0,
         "fingerprint": {"tokenizer": "0123abcd", "size": 4, "fps": 8.0, "text_encoder": "letters", "text_width": 3},
     }

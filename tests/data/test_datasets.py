@@ -1,3 +1,4 @@
+import json
 import warnings
 
 import numpy as np
@@ -5,27 +6,46 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from data.datasets import TokenClips, VideoClips, WholeClips, collate_tokens, collate_video
-from data.plan import Draw, PlanSampler
+from data.datasets import TokenClips, VideoClips, WholeClips
+from data.plan import Batch, Bucket, Draw, Plan, TrainSampler
 from data.shards import ShardSet
 from t2v.errors import UserError
 from t2v.video import encode_mp4
 
 
-def batches(clips, collate, workers=0, epoch=0):
-    sampler = PlanSampler(clips.shard_sizes, shuffle=True, seed=0)
+def video_clips(shards, size=32, frames=3, fps=8, **options):
+    return VideoClips(shards, [Bucket(frames, 4, height=size, width=size)], fps, **options)
+
+
+def token_clips(shards, frames):
+    return TokenClips(shards, [Bucket(frames, 4)])
+
+
+def draw(clips, sample, *seed, bucket=0):
+    """One clip, as a batch of one."""
+    return clips[Batch(bucket, [Draw(sample, seed)])]
+
+
+def all_of(clips, index):
+    return clips.load(index, clips.buckets[0], rng=None)
+
+
+def batches(clips, workers=0, epoch=0):
+    sampler = TrainSampler(Plan(clips.shard_sizes, 0, clips.buckets, clips.fits))
     sampler.set_epoch(epoch)
-    return list(DataLoader(clips, 4, sampler=sampler, drop_last=True, collate_fn=collate, num_workers=workers))
+    return list(
+        DataLoader(clips, batch_size=None, sampler=sampler, collate_fn=lambda batch: batch, num_workers=workers)
+    )
 
 
 def test_a_clip_is_a_window_of_its_footage(videos, make):
-    clips = VideoClips(ShardSet(videos), size=32, frames=4, fps=8)
+    clips = video_clips(ShardSet(videos), size=32, frames=4, fps=8)
     starts = set()
     for place in range(20):
-        clip = clips[Draw(3, (0, 0, place))]
-        assert (clip.video.shape, clip.video.dtype) == ((4, 3, 32, 32), torch.uint8)
-        assert (clip.caption, clip.key) == ("caption of 003", "003")
-        first, *rest = make.picture_number(clip.video)
+        clip = draw(clips, 3, 0, 0, place)
+        assert (clip.video.shape, clip.video.dtype) == ((1, 4, 3, 32, 32), torch.uint8)
+        assert (clip.captions, clip.keys) == ([["caption of 003"]], ["003"])
+        first, *rest = make.picture_number(clip.video[0])
         assert rest == [first + 1, first + 2, first + 3]
         starts.add(first)
     assert starts == {0, 1, 2}
@@ -43,20 +63,21 @@ def test_a_clip_is_a_window_of_its_footage(videos, make):
 )
 def test_footage_at_another_rate(stored, wanted, whole, make, tmp_path):
     shards = ShardSet(make.shards(tmp_path, [make.video("a", fps=stored)]))
-    clips = VideoClips(shards, size=32, frames=1, fps=wanted)
-    assert make.picture_number(clips.load(0, rng=None).video) == whole
+    clips = video_clips(shards, size=32, frames=1, fps=wanted)
+    assert make.picture_number(all_of(clips, 0).video) == whole
 
 
 def test_other_sizes_are_resized(make, tmp_path):
     shards = ShardSet(make.shards(tmp_path, [make.video("a", size=48)]))
-    clip = VideoClips(shards, size=16, frames=6, fps=8)[Draw(0, (0, 0, 0))]
-    assert clip.video.shape == (6, 3, 16, 16)
-    assert make.picture_number(clip.video) == list(range(6))
+    clip = video_clips(shards, size=16, frames=6, fps=8)
+    video = draw(clip, 0, 0, 0, 0).video[0]
+    assert video.shape == (6, 3, 16, 16)
+    assert make.picture_number(video) == list(range(6))
 
 
 def test_workers_make_no_difference(videos):
-    clips = VideoClips(ShardSet(videos), size=32, frames=3, fps=8)
-    alone, shared = batches(clips, collate_video), batches(clips, collate_video, workers=2)
+    clips = video_clips(ShardSet(videos), size=32, frames=3, fps=8)
+    alone, shared = batches(clips), batches(clips, workers=2)
     assert len(alone) == len(shared) == 2
     for one, other in zip(alone, shared, strict=True):
         assert one.keys == other.keys
@@ -67,19 +88,19 @@ def test_a_broken_clip_costs_that_clip_alone(make, tmp_path):
     folder = make.shards(tmp_path, [make.video(f"{i:03d}") for i in range(8)])
     make.damage(folder, "005")
     shards = ShardSet(folder)
-    clips = VideoClips(shards, size=32, frames=3, fps=8)
+    clips = video_clips(shards, size=32, frames=3, fps=8)
     with pytest.warns(UserWarning, match=r"Clip 005 in .*shard-000001.tar is broken") as told:
-        first = [batches(clips, collate_video, epoch=epoch) for epoch in range(3)]
+        first = [batches(clips, epoch=epoch) for epoch in range(3)]
     assert len(told) == 1
     assert clips.broken.nonzero().tolist() == [[5]]
     keys = [key for epoch in first for batch in epoch for key in batch.keys]
     assert len(keys) == 24
     assert "005" not in keys
 
-    again = VideoClips(shards, size=32, frames=3, fps=8)
+    again = video_clips(shards, size=32, frames=3, fps=8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        second = [batches(again, collate_video, workers=2, epoch=epoch) for epoch in range(3)]
+        second = [batches(again, workers=2, epoch=epoch) for epoch in range(3)]
     assert [batch.keys for epoch in second for batch in epoch] == [batch.keys for epoch in first for batch in epoch]
     assert again.broken.nonzero().tolist() == [[5]]  # what the workers found
 
@@ -88,9 +109,9 @@ def test_too_many_broken_clips_stop_the_run(make, tmp_path):
     folder = make.shards(tmp_path, [make.video(key) for key in "abc"])
     for key in "abc":
         make.damage(folder, key)
-    clips = VideoClips(ShardSet(folder), size=32, frames=3, fps=8)
+    clips = video_clips(ShardSet(folder), size=32, frames=3, fps=8)
     with pytest.warns(UserWarning, match="broken"), pytest.raises(UserError, match="8 clips in a row"):
-        clips[Draw(0, (0, 0, 0))]
+        draw(clips, 0, 0, 0, 0)
 
 
 def test_short_clips_are_left_out(make, tmp_path):
@@ -98,17 +119,17 @@ def test_short_clips_are_left_out(make, tmp_path):
         make.shards(tmp_path, [make.video("a", frames=5), make.video("b", frames=9), make.video("c", frames=7)])
     )
     with pytest.warns(UserWarning, match="1 of 3 clips .* shorter than 6 frames at 8 fps"):
-        clips = VideoClips(shards, size=32, frames=6, fps=8)
+        clips = video_clips(shards, size=32, frames=6, fps=8)
     assert [sample.key for sample in clips.samples] == ["b", "c"]
     with pytest.raises(UserError, match=r"All 3 clips .* shorter than 16 frames at 8 fps \(the longest has 9\)"):
-        VideoClips(shards, size=32, frames=16, fps=8)
+        video_clips(shards, size=32, frames=16, fps=8)
 
 
 def test_whole_clips_of_a_shard_that_are_equally_long_share_a_batch(make, tmp_path):
     lengths = [6, 9, 6, 6, 6, 6]
     folder = make.shards(tmp_path, [make.video(f"{i}", frames=length) for i, length in enumerate(lengths)])
     make.damage(folder, "4")
-    whole = WholeClips(VideoClips(ShardSet(folder), size=32, frames=1, fps=8), frames=17)
+    whole = WholeClips(video_clips(ShardSet(folder), size=32, frames=1, fps=8), frames=17)
     with pytest.warns(UserWarning, match="Clip 4"):
         made = [whole[number] for number in range(len(whole))]
     assert [batch.keys for batch in made] == [["0", "2"], ["3"], ["1"], ["5"]]
@@ -116,13 +137,13 @@ def test_whole_clips_of_a_shard_that_are_equally_long_share_a_batch(make, tmp_pa
 
 
 def test_a_whole_clip_longer_than_a_batch_stands_alone(videos):
-    clips = VideoClips(ShardSet(videos), size=32, frames=1, fps=8)
+    clips = video_clips(ShardSet(videos), size=32, frames=1, fps=8)
     assert WholeClips(clips, frames=5).batches == [[index] for index in range(10)]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 20])
 def test_ranks_get_equal_shares_of_whole_clips(videos, ranks):
-    whole = WholeClips(VideoClips(ShardSet(videos), size=32, frames=1, fps=8), frames=12, ranks=ranks)
+    whole = WholeClips(video_clips(ShardSet(videos), size=32, frames=1, fps=8), frames=12, ranks=ranks)
     assert len(whole) % ranks == 0
     assert [index for batch in whole.batches for index in batch] == list(range(10))
     assert all(whole[number] is None for number, batch in enumerate(whole.batches) if not batch)
@@ -152,10 +173,10 @@ def ramps(tmp_path_factory, make):
 
 
 def test_a_training_clip_shows_a_random_square_of_the_footage(ramps):
-    clips = VideoClips(ShardSet(ramps), size=24, frames=4, fps=8, crop=0.5)
+    clips = video_clips(ShardSet(ramps), size=24, frames=4, fps=8, crop=0.5)
     lefts, tops, sides = [], [], []
     for place in range(60):
-        video = clips[Draw(0, (0, 0, place))].video.float().mean(1)  # (t, h, w)
+        video = draw(clips, 0, 0, 0, place).video[0].float().mean(1)  # (t, h, w)
         assert video.shape == (4, 24, 24)
         assert (video[0] - video[2]).abs().max() < 6  # the same square in every frame
         assert (video[1] - video[3]).abs().max() < 6
@@ -176,14 +197,14 @@ def test_a_training_clip_shows_a_random_square_of_the_footage(ramps):
 
 
 def test_half_of_the_clips_are_mirrored_but_none_that_speaks_of_left_or_right(ramps):
-    plain = VideoClips(ShardSet(ramps), size=24, frames=6, fps=8)
-    clips = VideoClips(ShardSet(ramps), size=24, frames=6, fps=8, flip=True)
+    plain = video_clips(ShardSet(ramps), size=24, frames=6, fps=8)
+    clips = video_clips(ShardSet(ramps), size=24, frames=6, fps=8, flip=True)
     mirrored = [0] * 4
     for sample in range(4):
         for place in range(40):
-            draw = Draw(sample, (0, 0, place))
-            if not clips[draw].video.equal(plain[draw].video):
-                assert clips[draw].video.flip(-1).equal(plain[draw].video)
+            one, other = (draw(some, sample, 0, 0, place).video for some in (clips, plain))
+            if not one.equal(other):
+                assert one.flip(-1).equal(other)
                 mirrored[sample] += 1
     assert 12 <= mirrored[0] <= 28
     assert mirrored[1:] == [0, 0, 0]
@@ -191,30 +212,30 @@ def test_half_of_the_clips_are_mirrored_but_none_that_speaks_of_left_or_right(ra
 
 def test_squares_and_mirrors_depend_on_seed_epoch_and_place_alone(ramps):
     def video(*seed):
-        return VideoClips(ShardSet(ramps), size=24, frames=6, fps=8, crop=0.5, flip=True)[Draw(0, seed)].video
+        return draw(video_clips(ShardSet(ramps), size=24, frames=6, fps=8, crop=0.5, flip=True), 0, *seed).video
 
     assert video(1, 2, 3).equal(video(1, 2, 3))
     for other in ((2, 2, 3), (1, 3, 3), (1, 2, 4)):
         assert not video(1, 2, 3).equal(video(*other))
-    clips = VideoClips(ShardSet(ramps), size=24, frames=2, fps=8, crop=0.5, flip=True)
-    (alone,), (shared,) = batches(clips, collate_video), batches(clips, collate_video, workers=2)
+    clips = video_clips(ShardSet(ramps), size=24, frames=2, fps=8, crop=0.5, flip=True)
+    (alone,), (shared,) = batches(clips), batches(clips, workers=2)
     assert alone.video.equal(shared.video)
 
 
 def test_a_whole_clip_shows_the_centre(ramps):
-    plain = VideoClips(ShardSet(ramps), size=24, frames=1, fps=8)
-    clips = VideoClips(ShardSet(ramps), size=24, frames=1, fps=8, crop=0.5, flip=True)
-    assert all(clips.load(i, rng=None).video.equal(plain.load(i, rng=None).video) for i in range(4))
+    plain = video_clips(ShardSet(ramps), size=24, frames=1, fps=8)
+    clips = video_clips(ShardSet(ramps), size=24, frames=1, fps=8, crop=0.5, flip=True)
+    assert all(all_of(clips, i).video.equal(all_of(plain, i).video) for i in range(4))
 
 
 def test_squares_that_must_be_enlarged_are_told(ramps):
     with pytest.warns(UserWarning, match=r"data\.crop=0\.5 .* down to 24 pixels .* data\.size=32: .* --size 64"):
-        VideoClips(ShardSet(ramps), size=32, frames=1, fps=8, crop=0.5)
+        video_clips(ShardSet(ramps), size=32, frames=1, fps=8, crop=0.5)
 
 
 def test_token_clips(tokens, make):
-    clips = TokenClips(ShardSet(tokens), frames=4)
-    batch = collate_tokens([clips[Draw(index, (0, 0, index))] for index in range(6)])
+    clips = token_clips(ShardSet(tokens), frames=4)
+    batch = clips[Batch(0, [Draw(index, (0, 0, index)) for index in range(6)])]
     assert (batch.tokens.shape, batch.tokens.dtype) == ((6, 4, 2, 2), torch.int64)
     steps = batch.tokens[:, :, 0, 0]
     assert (steps.diff(dim=1) == 1).all()
@@ -231,7 +252,7 @@ def test_token_clips(tokens, make):
 
 def test_windows_of_longer_clips_change_from_epoch_to_epoch_and_come_again_in_another_run(tokens):
     def starts(epoch, workers=0):
-        made = batches(TokenClips(ShardSet(tokens), frames=2), collate_tokens, workers, epoch)  # of clips of 6 frames
+        made = batches(token_clips(ShardSet(tokens), frames=2), workers, epoch)  # of clips of 6 frames
         return {key: int(clip[0, 0, 0]) for batch in made for key, clip in zip(batch.keys, batch.tokens, strict=True)}
 
     epochs = [starts(epoch) for epoch in range(12)]
@@ -244,10 +265,74 @@ def test_token_clips_without_their_text(make, tmp_path):
     sample = make.tokens("a")
     del sample["text.npy"]
     shards = ShardSet(make.shards(tmp_path, [sample, make.tokens("b")]))
-    with pytest.warns(UserWarning, match=r"Clip a .* it has no text\.npy"):
-        assert {TokenClips(shards, frames=2)[Draw(0, (0, 0, place))].key for place in range(3)} == {"b"}
+    with pytest.warns(UserWarning, match=r"1 samples .* such as 'a' in .*: it has no text\.npy"):
+        clips = token_clips(shards, frames=2)
+    assert [sample.key for sample in clips.samples] == ["b"]
+    assert [(bad.key, bad.reason) for bad in clips.bad] == [("a", "it has no text.npy")]
+
+
+def test_one_of_several_captions_goes_with_a_clip_another_in_other_epochs(make, tmp_path):
+    sample = make.tokens("a", words=6)
+    sample["pooled.npy"] = np.stack([np.full(8, i, np.float16) for i in range(3)])
+    sample["json"] |= {"captions": ["one", "two words", "three words now"], "text_lengths": [1, 2, 3]}
+    clips = token_clips(ShardSet(make.shards(tmp_path, [sample])), frames=2)
+    seen = set()
+    for epoch in range(20):
+        batch = draw(clips, 0, 0, epoch, 0)
+        which = int(batch.text.pooled[0, 0])
+        assert batch.captions == [sample["json"]["captions"][which]]
+        start = sum([1, 2, 3][:which])
+        np.testing.assert_array_equal(batch.text.tokens[0], sample["text.npy"][start : start + which + 1])
+        assert draw(clips, 0, 0, epoch, 0).captions == batch.captions
+        seen.add(which)
+    assert seen == {0, 1, 2}
+
+
+def test_all_captions_of_a_clip(make, tmp_path):
+    several = {**make.video("a"), "json": {"captions": ["caption of a", "another"]}}
+    told = {**make.video("b"), "json": {"caption": "only in json"}}
+    clips = video_clips(ShardSet(make.shards(tmp_path, [several, told])))
+    assert all_of(clips, 0).captions == ["caption of a", "another"]
+    assert all_of(clips, 1).captions == ["caption of b"]
+
+
+def test_clips_of_several_shapes(make, tmp_path):
+    shards = make.shards(tmp_path, [make.video("a", frames=4, size=48), make.video("b", frames=12, size=48)])
+    buckets = [Bucket(3, 2, height=16, width=16), Bucket(8, 1, height=16, width=32)]
+    clips = VideoClips(ShardSet(shards), buckets, fps=8)
+    assert clips.fits.tolist() == [[True, False], [True, True]]
+    assert draw(clips, 0, 0, 0, 0).video.shape == (1, 3, 3, 16, 16)
+    wide = draw(clips, 1, 0, 0, 0, bucket=1)
+    assert wide.video.shape == (1, 8, 3, 16, 32)
+    first, *rest = make.picture_number(wide.video[0])
+    assert rest == list(range(first + 1, first + 8))
+
+
+def test_a_broken_clip_is_replaced_by_one_that_is_long_enough(make, tmp_path):
+    folder = make.shards(tmp_path, [make.video(f"{i}", frames=12 if i in (0, 5) else 4) for i in range(8)])
+    make.damage(folder, "0")
+    buckets = [Bucket(3, 2, height=32, width=32), Bucket(8, 1, height=32, width=32)]
+    clips = VideoClips(ShardSet(folder), buckets, fps=8)
+    with pytest.warns(UserWarning, match="Clip 0"):
+        assert {draw(clips, 0, 0, 0, place, bucket=1).keys[0] for place in range(5)} == {"5"}
+
+
+def test_bad_samples_are_listed_once(make, tmp_path):
+    folder = make.shards(tmp_path / "shards", [make.video(f"{i}") for i in range(4)])
+    make.damage(folder, "2")
+    listed = tmp_path / "run/bad_samples.jsonl"
+    for _ in range(2):  # a run, and the same resumed
+        clips = video_clips(ShardSet(folder), bad_samples=listed)
+        with pytest.warns(UserWarning, match="Clip 2"):
+            batches(clips)
+        batches(clips, epoch=1)
+        assert int(clips.failures) == 2
+    (line,) = listed.read_text().splitlines()
+    row = json.loads(line)
+    assert (row["key"], row["shard"]) == ("2", str(folder / "shard-000000.tar"))
+    assert row["reason"]
 
 
 def test_shards_of_the_other_stage(videos):
     with pytest.raises(UserError, match=r"has a tokens\.npy; they have json, mp4, txt"):
-        TokenClips(ShardSet(videos), frames=2)
+        token_clips(ShardSet(videos), frames=2)

@@ -1,10 +1,14 @@
+import json
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
 import data
+from data.plan import Bucket
 from t2v.errors import UserError
 from t2v.video import encode_mp4
+from tests.data.corpus import corrupted_corpus
 
 
 class Recorder(LightningModule):
@@ -54,14 +58,67 @@ def test_fit_sees_the_plan(videos, tmp_path, num_workers):
     module = video_module(videos, videos, num_workers=num_workers)
     trainer(tmp_path, max_epochs=2, num_sanity_val_steps=0).fit(recorder, module)
 
-    sampler = module.train_dataloader().sampler
+    plan = module.train_dataloader().train_sampler.plan
     for epoch in range(2):
-        sampler.set_epoch(epoch)
-        expected = [f"{draw.sample:03d}" for draw in sampler][:8]
-        assert [key for at, keys in recorder.trained for key in keys if at == epoch] == expected
+        expected = [[f"{draw.sample:03d}" for draw in batch.draws] for batch in plan.batches(epoch)]
+        assert [keys for at, keys in recorder.trained if at == epoch] == expected
     assert recorder.trained[:2] != recorder.trained[2:]
     in_order = [f"{i:03d}" for i in range(10)]
     assert [key for keys in recorder.validated for key in keys] == in_order * 2
+
+
+def test_fit_takes_batches_of_several_shapes(videos, tmp_path):
+    class Shapes(Recorder):
+        def training_step(self, batch, batch_idx):
+            self.trained.append(tuple(batch.video.shape))
+            return self.weight * 0
+
+    recorder = Shapes()
+    buckets = [Bucket(frames=6, batch_size=1), Bucket(frames=2, batch_size=3, height=16, width=48)]
+    module = video_module(videos, videos, num_workers=0, buckets=buckets)
+    trainer(tmp_path, max_epochs=2, num_sanity_val_steps=0).fit(recorder, module)
+    assert sorted(recorder.trained) == [(1, 6, 3, 32, 32)] * 10 + [(3, 2, 3, 16, 48)] * 2
+    assert [key for keys in recorder.validated for key in keys] == [f"{i:03d}" for i in range(10)] * 2
+
+
+def test_tokens_are_not_resized():
+    with pytest.raises(UserError, match=r"height=4, width=None, but tokens"):
+        token_module(buckets=[Bucket(frames=2, batch_size=1, height=4)])
+
+
+def test_bad_samples_are_listed_in_the_run_folder_and_too_many_stop_it(make, tmp_path):
+    train = make.shards(tmp_path / "train", [make.video(f"{i:02d}") for i in range(20)])
+    val = make.shards(tmp_path / "val", [make.video(key) for key in "abc"])
+    for folder, key in ((train, "03"), (train, "11"), (val, "b")):
+        make.damage(folder, key)
+
+    def fit(run, fraction):
+        module = video_module(train, val, num_workers=1, batch_size=2, max_bad_fraction=fraction)
+        trainer(tmp_path / run, max_epochs=3, num_sanity_val_steps=0).fit(Recorder(), module)
+
+    fit("patient", 0.5)
+    rows = [json.loads(line) for line in (tmp_path / "patient/bad_samples.jsonl").read_text().splitlines()]
+    assert sorted((row["key"], row["shard"].split("/")[-2]) for row in rows) == [
+        ("03", "train"),
+        ("11", "train"),
+        ("b", "val"),
+    ]
+    with pytest.raises(
+        UserError, match=r"2 of 20 clips .*data\.max_bad_fraction=0\.05; .*bad_samples\.jsonl names them"
+    ):
+        fit("strict", 0.05)
+
+
+def test_a_corpus_with_every_kind_of_damage_trains_to_the_end(videos, tmp_path):
+    folder, bad = corrupted_corpus(tmp_path / "corpus")
+    recorder = Recorder()
+    module = video_module(folder, videos, num_workers=2, batch_size=2, max_bad_fraction=1)
+    trainer(tmp_path / "run", max_epochs=2, num_sanity_val_steps=0).fit(recorder, module)
+    rows = [json.loads(line) for line in (tmp_path / "run/bad_samples.jsonl").read_text().splitlines()]
+    assert sorted((row["key"], row["shard"].rsplit("/", 1)[-1]) for row in rows) == sorted(bad)
+    assert len(recorder.trained) == 2 * len(module.train_dataloader())
+    bad_keys = {key for key, _ in bad} - {"twice"}  # the first of them is good
+    assert not {key for _, keys in recorder.trained for key in keys} & bad_keys
 
 
 def test_predict_sees_every_whole_clip_once(videos, make, tmp_path):
@@ -126,7 +183,7 @@ def test_a_protocol_counts_what_was_looked_at(videos):
 
 def test_a_batch_larger_than_the_data(videos, tmp_path):
     module = video_module(videos, videos, batch_size=11)
-    with pytest.raises(UserError, match=r"10 training clips .* data\.batch_size=11"):
+    with pytest.raises(UserError, match=r"10 training clips .*data\.batch_size: 11 clips of 4 frames"):
         trainer(tmp_path, max_epochs=1).fit(Recorder(), module)
 
 

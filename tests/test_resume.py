@@ -1,0 +1,39 @@
+"""A training run that is killed and started again ends as if nothing had happened."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.road import ROOT, differences, resumable, training_state
+
+
+@pytest.mark.parametrize("stage", ["vqvae", "transformer"])
+def test_a_killed_run_ends_as_one_that_was_never_stopped(copy_road, stage, capfd):
+    road = copy_road()
+    fit, checkpoint = resumable(road, stage), road.checkpoint(stage)
+    shutil.rmtree(checkpoint.parent)
+    road.main(*fit)
+    whole = training_state(checkpoint)
+
+    shutil.rmtree(checkpoint.parent)
+    killed = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "cli.py",
+            *fit,
+            "--trainer.callbacks+=tests.killer.Killer",
+            "--trainer.callbacks.step=5",
+        ],
+        cwd=road.folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert killed.returncode == -signal.SIGKILL
+    capfd.readouterr()
+    road.main(*fit, "--data.num_workers=2")
+    assert "at step 4" in capfd.readouterr().out
+    assert not differences(whole, training_state(checkpoint))
+    assert len(whole) > 100
