@@ -1,6 +1,6 @@
 """Video files: probing, decoding only the frames that are wanted, and encoding.
 
-- decord reads short clips; PyAV reads the others, and where decord is missing or gives up. Both give the same pixels.
+- PyAV reads. decord reads where it is asked for, and where what it gives can be relied on; both give the same pixels.
 - PyAV writes H.264 (yuv420p, index in front), one thread an encoder, so that equal frames make equal bytes anywhere.
 - A source is a path or the file's bytes, as they come out of a shard.
 
@@ -18,7 +18,7 @@ from functools import cache
 from itertools import chain, islice
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import av
 import numpy as np
@@ -31,6 +31,7 @@ from torch import Tensor
 from t2v.errors import UserError
 
 Source = bytes | str | Path
+Reader = Literal["pyav", "decord"]
 Check = Callable[[], None]
 
 MAX_PIXELS = 2**25
@@ -82,6 +83,7 @@ def read_frames(
     indices: Sequence[int],
     transform: Callable[[UInt8[Tensor, "t c h w"]], Tensor] | None = None,
     timeout: float = 60.0,
+    reader: Reader = "pyav",
 ) -> Tensor:
     """Decode the frames at the given indices.
 
@@ -92,6 +94,8 @@ def read_frames(
             size. It gets each frame once, by increasing index, and gives as many back.
         timeout: seconds that this may take, `transform` included. They are looked at between frames, or decord's
             groups of frames: a call into FFmpeg that hangs is not interrupted.
+        reader: pyav or decord. decord is no faster, and some damaged files end its process; PyAV takes over where it is
+            not installed, gives up, is known to give other frames than those asked for, or would hold too much.
 
     Returns:
         The frames as RGB, uint8 (t, c, h, w), or what `transform` made of them, in the order of `indices`.
@@ -106,7 +110,7 @@ def read_frames(
         if time.monotonic() > end:
             raise DecodeError(f"it takes longer than the {timeout:g} seconds that one clip may take")
 
-    groups = _groups(source, wanted, check)
+    groups = _groups(source, wanted, check, reader)
     parts = list(map(transform, groups) if transform else groups)
     frames = torch.cat(parts) if len(parts) > 1 else parts[0]
     return frames if wanted == list(indices) else frames[np.searchsorted(wanted, indices)]
@@ -132,7 +136,7 @@ def stream_frames(source: Source) -> Iterator[tuple[float, UInt8[Tensor, "c h w"
                 yield frame.time - first, torch.from_numpy(_to_rgb(frame)).permute(2, 0, 1)
 
 
-def resize_and_crop(video: UInt8[Tensor, "t c h w"], size: int | tuple[int, int]) -> UInt8[Tensor, "t c {size} {size}"]:
+def resize_and_crop(video: UInt8[Tensor, "t c h w"], size: int | tuple[int, int]) -> UInt8[Tensor, "t c height width"]:
     """Resize a video until it covers `size` pixels and cut out the centre; one of that size is returned as it is.
 
     Args:
@@ -205,7 +209,9 @@ class Mp4Writer:
         options = {"movflags": "+faststart", "fflags": "+bitexact"}
         self._file = av.open(str(self._partial), "w", format="mp4", options=options)
         self._stream = self._file.add_stream("libx264", rate=Fraction(self.fps).limit_denominator(1001))
-        self._stream.pix_fmt, self._stream.options = "yuv420p", {"crf": str(self.crf), "threads": "1"}
+        # Equal frames make equal bytes only on one thread, and without what x264 computes differently on other CPUs.
+        self._stream.options = {"crf": str(self.crf), "threads": "1", "x264-params": "cpu-independent=1"}
+        self._stream.pix_fmt = "yuv420p"
         self._started = False
         return self
 
@@ -294,7 +300,7 @@ class _open:
         except (FileNotFoundError, PermissionError):
             raise
         except (av.FFmpegError, ValueError, IndexError) as error:
-            raise DecodeError(_reason(error)) from error
+            raise DecodeError(getattr(error, "strerror", None) or str(error)) from error
         stream = next(iter(self.container.streams.video), None)
         if stream is None or stream.codec_context is None:
             self.container.close()
@@ -306,11 +312,7 @@ class _open:
     def __exit__(self, kind, error, traceback) -> None:
         self.container.close()
         if isinstance(error, av.FFmpegError):
-            raise DecodeError(_reason(error)) from error
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
+            raise DecodeError(getattr(error, "strerror", None) or str(error)) from error
 
 
 def _check_size(height: int, width: int) -> None:
@@ -318,10 +320,10 @@ def _check_size(height: int, width: int) -> None:
         raise DecodeError(f"its frames of {width}x{height} are larger than the {MAX_PIXELS:,} pixels that are decoded")
 
 
-def _groups(source: Source, wanted: Sequence[int], check: Check) -> Iterator[UInt8[Tensor, "t c h w"]]:
+def _groups(source: Source, wanted: Sequence[int], check: Check, reader: Reader) -> Iterator[UInt8[Tensor, "t c h w"]]:
     """The wanted frames, by increasing index, a few at a time."""
     done = 0
-    if (decord := _decord()) is not None:
+    if reader == "decord" and (decord := _decord()) is not None:
         try:
             for group in _read_with_decord(decord, source, wanted):
                 check()

@@ -63,7 +63,7 @@ def footage(tmp_path):
     """One good captioned video, one that does not decode and one that is too short."""
     folder = tmp_path / "footage"
     folder.mkdir()
-    write_mp4(folder / "good.mp4", torch.zeros(16, 3, 64, 64, dtype=torch.uint8), fps=8)
+    write_mp4(folder / "good.mp4", torch.full((16, 3, 64, 64), 99, dtype=torch.uint8), fps=8)
     write_mp4(folder / "brief.mp4", torch.zeros(3, 3, 64, 64, dtype=torch.uint8), fps=8)
     (folder / "broken.mp4").write_bytes(b"no video")
     write_captions(folder, "good", "broken", "brief")

@@ -86,7 +86,11 @@ def test_what_was_dropped_is_named(prepared):
         "1 too short: short.mp4",
     ):
         assert reason in result.stdout
-    names = {"prepare.json", *(f"shard-00000{i}.{end}" for i in range(2) for end in ("index.json", "tar"))}
+    names = {
+        "prepare.json",
+        "report.html",
+        *(f"shard-00000{i}.{end}" for i in range(2) for end in ("index.json", "tar")),
+    }
     assert {path.name for path in out.iterdir()} == names
     assert [path.name for path in out.parent.iterdir()] == ["train"]
 

@@ -1,0 +1,96 @@
+"""A run that is killed goes on, and the shards are the same whoever makes them, and however often they are killed."""
+
+import signal
+import subprocess
+import sys
+import tarfile
+
+import pytest
+import torch
+
+from data.prepare import Filters, prepare
+from t2v.errors import UserError
+from t2v.video import write_mp4
+
+OPTIONS = {"size": 32, "fps": 8.0, "frames": 4, "samples_per_shard": 1, "videos_per_job": 2}
+FLAGS = [f"--{name}={value}" for name, value in OPTIONS.items()]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Twelve videos of three clips each, the last of which is a copy of the first, and one that does not decode."""
+    folder = tmp_path_factory.mktemp("source")
+    for number in range(12):
+        generator = torch.Generator().manual_seed(number % 11)
+        picture = torch.randint(0, 256, (1, 3, 8, 8), generator=generator, dtype=torch.uint8)
+        picture = picture.repeat_interleave(6, -1).repeat_interleave(6, -2)
+        clip = torch.cat([picture.roll(2 * t, -1) for t in range(12)])
+        write_mp4(folder / f"{number:02d}.mp4", clip, fps=8, crf=10)
+        (folder / f"{number:02d}.txt").write_text(f"number {number}")
+    (folder / "05.mp4").write_bytes(b"no video")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    go(source, out, num_workers=1)
+    return files(out)
+
+
+def go(source, out, **options):
+    prepare(source, out, filters=Filters(max_hash_distance=16), **OPTIONS, **options)
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def kill_when(there, source, out):
+    """Begin a run, kill it as soon as a file is there, and say what it had finished until then."""
+    command = [sys.executable, "-m", "data.prepare", source, out, *FLAGS, "--filters.max_hash_distance=16"]
+    process = subprocess.Popen([*command, "--num_workers=1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    partial = out.with_name(f"{out.name}.partial")
+    while process.poll() is None and not list(partial.glob(there)):
+        pass
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not out.exists()
+    finished = [path for pattern in ("clips/*.json", "shards/*.tar") for path in partial.glob(pattern)]
+    return {path.relative_to(partial): path.stat().st_mtime_ns for path in finished}
+
+
+def test_a_killed_run_goes_on(source, undisturbed, tmp_path, capsys):
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    first = kill_when("clips/000002-*.json", source, out)
+    second = kill_when("shards/shard-000001.tar", source, out)
+    assert first.items() <= second.items(), "jobs that were finished were done again"
+    shards = {path.name: time for path, time in second.items() if path.suffix == ".tar"}
+    assert shards
+    for name in shards:
+        with tarfile.open(partial / "shards" / name) as tar:
+            assert len(tar.getnames()) == 3
+    with pytest.raises(UserError, match=r"out\.partial' holds a run that was stopped, .*: frames \(4, now 3\)\."):
+        prepare(source, out, filters=Filters(max_hash_distance=16), **(OPTIONS | {"frames": 3}))
+    go(source, out, num_workers=2)
+    assert "Going on with" in capsys.readouterr().out
+    assert files(out) == undisturbed
+    assert {name: (out / name).stat().st_mtime_ns for name in shards} == shards
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_ray_makes_the_same_shards(source, undisturbed, tmp_path):
+    import ray
+
+    go(source, tmp_path / "out", num_workers=2, engine="ray")
+    assert files(tmp_path / "out") == undisturbed
+    assert not ray.is_initialized()
+
+
+def test_an_unknown_engine(source, tmp_path):
+    command = [sys.executable, "-m", "data.prepare", source, tmp_path / "out", "--engine=spark"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert 'Parser key "engine"' in result.stderr
+    assert "'process', 'ray']. Got value: spark" in result.stderr
+    assert not list(tmp_path.iterdir())
