@@ -2,10 +2,12 @@
 
 from callbacks.averaging import EMA
 from callbacks.checkpoint import FinalCheckpoint
+from callbacks.guard import NaNGuard
 from callbacks.logging import GenerationLogger, ReconstructionLogger
 from callbacks.report import MetricsReport
 from callbacks.seeding import StepSeed
 from callbacks.summary import RunSummary
+from callbacks.throughput import Throughput
 from callbacks.tokens import TokenShardWriter
 from callbacks.videos import VideoGalleryWriter
 
@@ -14,9 +16,11 @@ __all__ = [
     "FinalCheckpoint",
     "GenerationLogger",
     "MetricsReport",
+    "NaNGuard",
     "ReconstructionLogger",
     "RunSummary",
     "StepSeed",
+    "Throughput",
     "TokenShardWriter",
     "VideoGalleryWriter",
 ]

@@ -259,7 +259,8 @@ class LFQuantizer(Quantizer):
 
 def _draw_far(vectors: Float[Tensor, "n c"], codes: Float[Tensor, "k c"], count: int) -> Float[Tensor, "count c"]:
     """Draws unit vectors with probability in proportion to the squared distance from the nearest code."""
-    distance = (1 - (vectors @ codes.T).amax(dim=1)).clamp(min=1e-8)  # half the squared distance of unit vectors
+    distance = 1 - (vectors @ codes.T).amax(dim=1)  # half the squared distance of unit vectors
+    distance = distance.nan_to_num().clamp(min=1e-8)  # a step that went wrong is skipped later, by whoever guards it
     return vectors[torch.multinomial(distance, count, replacement=count > len(vectors))]
 
 
