@@ -7,20 +7,22 @@ generator, and a warning names it once.
 
 import io
 import json
+import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from data.plan import Batch, Bucket, Draw
 from data.shards import BadSample, Sample, ShardSet
@@ -32,6 +34,8 @@ _ATTEMPTS = 8
 """So many broken clips for one place of the plan, and the run stops."""
 _SIDED = re.compile(r"\b(left|right)(wards?|most|hand|handed)?\b", re.IGNORECASE)
 """What a caption says of a clip that is no longer true of its mirror image."""
+_NPY = b"\x93NUMPY\x01\x00"
+"""What an npy file of the usual version begins with."""
 
 
 class VideoClip(NamedTuple):
@@ -193,7 +197,9 @@ class Clips(Dataset):
         """Which stored frames to take: those nearest in time to the wanted ones."""
         length = bucket.frames if rng is not None else self.length(sample)
         window = np.floor(np.arange(length) * self.stride(sample) + 0.5).astype(np.int64)
-        return window if rng is None else window + rng.integers(sample.frames - window[-1])
+        if rng is None or bucket.start == "first":
+            return window
+        return window + rng.integers(sample.frames - window[-1])
 
     def _list(self, *samples: BadSample) -> None:
         """Add samples that cannot be used to the file."""
@@ -243,9 +249,10 @@ class VideoClips(Clips):
 
     @staticmethod
     def collate(clips: list[VideoClip]) -> VideoBatch:
-        """Clips of equal length as one batch."""
+        """Clips of equal length as one batch, whose colours lie side by side as they were decoded."""
         videos, captions, keys = zip(*clips, strict=True)
-        return VideoBatch(torch.stack(videos), list(captions), list(keys))
+        video = default_collate([rearrange(video, "t c h w -> t h w c") for video in videos])  # shared memory at once
+        return VideoBatch(rearrange(video, "b t h w c -> b t c h w"), list(captions), list(keys))
 
     def _load(self, sample: Sample, bucket: Bucket, rng: np.random.Generator | None) -> VideoClip:
         members = self.shards.read(sample, "mp4", "txt", "json")
@@ -366,4 +373,16 @@ def _cut(
 
 
 def _array(content: bytes) -> np.ndarray:
-    return np.load(io.BytesIO(content), allow_pickle=False)
+    """An npy file's array, which is not to be written to."""
+    if content[:8] != _NPY:
+        return np.load(io.BytesIO(content), allow_pickle=False)
+    start = len(_NPY) + 2 + int.from_bytes(content[8:10], "little")
+    shape, by_columns, dtype = _npy_header(content[:start])
+    array = np.frombuffer(content, dtype, math.prod(shape), start)
+    return array.reshape(shape, order="F" if by_columns else "C")
+
+
+@lru_cache
+def _npy_header(content: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """To parse it takes longer than all else that is done for a clip of tokens, and few are different."""
+    return np.lib.format.read_array_header_1_0(io.BytesIO(content[len(_NPY) :]))

@@ -4,7 +4,6 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -16,6 +15,7 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader, DistributedSampler
 
 from data.datasets import Clips, TokenClips, VideoClips, WholeClips
+from data.loaders import Loader, NonEmptyLoader, TrainLoader
 from data.plan import Bucket, OrderedSampler, Plan, TrainSampler
 from data.shards import ShardSet
 from t2v.batch import PromptBatch
@@ -125,13 +125,13 @@ class ShardDataModule(LightningDataModule):
             )
         self._plan_hash = plan.fingerprint()
         self._rejoin(self._sampler)
-        return _TrainLoader(clips, self._sampler, self._place, self.max_bad_fraction, self.num_workers)
+        return TrainLoader(clips, self._sampler, self._place, self.max_bad_fraction, self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
         """The validation clips in their order, the same in every epoch."""
         clips = self.clips(self.val)
         sampler = OrderedSampler(len(clips), self.batch_size, self.seed, **self._ranks())
-        return _Loader(clips, sampler, self.max_bad_fraction, self.num_workers)
+        return Loader(clips, sampler, self.max_bad_fraction, self.num_workers)
 
     def test_dataloader(self) -> DataLoader:
         """The validation clips."""
@@ -268,7 +268,7 @@ class VideoDataModule(ShardDataModule):
         clips = VideoClips(self.shards(path), [bucket], self.fps, bad_samples=self._bad_samples)
         ranks = self._ranks()
         batches = WholeClips(clips, _WHOLE * self.batch_size * self.frames, ranks["num_replicas"])
-        return _NonEmptyLoader(
+        return NonEmptyLoader(
             batches,
             batch_size=None,
             sampler=UnrepeatedDistributedSampler(batches, **ranks, shuffle=False),
@@ -381,73 +381,6 @@ class TokenDataModule(ShardDataModule):
                 "or a list such as '[\"a red circle moves left\"]'."
             )
         return prompts
-
-
-class _NonEmptyLoader(DataLoader):
-    """A loader that passes over batches in which every clip is broken."""
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        return (batch for batch in super().__iter__() if batch is not None)
-
-
-class _Loader(DataLoader):
-    """Batches of clips, as a sampler names them, as long as not too many clips are broken."""
-
-    def __init__(self, clips: Clips, sampler: DistributedSampler, max_bad_fraction: float, num_workers: int) -> None:
-        super().__init__(
-            clips,
-            batch_size=None,
-            sampler=sampler,
-            collate_fn=_as_it_is,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
-        self.clips, self.max_bad_fraction = clips, max_bad_fraction
-        self.share = math.ceil(len(clips) / sampler.num_replicas)
-        self._require_few(len(clips.bad), len(clips.bad) + len(clips))
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self.clips.failures.zero_()
-        for batch in super().__iter__():
-            self._require_few(int(self.clips.failures), self.share)
-            yield batch
-
-    def _require_few(self, bad: int, clips: int) -> None:
-        if bad > self.max_bad_fraction * clips:
-            raise UserError(
-                f"{bad} of {clips} clips in '{self.clips.shards.path}' cannot be used, more than "
-                f"data.max_bad_fraction={self.max_bad_fraction:g}; {self.clips.bad_samples} names them: "
-                "mend the footage, or raise data.max_bad_fraction."
-            )
-
-
-class _TrainLoader(_Loader):
-    """A loader whose epoch begins where training stands.
-
-    Lightning counts the batches of a running epoch, in checkpoints too, but makes the iterator of a resumed epoch
-    before it knows the epoch, and its `set_epoch` is one too high after some resumes. So nothing is decided before the
-    first batch is asked for.
-    """
-
-    def __init__(self, clips: Clips, sampler: TrainSampler, place: Callable[[], tuple[int, int]], *args: Any) -> None:
-        super().__init__(clips, sampler, *args)
-        self.train_sampler, self.place = sampler, place
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self.train_sampler.epoch, self.train_sampler.steps = self.place()
-        yield from super().__iter__()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Empty; that it exists tells Lightning that the loader can resume."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to load."""
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
 
 
 def _collate_prompts(jobs: list[tuple[str, int, str]]) -> PromptBatch:

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice, pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -31,6 +31,7 @@ class Bucket:
         probability: weight with which a clip that is long enough comes into this bucket, beside those of the others.
         height: of a clip in pixels, a multiple of the tokenizer's stride; `data.size` where it is not given.
         width: of a clip in pixels.
+        start: where a window of a longer clip begins: anywhere, or at its first frame.
     """
 
     frames: int
@@ -38,6 +39,7 @@ class Bucket:
     probability: float = 1.0
     height: int | None = None
     width: int | None = None
+    start: Literal["random", "first"] = "random"
 
 
 class Draw(NamedTuple):

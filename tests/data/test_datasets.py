@@ -308,6 +308,11 @@ def test_clips_of_several_shapes(make, tmp_path):
     assert rest == list(range(first + 1, first + 8))
 
 
+def test_windows_from_the_first_frame(tokens):
+    clips = TokenClips(ShardSet(tokens), [Bucket(2, 4, start="first")])
+    assert all(draw(clips, 0, 0, 0, place).tokens[0, :, 0, 0].tolist() == [0, 1] for place in range(5))
+
+
 def test_a_broken_clip_is_replaced_by_one_that_is_long_enough(make, tmp_path):
     folder = make.shards(tmp_path, [make.video(f"{i}", frames=12 if i in (0, 5) else 4) for i in range(8)])
     make.damage(folder, "0")
