@@ -137,7 +137,9 @@ class Clips(Dataset):
         return len(self.samples)
 
     def __getitem__(self, batch: Batch) -> Any:
-        return type(self).collate([self._draw(draw, self.buckets[batch.bucket]) for draw in batch.draws])
+        rngs = [draw.rng() for draw in batch.draws]  # in a row: between two decodings all code and data is out of cache
+        drawn = zip(batch.draws, rngs, strict=True)
+        return type(self).collate([self._draw(draw, self.buckets[batch.bucket], rng) for draw, rng in drawn])
 
     @property
     def shard_sizes(self) -> list[int]:
@@ -179,11 +181,11 @@ class Clips(Dataset):
     def _load(self, sample: Sample, bucket: Bucket, rng: np.random.Generator | None) -> Any:
         raise NotImplementedError
 
-    def _draw(self, draw: Draw, bucket: Bucket) -> Any:
+    def _draw(self, draw: Draw, bucket: Bucket, rng: np.random.Generator) -> Any:
         """The clip at a place of the plan, or another long enough where it is broken."""
         index, length = draw.sample, bucket.frames
         for attempt in range(_ATTEMPTS):
-            rng = draw.rng(attempt)
+            rng = draw.rng(attempt) if attempt else rng
             while attempt and self.length(self.samples[index := int(rng.integers(len(self)))]) < length:
                 continue
             if (clip := self.load(index, bucket, rng)) is not None:
@@ -336,6 +338,12 @@ class WholeClips(Dataset):
         loaded = (self.clips.load(index, bucket, rng=None) for index in self.batches[number])
         clips = [clip for clip in loaded if clip is not None]
         return VideoClips.collate(clips) if clips else None
+
+
+@lru_cache
+def _nearest(length: int, stride: float) -> Int[np.ndarray, "t"]:
+    """The stored frames nearest in time to so many wanted ones."""
+    return np.floor(np.arange(length) * stride + 0.5).astype(np.int64)
 
 
 def _captions(members: dict[str, bytes]) -> list[str]:

@@ -92,7 +92,13 @@ class ShardDataModule(LightningDataModule):
         """What a checkpoint needs to know, beside Lightning's count of batches, to go on at the next clip."""
         if self._sampler is None:
             return {}
-        return {"plan": self._plan_hash, "ranks": self._sampler.num_replicas, "origin": list(self._sampler.origin)}
+        sampler = self._sampler
+        return {
+            "plan": self._plan_hash,
+            "ranks": sampler.num_replicas,
+            "origin": list(sampler.origin),
+            "epoch": sampler.epoch,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep it until the trainer's counts are restored."""
@@ -175,15 +181,36 @@ class ShardDataModule(LightningDataModule):
                 stacklevel=2,
             )
             return
-        epoch = self.trainer.current_epoch
-        sampler.origin = tuple(resumed["origin"])
-        if (ranks := resumed["ranks"]) == sampler.num_replicas:
-            return
+        sampler.origin, epoch = tuple(resumed["origin"]), resumed["epoch"]
         done: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        steps = sampler.rejoin(epoch, sampler.first_batch(epoch) + done.processed * ranks)
-        more = steps - done.processed
-        for name in ("ready", "started", "processed", "completed"):  # Lightning counts this number of ranks' batches
-            setattr(done, name, getattr(done, name) + more)
+        if (ranks := resumed["ranks"]) != sampler.num_replicas:
+            steps = sampler.rejoin(epoch, sampler.first_batch(epoch) + done.processed * ranks)
+            more = steps - done.processed
+            for name in (
+                "ready",
+                "started",
+                "processed",
+                "completed",
+            ):  # Lightning counts this number of ranks' batches
+                setattr(done, name, getattr(done, name) + more)
+        self._count_epochs(epoch, done.processed >= len(sampler))
+
+    def _count_epochs(self, epoch: int, ended: bool) -> None:
+        """Put Lightning's counts of epochs right.
+
+        A run that resumes at the end of an epoch forgets to count the next one, and one that ends in the middle of an
+        epoch counts it as done; from their checkpoints the epochs would be counted wrongly.
+
+        Args:
+            epoch: the epoch of the last batch.
+            ended: whether that was its last.
+        """
+        for counts in (self.trainer.fit_loop.epoch_progress.total, self.trainer.fit_loop.epoch_progress.current):
+            known: Any = counts
+            known.ready = known.started = epoch + 1
+            known.processed = epoch + (ended and known.processed > epoch)
+            known.completed = epoch + (ended and known.completed > epoch)
+        self.trainer.fit_loop.restarting = True  # which looks at the counts
 
 
 class VideoDataModule(ShardDataModule):

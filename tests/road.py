@@ -23,7 +23,13 @@ TOY = {
         "trainer": TRAINER,
         "model": {
             "init_args": {
-                "model": {"init_args": {"base_channels": 8, "quantizer": {"init_args": {"codebook_size": 32}}}},
+                "model": {
+                    "init_args": {
+                        "base_channels": 8,
+                        "channel_multipliers": [1, 2],
+                        "quantizer": {"init_args": {"codebook_size": 32}},
+                    }
+                },
                 "quantize_from_step": 4,
                 "warmup_steps": 2,
                 "optimizer": {"init_args": {"lr": 1e-2}},
@@ -38,6 +44,7 @@ TOY = {
                 "model": {
                     "init_args": {
                         "vocab_size": 32,
+                        "grid_size": 4,
                         "dim": 32,
                         "spatial_layers": 1,
                         "temporal_layers": 1,
@@ -48,7 +55,7 @@ TOY = {
                 "warmup_steps": 2,
             }
         },
-        "data": {"init_args": DATA},
+        "data": {"init_args": {**DATA, "buckets": []}},
     },
 }
 

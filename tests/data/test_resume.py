@@ -52,7 +52,7 @@ class Stop(Callback):
             raise KeyboardInterrupt
 
 
-def fit(shards, folder, ckpt_path=None, stop=None, module=(), **options):
+def fit(shards, folder, ckpt_path=None, stop=None, last=False, module=(), **options):
     """The steps that were taken, by epoch, number and rank, and the folder of the checkpoints after each."""
     folder.mkdir(exist_ok=True)
     steps = folder / "steps"
@@ -73,7 +73,13 @@ def fit(shards, folder, ckpt_path=None, stop=None, module=(), **options):
         trainer.fit(Recorder(steps), clips, ckpt_path=ckpt_path, weights_only=True)
     except (KeyboardInterrupt, SystemExit):
         assert stop is not None
-    return {path.name: path.read_text() for path in sorted(steps.iterdir())}
+    if last:
+        trainer.save_checkpoint(folder / "end.ckpt")
+    return dict(fit_steps(folder))
+
+
+def fit_steps(folder):
+    return [(path.name, path.read_text()) for path in sorted((folder / "steps").iterdir())]
 
 
 def keys(steps, epoch):
@@ -122,6 +128,27 @@ def test_validation_in_the_middle_of_an_epoch_changes_nothing(shards, whole, tmp
     fit(shards, tmp_path / "first", stop=9, **often)
     rest = fit(shards, tmp_path / "second", ckpt_path=tmp_path / "first/every/step=8.ckpt", **often)
     assert rest == dict(list(steps.items())[8:14])
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_epochs": -1, "max_steps": 18}])
+@pytest.mark.parametrize("each", [1, 2, 3])
+def test_a_run_that_is_stopped_again_and_again(shards, whole, limits, each, tmp_path):
+    """At the ends of epochs too, where Lightning loses count."""
+    steps, _ = whole
+    seen, ckpt_path = {}, None
+    for number, step in enumerate(range(each, 19, each)):
+        fit(shards, tmp_path / f"{number}", ckpt_path=ckpt_path, stop=step, **limits)
+        taken = fit_steps(tmp_path / f"{number}")[:each]
+        seen |= dict(taken)
+        ckpt_path = tmp_path / f"{number}/every/step={step}.ckpt"
+    assert seen == steps
+
+
+def test_a_run_that_ended_in_the_middle_of_an_epoch_is_trained_longer(shards, whole, tmp_path):
+    steps, _ = whole
+    first = fit(shards, tmp_path / "first", max_epochs=-1, max_steps=8, last=True)
+    rest = fit(shards, tmp_path / "rest", ckpt_path=tmp_path / "first/end.ckpt", max_epochs=-1, max_steps=18)
+    assert first | rest == steps
 
 
 def test_buckets_go_on_too(shards, tmp_path):
