@@ -127,7 +127,7 @@ class ShardDataModule(LightningDataModule):
             sizes = ", ".join(f"{bucket.batch_size} clips of {bucket.frames} frames" for bucket in clips.buckets)
             raise UserError(
                 f"{len(clips)} training clips in '{self.train}' do not fill one batch (data.batch_size: {sizes}) on "
-                f"each of {ranks['num_replicas']} ranks: lower it, or add clips."
+                f"each of {ranks['num_replicas']} ranks: lower it, or those of data.buckets, or add clips."
             )
         self._plan_hash = plan.fingerprint()
         self._rejoin(self._sampler)
