@@ -205,12 +205,12 @@ class ShardDataModule(LightningDataModule):
             epoch: the epoch of the last batch.
             ended: whether that was its last.
         """
-        for counts in (self.trainer.fit_loop.epoch_progress.total, self.trainer.fit_loop.epoch_progress.current):
-            known: Any = counts
+        loop: Any = self.trainer.fit_loop  # type: ignore[union-attr]
+        for known in (loop.epoch_progress.total, loop.epoch_progress.current):
             known.ready = known.started = epoch + 1
             known.processed = epoch + (ended and known.processed > epoch)
             known.completed = epoch + (ended and known.completed > epoch)
-        self.trainer.fit_loop.restarting = True  # which looks at the counts
+        loop.restarting = True  # which looks at the counts
 
 
 class VideoDataModule(ShardDataModule):
