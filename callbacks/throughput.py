@@ -21,7 +21,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import PassThroughProfiler
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils import benchmark
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from torch.utils.module_tracker import ModuleTracker
@@ -260,6 +259,8 @@ def _peak(trainer: Trainer, peak: float | str) -> float:
         matrix = matrix.to((matrix[:1] @ matrix[:, :1]).dtype)
     if peak == "known" and (known := get_available_flops(device, matrix.dtype)):
         return known
+    from torch.utils import benchmark  # which looks for compilers
+
     timer = benchmark.Timer("a @ a", globals={"a": matrix}, num_threads=torch.get_num_threads())
     return 2 * side**3 / min(timer.blocked_autorange(min_run_time=0.2).times)
 

@@ -73,7 +73,8 @@ def test_a_run_goes_on_where_it_stopped(finished_road, stage):
     before, after = finished_road.halfway[stage], load(finished_road.checkpoint(stage))
     for checkpoint, step in ((before, 7), (after, 12)):
         assert checkpoint["global_step"] == checkpoint["lr_schedulers"][0]["last_epoch"] == step
-        assert {int(state["step"]) for state in checkpoint["optimizer_states"][0]["state"].values()} == {step}
+        states = checkpoint["optimizer_states"][0]["state"].values()
+        assert {int(state["step"]) for state in states if "step" in state} == {step}  # Muon counts no steps
     assert any(not torch.equal(weights(after)[name], tensor) for name, tensor in weights(before).items())
     losses = logged(finished_road.run / stage, "train/loss")
     assert len(losses) == 12
