@@ -18,7 +18,7 @@ from t2v.errors import run_tool
 from tests.road import ROOT, Road, differences, resumable, training_state
 
 
-def soak(kills: int = 20, steps: int = 400, longest: float = 4.0, seed: int = 0) -> None:
+def soak(kills: int = 20, steps: int = 600, longest: float = 3.0, seed: int = 0) -> None:
     """Print how often each stage was killed, where it went on, and how many numbers differ in the end.
 
     Args:
@@ -61,7 +61,9 @@ def _train(road: Road, fit: list[str], kill_after: float | None = None) -> str:
         [sys.executable, ROOT / "cli.py", *fit], cwd=road.folder, env=environment, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
-        started = next(line for line in process.stdout if line.startswith("Start "))
+        started = next((line for line in process.stdout if line.startswith("Start ")), None)
+        if started is None:
+            raise SystemExit("a process had nothing left to train: raise steps, or look at its message above")
         timer = threading.Timer(kill_after or 0, process.kill)
         if kill_after is not None:
             timer.start()
