@@ -22,7 +22,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 from data.plan import Batch, Bucket, Draw
 from data.shards import BadSample, Sample, ShardSet
@@ -156,6 +156,11 @@ class Clips(Dataset):
         """Frames of a clip at the rate it is taken at."""
         return int(np.ceil((sample.frames - 0.5) / self.stride(sample)))
 
+    @property
+    def batch_bytes(self) -> int:
+        """Size of the largest batch in bytes, or a little more."""
+        raise NotImplementedError
+
     def stride(self, sample: Sample) -> float:
         """Stored frames from one wanted frame to the next."""
         return sample.fps / self.fps if self.fps else 1.0
@@ -253,8 +258,13 @@ class VideoClips(Clips):
     def collate(clips: list[VideoClip]) -> VideoBatch:
         """Clips of equal length as one batch, whose colours lie side by side as they were decoded."""
         videos, captions, keys = zip(*clips, strict=True)
-        video = default_collate([rearrange(video, "t c h w -> t h w c") for video in videos])  # shared memory at once
+        video = torch.stack([rearrange(video, "t c h w -> t h w c") for video in videos])
         return VideoBatch(rearrange(video, "b t h w c -> b t c h w"), list(captions), list(keys))
+
+    @property
+    def batch_bytes(self) -> int:
+        """Size of the largest batch in bytes."""
+        return max(bucket.batch_size * bucket.frames * 3 * math.prod(_size(bucket)) for bucket in self.buckets)
 
     def _load(self, sample: Sample, bucket: Bucket, rng: np.random.Generator | None) -> VideoClip:
         members = self.shards.read(sample, "mp4", "txt", "json")
@@ -292,6 +302,13 @@ class TokenClips(Clips):
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         text = TextEmbedding(pad_sequence(list(texts), batch_first=True), mask, torch.stack(pooled))
         return TokenBatch(torch.stack(tokens), text, list(captions), list(keys))
+
+    @property
+    def batch_bytes(self) -> int:
+        """Size of the largest batch in bytes, or a little more; text may be stored in half precision."""
+        text = max(sample.members["text.npy"][1] + sample.members["pooled.npy"][1] for sample in self.samples)
+        frame = 8 * max(sample.height * sample.width for sample in self.samples)
+        return max(bucket.batch_size * (bucket.frames * frame + 3 * text) for bucket in self.buckets)
 
     def _load(self, sample: Sample, bucket: Bucket, rng: np.random.Generator | None) -> TokenClip:
         """One of the clip's captions goes with it: a random one with a generator, the first without."""

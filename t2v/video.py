@@ -149,7 +149,8 @@ def resize_and_crop(video: UInt8[Tensor, "t c h w"], size: int | tuple[int, int]
         return video
     scale = max(high / height, wide / width)
     height, width = max(high, round(height * scale)), max(wide, round(width * scale))
-    video = F.interpolate(video.contiguous(), (height, width), mode="bilinear", antialias=True)
+    video = video.contiguous(memory_format=torch.channels_last)  # as it was decoded: three times as fast
+    video = F.interpolate(video, (height, width), mode="bilinear", antialias=True)
     top, left = (height - high) // 2, (width - wide) // 2
     return video[..., top : top + high, left : left + wide]
 

@@ -1,0 +1,83 @@
+import pytest
+import torch
+
+from data.datasets import TokenClips, VideoClips
+from data.loaders import TrainLoader
+from data.plan import Bucket, Plan, TrainSampler
+from data.shards import ShardSet
+
+
+def train_loader(clips, num_workers, epoch=0):
+    plan = Plan(clips.shard_sizes, 0, clips.buckets, clips.fits)
+    return TrainLoader(clips, TrainSampler(plan), lambda: (epoch, 0), 0.0, num_workers)
+
+
+@pytest.fixture
+def clips(make, tmp_path):
+    """Forty clips of either kind, enough for every slot to be used several times."""
+
+    def of(kind, buckets):
+        if kind == "video":
+            shards = make.shards(tmp_path, [make.video(f"{i:03d}", size=16) for i in range(40)])
+            return VideoClips(ShardSet(shards), buckets, fps=8)
+        shards = make.shards(tmp_path, [make.tokens(f"{i:03d}", words=i % 5 + 1) for i in range(40)])
+        return TokenClips(ShardSet(shards), buckets)
+
+    return of
+
+
+BUCKETS = {
+    "video": [Bucket(4, 2, height=16, width=16), Bucket(2, 3, height=8, width=24)],
+    "tokens": [Bucket(4, 2), Bucket(2, 3)],
+}
+
+
+@pytest.mark.parametrize("kind", BUCKETS)
+def test_workers_hand_over_what_one_process_makes(clips, kind):
+    clips = clips(kind, BUCKETS[kind])
+    expected, made = (list(train_loader(clips, workers)) for workers in (0, 2))  # kept: no slot may show through
+    assert len(made) > 12
+    assert_same(made, expected)
+    if kind == "video":
+        assert {batch.video.stride() for batch in made} == {batch.video.stride() for batch in expected}
+
+
+def test_an_epoch_that_was_broken_off_leaves_nothing_behind(clips):
+    clips = clips("tokens", BUCKETS["tokens"])
+    expected, loader = list(train_loader(clips, 0)), train_loader(clips, 2)
+    for steps in (1, 3, 4):
+        for _, batch in zip(range(steps), loader, strict=False):
+            assert batch.keys
+    assert_same(list(loader), expected)
+
+
+def test_a_batch_that_is_larger_than_was_thought(clips, monkeypatch):
+    clips = clips("tokens", BUCKETS["tokens"])
+    monkeypatch.setattr(TokenClips, "batch_bytes", 400)
+    expected, loader = list(train_loader(clips, 0)), train_loader(clips, 1)
+    made = list(loader)
+    assert {batch.tokens.untyped_storage().nbytes() > batch.tokens.nbytes for batch in made} == {True, False}
+    assert_same(made, expected)
+
+
+@pytest.mark.parametrize("kind", BUCKETS)
+def test_slots_are_as_large_as_the_largest_batch(clips, kind):
+    clips = clips(kind, BUCKETS[kind])
+    sizes = [sum(t.nbytes for t in tensors(batch)) for batch in train_loader(clips, 0)]
+    assert max(sizes) <= clips.batch_bytes <= 8 * max(sizes)  # of which much is headers, at this size
+
+
+def tensors(batch):
+    return [batch.video] if hasattr(batch, "video") else [batch.tokens, *batch.text]
+
+
+def assert_same(made, expected):
+    assert [(batch.keys, batch.captions) for batch in made] == [(batch.keys, batch.captions) for batch in expected]
+    for one, other in zip(made, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
+
+
+def test_captions_of_every_length(clips):
+    batches = list(train_loader(clips("tokens", [Bucket(6, 4)]), 1))
+    assert {int(n) for batch in batches for n in batch.text.mask.sum(1)} == {1, 2, 3, 4, 5}
+    assert all(torch.equal(batch.text.tokens.abs().sum(-1) > 0, batch.text.mask) for batch in batches)
