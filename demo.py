@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw
 from cli import main
 from data.oracle import Answer, read, read_clip
 from data.shapes import FRAMES, held_out_prompts
+from t2v.compilation import compile_error
 from t2v.video import read_frames
 
 RUN = Path("runs/demo")
@@ -35,7 +36,7 @@ LONG_FRAMES = 64
 STATE = RUN / "steps.json"
 STAGE1, STAGE2 = "configs/vqvae/shapes.yaml", "configs/transformer/shapes.yaml"
 PROMPTS_PER_COMBINATION = 3
-STEPS = {"bf16-mixed": (600, 1400), "32-true": (600, 450)}
+STEPS = {"bf16-mixed": (600, 1800), "32-true": (600, 450)}
 """Training steps of the stages, by precision: what fits into a quarter of an hour."""
 
 
@@ -219,7 +220,7 @@ def demo() -> None:
     steps.run(
         "fit_transformer",
         "Stage 2: training the transformer",
-        lambda: fit(STAGE2, steps2, *fast),
+        lambda: fit(STAGE2, steps2, *fast, "--model.compiled", str(compile_error() is None).lower()),
     )
     stage2 = steps.run(
         "validate_transformer",

@@ -41,7 +41,8 @@ class Linear(nn.Linear):
 
 def product(x: Float[Tensor, "... d"], weight: Float[Tensor, "e d"]) -> Float[Tensor, "... e"]:
     """`F.linear`; a single row on the CPU, as in decoding, takes all cores and reads the weights at full speed."""
-    if x.is_cpu and x.numel() == weight.shape[1] and x.dtype == weight.dtype == torch.float32:
+    full = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if x.is_cpu and full and x.numel() == weight.shape[1]:
         if torch.compiler.is_compiling():
             return (weight * x.flatten()).sum(dim=-1).view(*x.shape[:-1], -1)
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")

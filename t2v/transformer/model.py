@@ -6,8 +6,8 @@
   frames: a query at raster place p sees the places p − window·h·w + 1 … p. Cost and cache a token are constant.
 - Rotary positions over time, row and column; RMSNorm, SwiGLU, grouped queries, QK-norm.
 - Every layer attends to the text, as strongly as a gate says that knows how far the video has come; the pooled text
-  vector is added to every input. Both start at zero effect. A learned "no text" embedding makes classifier-free
-  guidance (https://arxiv.org/abs/2207.12598) possible.
+  vector, if it is wanted, is added to every input. Both start at zero effect. A learned "no text" embedding makes
+  classifier-free guidance (https://arxiv.org/abs/2207.12598) possible.
 
 Divided space-time attention: https://arxiv.org/abs/2102.05095; Llama's block: https://arxiv.org/abs/2302.13971.
 """
@@ -15,6 +15,7 @@ Divided space-time attention: https://arxiv.org/abs/2102.05095; Llama's block: h
 import itertools
 from dataclasses import dataclass, field
 from functools import partial
+from types import FunctionType, MethodType
 from typing import Any, Literal, cast
 
 import torch
@@ -99,8 +100,8 @@ class Block(nn.Module):
         read = self.text_attention.read_text(text)
         return x + self.text_attention(self.text_norm(x).flatten(1, 2), read, mask, gate).unflatten(1, (t, n))
 
-    def new_cache(self, like: Float[Tensor, "b d"], size: int) -> KVCache:
-        """An empty cache of `size` positions for `step`."""
+    def new_cache(self, like: Float[Tensor, "b ..."], size: int) -> KVCache:
+        """An empty cache of `size` positions for `step`, in the precision of what is like it."""
         return KVCache(len(like), self.attention.kv_heads, size, self.attention.head_dim, like)
 
     def step(
@@ -185,6 +186,7 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
         qk_norm: bool = True,
         tied_head: bool = False,
         text_gate: bool = True,
+        text_pooled: bool = True,
         checkpointing: Literal["none", "attention", "full"] = "none",
         device: str | None = None,
     ):
@@ -205,6 +207,7 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
             qk_norm: whether queries and keys are normalised.
             tied_head: whether logits are products with the token embeddings, instead of a matrix of their own.
             text_gate: whether attention to the text is weighed by how far the video has come.
+            text_pooled: whether one vector for all of the text is added to every input.
             checkpointing: what the backward pass computes again instead of keeping it: nothing, the attentions, or
                 whole layers.
             device: where the weights lie; "meta" for weights without memory, which `to_empty` and `reset_parameters`,
@@ -231,7 +234,7 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
             self.start = nn.Parameter(torch.empty(dim))
             self.no_text = nn.Parameter(torch.empty(text_dim))
             self.text_norm = RMSNorm(text_dim)
-            self.pooled = nn.Linear(text_dim, dim, bias=False)
+            self.pooled = nn.Linear(text_dim, dim, bias=False) if text_pooled else None
             layers = spatial_layers + temporal_layers
             self.gate = TextGate(layers, heads) if text_gate else None
             recompute = checkpointing == "attention"
@@ -297,6 +300,8 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
             previous = self.previous_frame(tokens[:, :-1]).flatten(1, 2)
             x = x + F.pad(previous, (0, 0, h * w, 0))  # the first frame has none before it
         words, mask, pooled = self._read(text, drop_text)
+        for each in (words, mask):
+            torch._dynamo.maybe_mark_dynamic(each, 1)
         x = rearrange(x + pooled[:, None], "b (t n) d -> b t n d", t=t)
         rotate = self._rotation(0, t * h * w, h, w)
         gates = self._gates(torch.arange(t, device=tokens.device), t)
@@ -319,9 +324,13 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
         words, mask, pooled = self._read(text, drop_text)
         size = self.grid_size
         blocks = cast("list[Block]", self.blocks)
+        read = [block.text_attention.read_text(words) for block in blocks]
         return DecodingState(
-            caches=[block.new_cache(pooled, size**2 * (self.window if block.temporal else 1)) for block in blocks],
-            text=[block.text_attention.read_text(words) for block in blocks],
+            caches=[
+                block.new_cache(values, size**2 * (self.window if block.temporal else 1))
+                for block, (_, values) in zip(blocks, read, strict=True)
+            ],
+            text=read,
             mask=None if mask.all() else mask,
             pooled=pooled,
             frames=frames,
@@ -374,13 +383,20 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
             state.recent = codes.unflatten(1, state.recent.shape[1:]).clone()
             state.place += size
 
+    def compile_layers(self) -> None:
+        """Compiles what `forward` does in the layers, once for every shape of clips; captions may be of any length."""
+        for block in self.blocks:
+            block.compile(dynamic=False)  # in place, so that the names of the weights stay as they are
+
     def compile_decoding(self) -> None:
         """Compiles what `step` does, for states that are started from now on; the first steps take a minute or more."""
         self._compiled = True
         lean: dict[str, Any] = {
             "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe
         }  # layers do not change
-        self._advance = torch.compile(self._advance, dynamic=False, options=lean)  # type: ignore[method-assign]
+        shared = type(self)._advance
+        own = FunctionType(shared.__code__.replace(), shared.__globals__)  # or two models would share what is compiled
+        self._advance = torch.compile(MethodType(own, self), dynamic=False, options=lean)  # type: ignore[method-assign]
 
     def _advance(
         self, x: Float[Tensor, "b 1 d"], state: DecodingState, rotate: Rotation, spatial: Places, temporal: Places
@@ -433,7 +449,9 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
             pooled = torch.where(drop[:, None], self.no_text.to(pooled.dtype), pooled)
             mask = mask & ~drop[:, None]
             mask = mask | (drop[:, None] & (torch.arange(mask.shape[1], device=mask.device) == 0))
-        return self.text_norm(words), mask, self.pooled(self.text_norm(pooled))
+        start = self.start.expand(len(words), -1)
+        added = torch.zeros_like(start) if self.pooled is None else self.pooled(self.text_norm(pooled))
+        return self.text_norm(words), mask, added
 
 
 def _places(place: int, size: int, state: DecodingState) -> Places:

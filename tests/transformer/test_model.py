@@ -133,6 +133,24 @@ def test_a_model_in_bfloat16_alone_decodes_as_it_predicts():
     torch.testing.assert_close(decode(model, tokens, text), full, atol=0.1, rtol=0.1)
 
 
+def test_without_the_pooled_vector_only_the_words_count():
+    model, tokens = tiny(text_pooled=False), torch.randint(0, 24, (1, 5, 2, 2))
+    text = texts()
+    other = text._replace(pooled=torch.randn_like(text.pooled))
+    made = model(tokens, text)
+    assert torch.equal(made, model(tokens, other))
+    assert not torch.allclose(made, model(tokens, text._replace(tokens=torch.randn_like(text.tokens))), atol=1e-3)
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_decoding_under_autocast(pooled, batch):
+    model, tokens, text = tiny(text_pooled=pooled), torch.randint(0, 24, (batch, 5, 2, 2)), texts(batch)
+    made = model(tokens, text).flatten(1, 3).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(decode(model, tokens, text).float(), made, atol=0.1, rtol=0.1)
+
+
 def test_caches_do_not_grow_beyond_the_window():
     model = tiny(window=4)
     sizes = {cache.keys.shape[2] for cache in model.start_decoding(texts(), 300).caches}
@@ -146,6 +164,25 @@ def test_compiled_decoding_equals_the_full_forward():
     full = model(tokens, text).flatten(1, 3).detach()
     model.compile_decoding()
     torch.testing.assert_close(decode(model, tokens, text), full, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
+def test_compiled_layers_learn_as_plain_ones_and_captions_of_any_length_take_no_new_code():
+    eager, compiled = tiny(), tiny()
+    compiled.load_state_dict(eager.state_dict())
+    compiled.compile_layers()
+    tokens, known = torch.randint(0, 24, (2, 3, 2, 2)), []
+    for length in (5, 3, 9, 4):
+        words = torch.randn(2, length, eager.text_dim)
+        text = TextEmbedding(words, torch.ones(2, length, dtype=torch.bool), words.mean(1))
+        for model in (eager, compiled):
+            model.zero_grad()
+            model(tokens, text).square().mean().backward()
+        for (name, ours), plain in zip(compiled.named_parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, plain.grad, msg=name)
+        known.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert known == [known[0]] * 4
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
