@@ -9,7 +9,7 @@ def export(checkpoint: str, folder: str, tokenizer: str | None = None) -> None:
     """Write everything that generation needs into one folder of safetensors and JSON.
 
     Args:
-        checkpoint: The .ckpt file that `fit` of stage 2 wrote.
+        checkpoint: The .ckpt file or folder that `fit` of stage 2 wrote.
         folder: Where the model goes; it must not exist yet, or be empty.
         tokenizer: Checkpoint or exported folder of the VQ-VAE; by default where it lay in training.
     """

@@ -98,6 +98,9 @@ def configure_optimization(
 ) -> OptimizerLRScheduler:
     """What `configure_optimizers` returns: `parameter_groups`, and `warmup_cosine` over the whole run."""
     built = optimizer(parameter_groups(network))
+    if type(built).__module__.startswith("bitsandbytes"):
+        # It does so itself in its first step; then a resumed run, whose weights are channels-last again, would differ.
+        network.to(memory_format=torch.contiguous_format)
     total_steps = int(module.trainer.estimated_stepping_batches)
     schedule = LambdaLR(built, partial(warmup_cosine, warmup_steps=warmup_steps, total_steps=total_steps))
     return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

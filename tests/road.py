@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import yaml
 
+from t2v.checkpoint import read_checkpoint
+
 ROOT = Path(__file__).parents[1]
 TRAINER = {
     "accelerator": "cpu",
@@ -132,9 +134,9 @@ def resumable(road: Road, stage: str) -> list[str]:
 
 
 def training_state(checkpoint: Path) -> dict[str, Any]:
-    """Every tensor and number that training goes on from, by where it stands in a checkpoint."""
+    """Every tensor and number that training goes on from, by where it stands in a checkpoint of either kind."""
     parts = ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers", "global_step")
-    loaded = torch.load(checkpoint, weights_only=True)
+    loaded = read_checkpoint(checkpoint, optimizers=True)
     return _leaves({part: loaded[part] for part in parts})
 
 

@@ -14,11 +14,13 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from t2v.batch import TextEmbedding
+from t2v.checkpoint import read_checkpoint
 from t2v.errors import UserError
 from t2v.generation.config import from_config, to_config
 from t2v.generation.decode import generate_frames
 from t2v.generation.sampling import Sampler
 from t2v.generation.schedules import Schedule
+from t2v.precision.weights import Weights, convert
 from t2v.text import TextEncoder
 from t2v.transformer.model import VideoTransformer
 from t2v.vqvae.checkpoint import load_vqvae
@@ -211,14 +213,17 @@ class TextToVideo:
             shutil.rmtree(partial, ignore_errors=True)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "TextToVideo":
+    def from_pretrained(cls, folder: str | Path, weights: Weights = "full") -> "TextToVideo":
         """Reads what `save_pretrained` or `python -m t2v.export` wrote. No code comes from the folder.
 
         Args:
             folder: where it is.
+            weights: how the transformer's are kept: as they were trained, or in 8 or 4 bits (see
+                `t2v.precision.weights`).
 
         Raises:
-            UserError: if something is missing, damaged or of another version, or the parts do not fit each other.
+            UserError: if something is missing, damaged or of another version, the parts do not fit each other, or there
+                are no such weights.
         """
         folder = Path(folder)
         if missing := [name for name in FILES if not (folder / name).is_file()]:
@@ -247,19 +252,24 @@ class TextToVideo:
                 f"'{folder / part}' is damaged, or not written by `python -m t2v.export` ({_reason(error)}): export "
                 "the model again."
             ) from error
+        convert(transformer, weights)
         return cls(transformer, vqvae, encoder, fps, sampler, guidance, frames)
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, tokenizer: str | Path | None = None) -> "TextToVideo":
+    def from_checkpoint(
+        cls, path: str | Path, tokenizer: str | Path | None = None, weights: Weights = "full"
+    ) -> "TextToVideo":
         """Reads a checkpoint of stage 2 and the tokenizer it was trained with.
 
         Args:
-            path: the .ckpt file that `fit` of stage 2 wrote. Where training kept a moving average of the weights, it is
-                what the checkpoint gives.
+            path: the .ckpt file or folder that `fit` of stage 2 wrote. Where training kept a moving average of the
+                weights, it is what the checkpoint gives.
             tokenizer: checkpoint or exported folder of the VQ-VAE; by default where it lay in training.
+            weights: how the transformer's are kept, as in `from_pretrained`.
 
         Raises:
-            UserError: if there is no such file, or it is another tokenizer or text encoder than in training.
+            UserError: if there is no such file, it is another tokenizer or text encoder than in training, or there are
+                no such weights.
         """
         checkpoint = _load_checkpoint(Path(path))
         try:
@@ -269,12 +279,12 @@ class TextToVideo:
             guidance, sampler, encoder = (from_config(arguments[key], kind) for key, kind in MADE.items())
             with torch.device("meta"):  # no time or memory for weights that are replaced
                 transformer = VideoTransformer.from_config({**arguments["model"]["init_args"], "device": None})
-            weights = {
+            state = {
                 name.removeprefix("model."): value
                 for name, value in checkpoint["state_dict"].items()
                 if name.startswith("model.")
             }
-            transformer.load_state_dict(weights, assign=True)
+            transformer.load_state_dict(state, assign=True)
             transformer.requires_grad_(False)
         except UserError:
             raise
@@ -295,6 +305,7 @@ class TextToVideo:
                     f"The {key} is {ours}, but '{path}' was trained with {fingerprint.get(key)}: give the {key} that "
                     "it was trained with."
                 )
+        convert(transformer, weights)
         return cls(transformer, vqvae, encoder, fps, sampler, guidance, frames)
 
 
@@ -328,17 +339,14 @@ def check_target(folder: Path) -> None:
 
 
 def _load_checkpoint(path: Path) -> dict[str, Any]:
-    if path.is_dir():
-        raise UserError(
-            f"'{path}' is a folder, so a sharded checkpoint: make one file of it first with "
-            f"`python -m lightning.pytorch.utilities.consolidate_checkpoint {path}`."
-        )
-    if not path.is_file():
+    if not path.exists():
         raise UserError(
             f"There is no checkpoint at '{path}': give the path of a .ckpt file that `fit` of stage 2 wrote."
         )
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return read_checkpoint(path)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(
             f"'{path}' is not a checkpoint, or it is damaged ({_reason(error)}): give the path of a .ckpt file that "

@@ -11,7 +11,6 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
 from torchmetrics import MeanMetric
 
 from t2v.batch import GeneratedVideos, PromptBatch, TextEmbedding, TokenBatch
@@ -21,6 +20,8 @@ from t2v.generation.sampling import Sampler
 from t2v.generation.schedules import Schedule
 from t2v.generation.text_to_video import TextToVideo, check_parts
 from t2v.optimization import configure_optimization
+from t2v.precision.weights import Weights, convert
+from t2v.sharding import shard, whole
 from t2v.text import TextEncoder
 from t2v.transformer.loss import token_loss
 from t2v.transformer.model import VideoTransformer
@@ -44,10 +45,12 @@ class LitVideoTransformer(LightningModule):
         corruption: float = 0.0,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
+        compiled: bool = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         warmup_steps: int = 0,
         start: str | None = None,
         start_frames: int = 1,
+        weights: Weights = "full",
     ):
         """
         Args:
@@ -62,10 +65,13 @@ class LitVideoTransformer(LightningModule):
                 predict stay as they are. Against drift in long videos.
             label_smoothing: share of each target that training spreads over all codes evenly, in [0, 1).
             z_loss: weight of log² Z in training, where Z is the sum that softmax divides by; it keeps logits small.
+            compiled: compile the layers for training and validation, which pays where the same few shapes come again
+                and again.
             optimizer: builds the optimizer from parameter groups.
             warmup_steps: steps over which the learning rate rises; then it follows a cosine.
             start: path of a picture or video with which every video of `predict` begins.
             start_frames: how many frames of `start` to take, at least 1 and fewer than `frames`.
+            weights: how `predict` keeps the weights of the large layers: as they are, or in 8 or 4 bits.
         """
         super().__init__()
         if frames < 1:
@@ -89,9 +95,10 @@ class LitVideoTransformer(LightningModule):
         self.sampler = sampler
         self.frames = frames
         self.guidance = guidance
-        self.start, self.start_frames = start, start_frames
+        self.start, self.start_frames, self.weights = start, start_frames, weights
         self.caption_dropout = caption_dropout
         self.corruption, self.label_smoothing, self.z_loss = corruption, label_smoothing, z_loss
+        self.compiled = compiled
         self.optimizer = optimizer
         self.warmup_steps = warmup_steps
         self.fingerprint: dict[str, Any] = {}
@@ -117,9 +124,12 @@ class LitVideoTransformer(LightningModule):
     def configure_model(self) -> None:
         """Shards the model where the strategy asks for it; gives one that was built on the meta device its weights."""
         mesh, device = self.device_mesh, torch.get_default_device()
+        if self.compiled:
+            self.model.compile_layers()
         if mesh is not None:
-            for part in (*self.model.blocks, self.model):
-                fully_shard(part, mesh=mesh["data_parallel"])
+            if self._trainer is not None:  # layers in FP8 take the place of others before those are shared out
+                self.trainer.precision_plugin.convert_module(self)
+            shard([*self.model.blocks, self.model], mesh)
             device = torch.device(mesh.device_type)
         if any(parameter.is_meta for parameter in self.model.parameters()):
             self.model.to(torch.get_default_dtype())  # with bf16-true, half the memory from the beginning
@@ -163,6 +173,7 @@ class LitVideoTransformer(LightningModule):
 
     def on_predict_start(self) -> None:
         """Reads the frames that the videos begin with, so that mistakes show before anything is made."""
+        convert(self.model, self.weights)
         if self.start is not None:
             fps = float(self.fingerprint["fps"])
             self._start = read_clip(self.start, self.start_frames, self.tokenizer.image_size, fps)
@@ -191,7 +202,7 @@ class LitVideoTransformer(LightningModule):
         made = self._text_to_video()
         frames = made.stream(batch.prompts if text is None else text, seed=batch.seeds, start=start)
         frames = _in_context(self.trainer.precision_plugin.forward_context, frames)
-        return GeneratedVideos(frames, batch.prompts, batch.names, made.fps)
+        return GeneratedVideos(whole(self.model, frames), batch.prompts, batch.names, made.fps)
 
     def _text_to_video(self) -> TextToVideo:
         self.text_encoder.to(self.device)

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-import torch
-
+from t2v.checkpoint import is_sharded, read_checkpoint
 from t2v.errors import UserError
 from t2v.vqvae.model import VQVAE
 
@@ -12,21 +11,21 @@ def load_vqvae(path: str) -> VQVAE:
     """A trained VQ-VAE, in eval mode and frozen.
 
     Args:
-        path: the .ckpt file that `fit` of stage 1 wrote, or the folder that `VQVAE.save_pretrained` wrote. Where
-            training kept a moving average of the weights, it is what the checkpoint gives.
+        path: the .ckpt file or folder that `fit` of stage 1 wrote, or the folder that `VQVAE.save_pretrained` wrote.
+            Where training kept a moving average of the weights, it is what the checkpoint gives.
 
     Raises:
         UserError: if there is no such file, or it is no checkpoint of stage 1.
     """
-    if Path(path).is_dir():
+    if Path(path).is_dir() and not is_sharded(path):
         return VQVAE.from_pretrained(path)
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise UserError(
             f"There is no VQ-VAE checkpoint at '{path}': train stage 1 first, or give the path of its checkpoint to "
             f"--model.tokenizer."
         )
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = read_checkpoint(path)
         arguments = checkpoint["hyper_parameters"]["model"]["init_args"]
         state = {
             name.removeprefix("model."): value
@@ -35,6 +34,8 @@ def load_vqvae(path: str) -> VQVAE:
         }
         model = VQVAE.from_config(arguments)
         model.load_state_dict(state)
+    except UserError:
+        raise
     except Exception as error:
         reason = str(error).split("\n", 1)[0]
         raise UserError(

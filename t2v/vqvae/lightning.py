@@ -14,6 +14,7 @@ from t2v.batch import VideoBatch
 from t2v.errors import UserError
 from t2v.metrics import CodebookUsage, Flicker, VideoMetric
 from t2v.optimization import configure_optimization
+from t2v.sharding import shard
 from t2v.vqvae.losses import AdversarialLoss, LossTerm
 from t2v.vqvae.model import VQVAE, to_model_range, to_uint8
 
@@ -64,6 +65,18 @@ class LitVQVAE(LightningModule):
         if self.compiled:  # in place, so that the names of the weights stay as they are
             self.model.encoder.compile(dynamic=False)
             self.model.decoder.compile(dynamic=False)
+
+    def configure_model(self) -> None:
+        """Shards the model where the strategy asks for it."""
+        if (mesh := self.device_mesh) is None:
+            return
+        if self.adversarial is not None:
+            raise UserError(
+                "model.adversarial has discriminators, which are not trained with a sharded model: take "
+                "configs/cluster/ddp.yaml in place of configs/cluster/fsdp.yaml, or leave model.adversarial out."
+            )
+        self.model.to(memory_format=torch.contiguous_format)  # the only one that can be shared out
+        shard([self.model.encoder, self.model.decoder, self.model], mesh)
 
     def training_step(self, batch: VideoBatch, batch_idx: int) -> Float[Tensor, ""]:
         video = to_model_range(batch.video)

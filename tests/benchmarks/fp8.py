@@ -1,0 +1,144 @@
+"""The shapes transformer trained in FP8 and in bfloat16: validation loss, gradients, time.
+
+`python -m tests.benchmarks.fp8` trains the model of `configs/transformer/shapes.yaml` on the demo's tokens, once in
+bfloat16 and once by each recipe of `Float8Precision`, with the same seed: same first weights, same batches. Where
+there is no demo, it makes a few tokens first. Nothing is resumed and nothing is kept. The last two columns of the table
+are what must hold: a loss within 2 % of bfloat16's, and finite gradients in every step.
+"""
+
+import contextlib
+import io
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from cli import main
+from t2v.errors import run_tool
+from tests.road import ROOT, Road
+
+PLUGIN = "t2v.precision.Float8Precision"
+_PRECISIONS: dict[str, dict[str, Any]] = {
+    "bf16-mixed": {"precision": "bf16-mixed"},
+    **{
+        f"FP8 {recipe}": {"plugins": [{"class_path": PLUGIN, "init_args": {"recipe": recipe}}]}
+        for recipe in ("tensorwise", "rowwise")
+    },
+}
+
+
+class Watch(Callback):
+    """Times the steps, and counts those whose gradients are all finite."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.finite = 0
+        self.largest = 0.0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.start = time.perf_counter()
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients).item()
+        self.finite += all(bool(gradient.isfinite().all()) for gradient in gradients)
+        self.largest = max(self.largest, norm)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.seconds.append(time.perf_counter() - self.start)
+
+
+def compare(
+    steps: int = 1000,
+    seed: int = 0,
+    only: list[str] = list(_PRECISIONS),  # noqa: B006
+) -> None:
+    """Trains in each precision and prints a table.
+
+    Args:
+        steps: training steps of each run; the learning rate's schedule spans them.
+        seed: of first weights and batches.
+        only: which rows; the first is what the others are compared with.
+    """
+    demo = ROOT / "runs/demo"
+    with tempfile.TemporaryDirectory() as folder:
+        changes: dict[str, int] = {}
+        if not (demo / "tokens/val").exists():
+            demo, changes = _small_demo(Path(folder)), {"vocab_size": 32, "grid_size": 4}
+        print(f"{steps} steps, tokens of {demo}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+        print(
+            "| precision | s a step (median) | s in all | largest gradient norm | validation loss | beside | finite |"
+        )
+        print("|---|---|---|---|---|---|---|", flush=True)
+        first = 0.0
+        for name in only:
+            overlay = _overlay(demo, folder, steps, changes, _PRECISIONS[name])
+            start = time.perf_counter()
+            with contextlib.redirect_stdout(io.StringIO()):
+                shipped = ["-c", str(ROOT / "configs/transformer/shapes.yaml")]
+                trainer = main(["fit", *shipped, "-c", json.dumps(overlay), "--seed_everything", str(seed)]).trainer
+            loss = trainer.callback_metrics["val/loss"].item()
+            first = first or loss
+            (watch,) = (
+                callback for callback in trainer.callbacks if type(callback).__name__ == "Watch"
+            )  # not __main__'s
+            print(
+                f"| {name} | {statistics.median(watch.seconds):.2f} | {time.perf_counter() - start:.0f} | "
+                f"{watch.largest:.2f} | {loss:.4f} | {loss / first - 1:+.2%} | "
+                f"{watch.finite} of {trainer.global_step} |",
+                flush=True,
+            )
+
+
+def _overlay(demo: Path, folder: str, steps: int, changes: dict[str, int], precision: dict[str, Any]) -> dict[str, Any]:
+    """What differs from the shipped config."""
+    return {
+        "trainer": {
+            "accelerator": "cpu",
+            "default_root_dir": folder,
+            "max_steps": steps,
+            "check_val_every_n_epoch": None,
+            "val_check_interval": steps,
+            "num_sanity_val_steps": 0,
+            "enable_progress_bar": False,
+            "enable_checkpointing": False,
+            "logger": False,
+            "callbacks": [{"class_path": f"{__spec__.name}.Watch"}],
+            **precision,
+        },
+        "model": {
+            "init_args": {
+                "model": {"init_args": changes},
+                "tokenizer": str(demo / "vqvae/checkpoints/last.ckpt"),
+            }
+        },
+        "data": {
+            "init_args": {
+                "train": str(demo / "tokens/train"),
+                "val": str(demo / "tokens/val"),
+            }
+        },
+    }
+
+
+def _small_demo(folder: Path) -> Path:
+    """Tokens of a few clips, by a VQ-VAE that has hardly learnt."""
+    road = Road(folder)
+    with contextlib.redirect_stdout(io.StringIO()):
+        road.prepare()
+        road.cli("fit", "vqvae")
+        road.cli("predict", "vqvae", "--ckpt_path", "last")
+    return road.run
+
+
+if __name__ == "__main__":
+    run_tool(compare)
