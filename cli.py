@@ -1,11 +1,11 @@
-"""One command line for both stages: ``python cli.py {fit,validate,test,predict} -c CONFIG``.
+"""One command line for both stages: ``python cli.py {fit,validate,test,predict,plan} -c CONFIG``.
 
 - Flags are the arguments of the classes: ``--help``, ``--model.help CLASS`` and ``--print_config`` show them.
 - ``${...}`` in a config is resolved after all files and flags, so that a flag reaches everything derived from it.
 - ``--ckpt_path`` reads the model's hyper-parameters as if they were the first config: what the files and the command
   line say wins, what they do not say comes from the checkpoint.
-- ``--ckpt_path last`` is the newest ``last*.ckpt`` in the run's checkpoint folder.
-- A user's mistake ends with one ``error:`` line and status 2.
+- ``--ckpt_path last`` is the newest complete ``last*.ckpt`` in the run's checkpoint folder, a file or a sharded one.
+- A user's mistake ends with one ``error:`` line and status 2; a SIGTERM or SIGUSR1 stops ``fit`` with status 75.
 """
 
 import json
@@ -14,6 +14,7 @@ import os
 import shlex
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import PurePath
 from pkgutil import resolve_name
 from typing import Any
@@ -22,16 +23,21 @@ import fsspec
 import torch
 from fsspec.implementations.local import LocalFileSystem
 from jsonargparse import ArgumentError, Namespace, set_parsing_settings
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from callbacks.checkpoint import FinalCheckpoint
 from callbacks.seeding import StepSeed
+from callbacks.signals import StopOnSignal, Stopped
 from callbacks.summary import RunSummary
+from t2v.checkpoint import MARKER
 from t2v.errors import UserError
+from t2v.sharding import FolderCheckpointIO, ShardedStrategy
 
 STAGES = {"t2v.vqvae": "stage 1, the video tokenizer", "t2v.transformer": "stage 2, the transformer"}
 SILENCED = (
@@ -39,6 +45,8 @@ SILENCED = (
     "You.re using the WeightAveraging callback with a model that overrides the configure_model",
     "Couldn't infer the batch indices",  # the writers take names from the batch
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own
+    r"It is recommended to use `self.log\('val/",  # torchmetrics has them of all ranks
+    "FSDP2-wrapped module .* returned a view tensor",  # the loss writes into it where autograd does not look
 )
 """Warnings that tell a user nothing."""
 
@@ -52,6 +60,29 @@ class SaveConfig(SaveConfigCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save ``config.yaml`` in the run's folder."""
         super().setup(trainer, pl_module, "fit")
+
+
+class PlanningTrainer(Trainer):
+    """Lightning's `Trainer`, and the command ``plan``."""
+
+    def plan(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        memory: float = 80.0,
+        tflops: float | None = None,
+    ) -> None:
+        """Tell what a run takes in memory and time, without making its model or reading its data.
+
+        Args:
+            model: What the config describes, on the meta device.
+            datamodule: Its data, which is not opened.
+            memory: Of one device, in GB.
+            tflops: TFLOP/s that one device reaches; without it no times are told.
+        """
+        from t2v.planner import report
+
+        print(report(model, datamodule, trainer=self, memory=memory, tflops=tflops))
 
 
 class T2VCLI(LightningCLI):
@@ -68,6 +99,7 @@ class T2VCLI(LightningCLI):
         super().__init__(
             LightningModule,
             LightningDataModule,
+            trainer_class=PlanningTrainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
@@ -75,11 +107,16 @@ class T2VCLI(LightningCLI):
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},  # a resumed run rewrites its own config.yaml
             trainer_defaults={
-                "callbacks": [RunSummary(), StepSeed(), FinalCheckpoint()],
+                "callbacks": [RunSummary(), StepSeed(), FinalCheckpoint(), StopOnSignal()],
                 "enable_model_summary": False,
             },
             args=args,
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, and `PlanningTrainer.plan`."""
+        return {**LightningCLI.subcommands(), "plan": {"model", "datamodule"}}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Let ``${...}`` in configs refer to other keys, and `main` tell what is wrong with the arguments."""
@@ -88,8 +125,8 @@ class T2VCLI(LightningCLI):
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         """Load no pickles, and do not keep every prediction in memory: callbacks write them as they come."""
         super().setup_parser(*args, **kwargs)
-        for parser in self._subcommand_parsers.values():
-            parser.set_defaults(weights_only=True)
+        for command in LightningCLI.subcommands():
+            self._subcommand_parsers[command].set_defaults(weights_only=True)
         self._subcommand_parsers["predict"].set_defaults(return_predictions=False)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -103,7 +140,7 @@ class T2VCLI(LightningCLI):
         if path is None and self.command == "predict":
             raise UserError("`predict` needs trained weights: give a checkpoint that `fit` wrote to --ckpt_path.")
         config = self.config[self.config.subcommand]
-        if path != config.ckpt_path:
+        if path != config.get("ckpt_path"):
             config.ckpt_path = path
         if saved and (made := resolve_name(saved["class_path"])) is not (
             asked := resolve_name(config.model.class_path)
@@ -140,6 +177,29 @@ class T2VCLI(LightningCLI):
         """Save the config beside a training run only; other commands must not replace it."""
         if self.subcommand != "fit":
             self.save_config_callback = None
+        if self.subcommand == "plan":  # devices that are planned for need not be here
+            trainer = self.config.plan.trainer
+            trainer.accelerator = "cpu"
+            trainer.devices = len(trainer.devices) if isinstance(trainer.devices, list) else trainer.devices
+
+    def instantiate_classes(self) -> None:
+        """Build everything, for ``plan`` with weights that take no memory."""
+        with torch.device("meta") if self.subcommand == "plan" else nullcontext():
+            super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Have a trainer of any strategy read sharded checkpoints."""
+        trainer = super().instantiate_trainer(**kwargs)
+        strategy = trainer.strategy
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:
+            strategy.checkpoint_io = FolderCheckpointIO(optimizers=self.subcommand == "fit")
+        if type(strategy) is ModelParallelStrategy and strategy._save_distributed_checkpoint:
+            raise UserError(
+                "trainer.strategy=ModelParallelStrategy writes a sharded checkpoint over the last one, and a run that "
+                f"is killed meanwhile has none: take t2v.sharding.{ShardedStrategy.__name__}, as in "
+                "configs/cluster/fsdp.yaml, or set save_distributed_checkpoint: false."
+            )
+        return trainer
 
     def after_instantiate_classes(self) -> None:
         """Have every checkpoint say how its model was built, nested modules too."""
@@ -206,7 +266,12 @@ def _checkpoint_folder(config: Namespace) -> str:
 
 def _newest_last(folder: str) -> str | None:
     filesystem, root = fsspec.url_to_fs(folder)
-    newest = max(filesystem.glob(f"{root}/last*.ckpt"), key=filesystem.modified, default=None)
+    written = {}
+    for path in filesystem.glob(f"{root}/last*.ckpt"):
+        last = f"{path}/{MARKER}" if filesystem.isdir(path) else path  # what is written last
+        if filesystem.exists(last):
+            written[path] = filesystem.modified(last)
+    newest = max(written, key=written.__getitem__, default=None)
     return newest and f"{folder.rstrip('/')}/{PurePath(newest).name}"
 
 
@@ -216,7 +281,12 @@ def _saved_model(path: str) -> dict[str, Any]:
     if not filesystem.exists(inner):
         raise UserError(f"There is no checkpoint at {path}: check the path given to --ckpt_path.")
     if filesystem.isdir(inner):  # sharded: one file holds all that is not a tensor
-        inner = f"{inner}/meta.pt"
+        inner = f"{inner}/{MARKER}"
+        if not filesystem.exists(inner):
+            raise UserError(
+                f"{path} is a folder without {MARKER}, so no checkpoint, or one that was not written to its end: give "
+                "another to --ckpt_path, or `last` for the newest complete one."
+            )
     try:
         if isinstance(filesystem, LocalFileSystem):
             checkpoint = torch.load(inner, map_location="cpu", weights_only=True, mmap=True)
@@ -264,7 +334,7 @@ def main(args: ArgsType = None) -> T2VCLI:
         args: The command line as a list, or ``{"fit": {...}}``; ``sys.argv`` by default.
 
     Raises:
-        SystemExit: With status 2 after a user's mistake.
+        SystemExit: With status 2 after a user's mistake, 75 after a signal that stopped ``fit``.
     """
     for harmless in SILENCED:
         warnings.filterwarnings("ignore", harmless)
@@ -273,6 +343,10 @@ def main(args: ArgsType = None) -> T2VCLI:
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     try:
         return T2VCLI(args)
+    except Stopped as stop:
+        if stop.code:
+            sys.stderr.write(f"{stop.message}\n")
+        raise
     except Exception as error:
         message = _explain(error)
         if message is None:

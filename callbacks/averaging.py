@@ -4,6 +4,9 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.optim.swa_utils import AveragedModel
 
 
 class EMA(EMAWeightAveraging):
@@ -13,6 +16,7 @@ class EMA(EMAWeightAveraging):
       average into the model when training ends, and a checkpoint written then would have lost the other.
     - Buffers are taken over as they are: a codebook is an average already, and half-way between the old and the new
       place of a restarted code there is nothing.
+    - Of a sharded model every rank averages its share.
 
     Args:
         decay: Of the average, in (0, 1); it looks back about 1 / (1 − decay) steps.
@@ -21,6 +25,24 @@ class EMA(EMAWeightAveraging):
     def __init__(self, decay: float = 0.999) -> None:
         super().__init__(decay=decay, use_buffers=False)
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin the average; Lightning's own way copies the model whole."""
+        if stage == "fit" and pl_module.device_mesh is not None:
+            pl_module.configure_model()
+            self._average_model = AveragedModel(_weights(pl_module), use_buffers=False, **self._kwargs)
+        else:
+            super().setup(trainer, pl_module, stage)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the average into the model."""
+        _reshard(pl_module)
+        super().on_validation_epoch_start(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put back what is trained."""
+        _reshard(pl_module)
+        super().on_validation_epoch_end(trainer, pl_module)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the model as it is trained."""
 
@@ -28,3 +50,22 @@ class EMA(EMAWeightAveraging):
         """Continue the average in `fit`; elsewhere the checkpoint's weights are the average."""
         if self._average_model is not None:
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+
+def _weights(module: nn.Module) -> nn.Module:
+    """Modules with copies of a module's weights under the same names, and nothing else: sharded ones have no copies."""
+    copy = nn.Module()
+    for name, parameter in module.named_parameters(recurse=False):
+        copy.register_parameter(name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+    for name, buffer in module.named_buffers(recurse=False):
+        copy.register_buffer(name, buffer.clone(), persistent=name not in module._non_persistent_buffers_set)
+    for name, child in module.named_children():
+        copy.add_module(name, _weights(child))
+    return copy
+
+
+def _reshard(module: nn.Module) -> None:
+    """Let go of gathered weights, which would hide that others take their place."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()

@@ -21,8 +21,23 @@ class FinalCheckpoint(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last step where that has not been done."""
-        if self._saved_step == trainer.global_step:
-            return
-        for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint) and callback.save_last and callback.last_model_path:
-                trainer.save_checkpoint(callback.last_model_path)
+        begun = any(callback.last_model_path for callback in _keepers(trainer))  # else ModelCheckpoint saves it now
+        if begun and self._saved_step != trainer.global_step:
+            save_last(trainer)
+
+
+def save_last(trainer: Trainer) -> bool:
+    """Brings ``last.ckpt`` up to this step, and says whether the run keeps one."""
+    for callback in _keepers(trainer):
+        version = 0
+        while not callback.last_model_path:  # ModelCheckpoint has saved none yet; it names them like this
+            path = callback.format_checkpoint_name({}, callback.CHECKPOINT_NAME_LAST, version or None)
+            if not callback.file_exists(path, trainer):
+                callback.last_model_path = path
+            version += 1
+        trainer.save_checkpoint(callback.last_model_path)
+    return bool(_keepers(trainer))
+
+
+def _keepers(trainer: Trainer) -> list[ModelCheckpoint]:
+    return [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint) and each.save_last]

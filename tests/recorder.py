@@ -1,0 +1,31 @@
+"""A callback that writes down the loss of every batch, for tests that compare runs."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class Losses(Callback):
+    """Writes one line a batch, one file a rank.
+
+    Args:
+        folder: where the files go.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        loss = outputs["loss"].item() * trainer.accumulate_grad_batches  # Lightning has divided it
+        with (self.folder / str(trainer.global_rank)).open("a") as file:
+            file.write(f"{loss!r}\n")
+
+
+def losses(folder: Path, ranks: int) -> list[float]:
+    """The loss of every batch in the order of the plan, in which each step takes one batch a rank."""
+    columns = [[float(line) for line in (folder / str(rank)).read_text().split()] for rank in range(ranks)]
+    return [loss for step in zip(*columns, strict=True) for loss in step]

@@ -1,0 +1,262 @@
+"""Two processes train as one does, and what they save goes on with any number of them."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+import cli
+from t2v.checkpoint import MARKER, put, read_checkpoint
+from t2v.errors import UserError
+from t2v.export import export
+from t2v.vqvae.checkpoint import load_vqvae
+from tests.recorder import losses
+from tests.road import ROOT, Road, differences, training_state
+
+STEPS = 20
+SHARDED = ["-c", str(ROOT / "configs/cluster/fsdp.yaml"), "--trainer.precision=32-true"]
+TWO = ["--trainer.devices=2", "--data.batch_size=4"]
+ONE = ["--trainer.devices=1", "--data.batch_size=4", "--trainer.accumulate_grad_batches=2"]
+"""Two batches a step, as two ranks take."""
+PROMPTS = '["a red circle", "a large blue square moves left"]'
+
+
+def command(road: Road, stage: str, name: str, *flags: str) -> list[str]:
+    """A run of a stage that keeps a checkpoint every fourth step, and writes its losses to a folder of its name."""
+    run = road.run / name
+    callbacks = [
+        {
+            "class_path": "ModelCheckpoint",
+            "init_args": {
+                "dirpath": str(run / "checkpoints"),
+                "filename": "{step}",
+                "save_last": True,
+                "save_top_k": -1,
+                "every_n_train_steps": 4,
+            },
+        },
+        {"class_path": "callbacks.EMA", "init_args": {"decay": 0.5}},
+        {"class_path": "tests.recorder.Losses", "init_args": {"folder": str(run / "losses")}},
+    ]
+    config = road.folder / f"{name}.yaml"
+    trainer = {"callbacks": callbacks, "max_steps": STEPS, "limit_val_batches": 0, "logger": False}
+    config.write_text(yaml.safe_dump({"trainer": trainer}))
+    return ["fit", *road.config(stage), "-c", str(config), *flags]
+
+
+def launch(road: Road, args: list[str], *program: str) -> subprocess.CompletedProcess:
+    program = program or (sys.executable,)
+    return subprocess.run(
+        [*program, str(ROOT / "cli.py"), *args],
+        cwd=road.folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def at(road: Road, name: str, step: int | str) -> Path:
+    """A checkpoint of a run."""
+    return road.run / name / "checkpoints" / (f"step={step}.ckpt" if isinstance(step, int) else f"{step}.ckpt")
+
+
+def consolidated(folder: Path, path: Path) -> Path:
+    """One file of a sharded checkpoint, made with torch's own tool."""
+    dcp_to_torch_save(folder, path)
+    weights = torch.load(path, weights_only=False)
+    torch.save({**torch.load(folder / MARKER, weights_only=True), "state_dict": weights["state_dict"]}, path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _no_group():
+    """Forgets the process group that a run in shares made in this process."""
+    before = dict(os.environ)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def road(finished_road, tmp_path_factory) -> Road:
+    folder = tmp_path_factory.mktemp("ranks") / "road"
+    shutil.copytree(finished_road.folder, folder, ignore=shutil.ignore_patterns("clips"))
+    return Road(folder)
+
+
+@pytest.fixture(scope="module")
+def runs(road) -> SimpleNamespace:
+    """The transformer: one process, two with the whole model each, two that share it."""
+    flags = ["--model.caption_dropout=0"]  # each rank draws for itself who drops the caption
+    road.main(*command(road, "transformer", "one", *flags, *ONE))
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    ddp = ["-c", str(ROOT / "configs/cluster/ddp.yaml")]
+    done = launch(road, command(road, "transformer", "ddp", *flags, *ddp, *TWO), *torchrun)
+    assert done.returncode == 0, done.stderr
+    done = launch(road, command(road, "transformer", "fsdp", *flags, *SHARDED, *TWO))
+    assert done.returncode == 0, done.stderr
+    return SimpleNamespace(flags=flags, one=losses(road.run / "one/losses", 1))
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_the_losses_of_two_processes_are_those_of_one(road, runs, name):
+    assert len(runs.one) == 2 * STEPS
+    assert runs.one[-1] < 0.8 * runs.one[0]
+    assert losses(road.run / name / "losses", 2) == pytest.approx(runs.one, abs=1e-4)
+
+
+def test_a_sharded_checkpoint_holds_what_one_process_has(road, runs):
+    alone, shared = (training_state(at(road, name, "last")) for name in ("one", "fsdp"))
+    numbers = {name: value for name, value in alone.items() if isinstance(value, torch.Tensor)}
+    weights = [name for name in numbers if not name.startswith("/optimizer")]
+    assert len(weights) > 50
+    for name in weights:  # as vectors, since AdamW makes whole steps of the rounding of gradients near zero
+        assert (shared[name] - numbers[name]).float().norm() <= 0.01 * numbers[name].float().norm(), name
+    moments = sum(name.endswith("exp_avg_sq") for name in shared)
+    assert moments == sum(name.endswith("exp_avg_sq") for name in alone) > 20
+
+
+def test_a_signal_to_one_of_two_ranks_stops_both_and_resuming_changes_nothing(road, runs):
+    """Two ranks go on from step 12, are stopped in the middle of step 16, and one rank does the rest."""
+    killer = ["--trainer.callbacks+=tests.killer.Killer", "--trainer.callbacks.step=15"]
+    killer += ["--trainer.callbacks.name=SIGTERM", "--trainer.callbacks.rank=1"]
+    resumed = command(road, "transformer", "again", *runs.flags, *SHARDED, *TWO, *killer)
+    done = launch(road, [*resumed, f"--ckpt_path={at(road, 'fsdp', 12)}"])
+    assert done.returncode == 75, done.stderr
+    assert done.stderr.count("Stopped by SIGTERM at step 16") == 1
+    assert not differences(training_state(at(road, "fsdp", 16)), training_state(at(road, "again", "last")))
+    assert losses(road.run / "again/losses", 2) == losses(road.run / "fsdp/losses", 2)[24:32]
+
+    rest = command(road, "transformer", "rest", *runs.flags, *ONE)
+    road.main(*rest, f"--ckpt_path={at(road, 'again', 'last')}")
+    assert losses(road.run / "rest/losses", 1) == pytest.approx(runs.one[32:], abs=1e-4)
+
+
+def test_a_file_goes_on_in_shares(road, runs):
+    """One process, sharded by itself, goes on from what one process wrote as it does without."""
+    for name, strategy in (("plain", []), ("shares", SHARDED)):
+        flags = command(road, "transformer", name, *runs.flags, *strategy, *ONE)
+        road.main(*flags, f"--ckpt_path={at(road, 'one', 12)}")
+    assert losses(road.run / "plain/losses", 1) == runs.one[24:]
+    assert losses(road.run / "shares/losses", 1) == pytest.approx(runs.one[24:], abs=1e-4)
+
+
+def test_generation_validation_and_export_take_the_folder(road, runs, tmp_path):
+    folder = at(road, "fsdp", "last")
+    file = consolidated(folder, tmp_path / "one.ckpt")
+    assert read_checkpoint(folder)["state_dict"].keys() == read_checkpoint(file)["state_dict"].keys()
+    videos, scores, exports = [], [], []
+    for checkpoint, strategy in ((folder, SHARDED), (file, [])):
+        made = road.run / "videos"
+        road.cli("predict", "transformer", f"--ckpt_path={checkpoint}", "--data.prompts", PROMPTS)
+        videos.append({path.name: path.read_bytes() for path in made.rglob("*.mp4")})
+        shutil.rmtree(made)
+        validated = road.cli("validate", "transformer", f"--ckpt_path={checkpoint}", *strategy)
+        scores.append(validated.trainer.callback_metrics["val/loss"])
+        exported = tmp_path / f"{checkpoint.name}.exported"
+        export(str(checkpoint), str(exported), str(road.checkpoint("vqvae")))
+        exports.append((exported / "transformer/model.safetensors").read_bytes())
+    assert len(videos[0]) == 2
+    assert videos[0] == videos[1]
+    assert exports[0] == exports[1]
+    torch.testing.assert_close(*scores, atol=1e-5, rtol=0)
+
+
+def test_stage_one_in_shares(road):
+    """Losses before the codebook begins are those of one process; its sharded checkpoint is a tokenizer."""
+    flags = ["--trainer.max_steps=8", "--model.quantize_from_step=5"]
+    road.main(*command(road, "vqvae", "vqvae-one", *flags, *ONE))
+    done = launch(road, command(road, "vqvae", "vqvae-fsdp", *flags, *SHARDED, *TWO))
+    assert done.returncode == 0, done.stderr
+    alone, shared = losses(road.run / "vqvae-one/losses", 1), losses(road.run / "vqvae-fsdp/losses", 2)
+    assert len(shared) == 16
+    assert shared[:10] == pytest.approx(alone[:10], abs=1e-4)
+
+    folder = at(road, "vqvae-fsdp", "last")
+    file = consolidated(folder, road.folder / "vqvae.ckpt")
+    assert load_vqvae(str(folder)).fingerprint() == load_vqvae(str(file)).fingerprint()
+    assert road.cli("validate", "vqvae", f"--ckpt_path={folder}").model.model.quantizer.ready
+
+
+def test_discriminators_are_refused_in_shares(road, capsys):
+    adversarial = "--model.adversarial=t2v.vqvae.losses.AdversarialLoss"
+    with pytest.raises(SystemExit):
+        road.cli("fit", "vqvae", *SHARDED, "--trainer.devices=1", adversarial)
+    assert "take configs/cluster/ddp.yaml in place of configs/cluster/fsdp.yaml" in capsys.readouterr().err
+
+
+def test_checkpoints_that_are_written_over_each_other_are_refused(road, capsys):
+    lightnings_own = '--trainer.strategy={"class_path": "ModelParallelStrategy"}'
+    with pytest.raises(SystemExit):
+        road.cli("fit", "transformer", lightnings_own, "--trainer.devices=1")
+    assert "take t2v.sharding.ShardedStrategy" in capsys.readouterr().err
+
+
+def sharded(folder: Path, name: str, step: int) -> Path:
+    """A folder as far as looking for the last checkpoint goes."""
+    path = folder / name
+    path.mkdir()
+    torch.save({"global_step": step}, path / MARKER)
+    return path
+
+
+@pytest.mark.parametrize("stage", ["writing", "written", "moved", "named", "removing"])
+def test_last_is_complete_whenever_the_process_is_killed(tmp_path, stage):
+    new = tmp_path / "last.ckpt.partial"
+    match stage:
+        case "writing":
+            sharded(tmp_path, "last.ckpt", 1)
+            (sharded(tmp_path, new.name, 2) / MARKER).unlink()
+        case "written":
+            sharded(tmp_path, "last.ckpt", 1)
+            sharded(tmp_path, new.name, 2)
+        case "moved":
+            sharded(tmp_path, "last-old.ckpt", 1)
+            sharded(tmp_path, new.name, 2)
+        case "named":
+            os.utime(sharded(tmp_path, "last-old.ckpt", 1) / MARKER, (1, 1))
+            sharded(tmp_path, "last.ckpt", 2)
+        case "removing":
+            (sharded(tmp_path, "last-old.ckpt", 1) / MARKER).unlink()
+            sharded(tmp_path, "last.ckpt", 2)
+    found = cli._newest_last(str(tmp_path))
+    assert read_step(Path(found)) == (1 if stage in ("writing", "written", "moved") else 2)
+    shutil.rmtree(new, ignore_errors=True)
+    put(sharded(tmp_path, new.name, 3), tmp_path / "last.ckpt")
+    assert read_step(Path(cli._newest_last(str(tmp_path)))) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def read_step(folder: Path) -> int:
+    return torch.load(folder / MARKER, weights_only=True)["global_step"]
+
+
+def test_a_folder_that_was_not_written_to_its_end_is_no_checkpoint(tmp_path, capsys):
+    (sharded(tmp_path, "last.ckpt", 1) / MARKER).unlink()
+    (tmp_path / "last.ckpt/__0_0.distcp").touch()
+    assert cli._newest_last(str(tmp_path)) is None
+    for load in (read_checkpoint, lambda path: load_vqvae(str(path)), lambda path: cli._saved_model(str(path))):
+        with pytest.raises(UserError, match="not written to its end"):
+            load(tmp_path / "last.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
+@pytest.mark.parametrize("overlay", ["ddp", "fsdp"])
+@pytest.mark.parametrize("config", ["vqvae/shapes", "vqvae/footage", "transformer/shapes", "transformer/8b"])
+def test_an_overlay_fits_both_stages(overlay, config, monkeypatch):
+    monkeypatch.setattr(cli.T2VCLI, "_run_subcommand", lambda self, subcommand: None)
+    files = [f"--config={ROOT}/configs/{name}.yaml" for name in (config, f"cluster/{overlay}")]
+    with torch.device("meta"):
+        made = cli.main(["fit", *files, "--trainer.accelerator=cpu", "--trainer.devices=2"])
+    assert made.trainer.num_devices == 2
+    assert type(made.trainer.strategy).__name__ == {"ddp": "DDPStrategy", "fsdp": "ShardedStrategy"}[overlay]

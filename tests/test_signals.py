@@ -1,0 +1,58 @@
+"""A run that is asked to stop saves at the end of its step, and goes on later as if nothing had happened."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.road import ROOT, differences, resumable, training_state
+
+SLURM = {
+    "SLURM_JOB_ID": "1234",
+    "SLURM_JOB_NAME": "train",
+    "SLURM_NTASKS": "1",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+}
+
+
+@pytest.mark.parametrize(("stage", "name", "batches"), [("vqvae", "SIGUSR1", 1), ("transformer", "SIGTERM", 2)])
+def test_a_stopped_run_ends_as_one_that_was_never_stopped(copy_road, tmp_path, stage, name, batches, capfd):
+    road = copy_road()
+    fit, checkpoint = resumable(road, stage), road.checkpoint(stage)
+    fit += [f"--trainer.accumulate_grad_batches={batches}", "--data.batch_size=4"]
+    shutil.rmtree(checkpoint.parent)
+    road.main(*fit)
+    whole = training_state(checkpoint)
+
+    shutil.rmtree(checkpoint.parent)
+    scontrol = tmp_path / "bin/scontrol"  # what SLURM's machines have
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/requeued\n')
+    scontrol.chmod(0o755)
+    killer = ["+=tests.killer.Killer", ".step=4", f".name={name}"]
+    flags = [f"--trainer.callbacks{option}" for option in killer]
+    stopped = subprocess.run(
+        [sys.executable, ROOT / "cli.py", *fit, *flags],
+        cwd=road.folder,
+        env={**os.environ, **SLURM, "PYTHONPATH": str(ROOT), "PATH": f"{scontrol.parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert stopped.returncode == 75, stopped.stderr
+    assert f"Stopped by {name} at step 5; the same command with --ckpt_path last goes on.\n" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 5
+    requeued = tmp_path / "requeued"
+    assert (requeued.read_text() if requeued.exists() else "") == ("requeue 1234\n" if name == "SIGUSR1" else "")
+    assert not list(tmp_path.rglob("hpc_ckpt*"))
+
+    capfd.readouterr()
+    road.main(*fit)
+    assert "at step 5" in capfd.readouterr().out
+    assert not differences(whole, training_state(checkpoint))
