@@ -341,6 +341,7 @@ def main(args: ArgsType = None) -> T2VCLI:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's calls, nothing a user can change
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)  # RunSummary says it
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it offers kernels of its own for other CPUs
     try:
         return T2VCLI(args)
     except Stopped as stop:

@@ -5,9 +5,11 @@ import shutil
 from collections.abc import Callable
 
 import pytest
-import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, a process a core
+
+import torch
 
 from tests.road import Road
 

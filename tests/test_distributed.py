@@ -120,8 +120,8 @@ def test_a_sharded_checkpoint_holds_what_one_process_has(road, runs):
     numbers = {name: value for name, value in alone.items() if isinstance(value, torch.Tensor)}
     weights = [name for name in numbers if not name.startswith("/optimizer")]
     assert len(weights) > 50
-    for name in weights:  # as vectors, since AdamW makes whole steps of the rounding of gradients near zero
-        assert (shared[name] - numbers[name]).float().norm() <= 0.01 * numbers[name].float().norm(), name
+    for name in weights:  # as vectors, since both optimizers make whole steps of the rounding of small gradients
+        assert (shared[name] - numbers[name]).float().norm() <= 0.03 * numbers[name].float().norm(), name
     moments = sum(name.endswith("exp_avg_sq") for name in shared)
     assert moments == sum(name.endswith("exp_avg_sq") for name in alone) > 20
 

@@ -1,9 +1,10 @@
 """The shapes transformer trained in FP8 and in bfloat16: validation loss, gradients, time.
 
 `python -m tests.benchmarks.fp8` trains the model of `configs/transformer/shapes.yaml` on the demo's tokens, once in
-bfloat16 and once by each recipe of `Float8Precision`, with the same seed: same first weights, same batches. Where
-there is no demo, it makes a few tokens first. Nothing is resumed and nothing is kept. The last two columns of the table
-are what must hold: a loss within 2 % of bfloat16's, and finite gradients in every step.
+bfloat16 and once by each recipe of `Float8Precision`, with the same seed: same first weights, same batches, and layers
+compiled as in the demo. Where there is no demo, it makes a few tokens first. Nothing is resumed and nothing is kept.
+The last two columns of the table are what must hold: a loss within 2 % of bfloat16's, and finite gradients in every
+step.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from cli import main
+from t2v.compilation import compile_error
 from t2v.errors import run_tool
 from tests.road import ROOT, Road
 
@@ -69,7 +71,7 @@ def compare(
         seed: of first weights and batches.
         only: which rows; the first is what the others are compared with.
     """
-    demo = ROOT / "runs/demo"
+    demo = Path("runs/demo").absolute()
     with tempfile.TemporaryDirectory() as folder:
         changes: dict[str, int] = {}
         if not (demo / "tokens/val").exists():
@@ -118,6 +120,7 @@ def _overlay(demo: Path, folder: str, steps: int, changes: dict[str, int], preci
         "model": {
             "init_args": {
                 "model": {"init_args": changes},
+                "compiled": compile_error() is None,
                 "tokenizer": str(demo / "vqvae/checkpoints/last.ckpt"),
             }
         },

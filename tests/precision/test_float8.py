@@ -138,7 +138,7 @@ def test_the_converted_layers_are_those_of_the_blocks_and_every_pass_uses_them(r
         state = network.start_decoding(given.text, frames=3)
         steps = [network.step(token, state) for token in (None, *given.tokens.flatten(1)[:, :-1].unbind(1))]
     assert used.count("blocks.1.mlp.out") == 1 + whole.shape[1]
-    torch.testing.assert_close(torch.stack(steps, dim=1), whole.float(), atol=0.02, rtol=0)
+    torch.testing.assert_close(torch.stack(steps, dim=1).float(), whole.float(), atol=0.02, rtol=0)
 
 
 def test_sizes_that_kernels_cannot_take_and_a_head_that_is_not_called_are_left_out_and_told(capsys):
