@@ -170,7 +170,7 @@ class NaNGuard(Callback):
         blamed = [line for line in lines if not math.isfinite(line["loss"]) or line["loss"] > limit] or lines
         if not trainer.is_global_zero:
             return
-        told |= {"time": datetime.now(UTC).isoformat(timespec="seconds"), "gradient_norm": _plain(norm)}
+        told["time"] = datetime.now(UTC).isoformat(timespec="seconds")
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({**told, **line, "loss": _plain(line["loss"])}) + "\n" for line in blamed)

@@ -357,12 +357,6 @@ class WholeClips(Dataset):
         return VideoClips.collate(clips) if clips else None
 
 
-@lru_cache
-def _nearest(length: int, stride: float) -> Int[np.ndarray, "t"]:
-    """The stored frames nearest in time to so many wanted ones."""
-    return np.floor(np.arange(length) * stride + 0.5).astype(np.int64)
-
-
 def _captions(members: dict[str, bytes]) -> list[str]:
     """All that is said of a clip; the first is that in txt."""
     told = json.loads(members.get("json", b"{}"))
