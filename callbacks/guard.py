@@ -159,14 +159,14 @@ class NaNGuard(Callback):
             "epoch": trainer.current_epoch,
             "gradient_norm": _plain(norm),
         }
+        share = (trainer.distributed_sampler_kwargs or {"rank": 0})["rank"]  # several devices may work on one
         lines: list[dict[str, Any]] = [
-            {"batch": each.batch, "rank": trainer.global_rank, "loss": float(each.loss), "keys": each.keys}
-            for each in seen
+            {"batch": each.batch, "rank": share, "loss": float(each.loss), "keys": each.keys} for each in seen
         ]
         if trainer.world_size > 1:
             parts: list[Any] = [None] * trainer.world_size
             dist.all_gather_object(parts, lines)
-            lines = [line for part in parts for line in part]
+            lines = list({(line["rank"], line["batch"]): line for part in parts for line in part}.values())
         blamed = [line for line in lines if not math.isfinite(line["loss"]) or line["loss"] > limit] or lines
         if not trainer.is_global_zero:
             return

@@ -20,6 +20,7 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import PassThroughProfiler
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
@@ -148,9 +149,10 @@ class Throughput(Callback):
             time=self._seconds, batches=self._batches, samples=self._clips, lengths=self._items, flops=self._done
         )
         found, ranks = self._rates.compute(), trainer.world_size
+        shares = (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
         figures = {
-            "clips_per_second": found["device/samples_per_sec"] * ranks,
-            f"{unit}_per_second": found["device/items_per_sec"] * ranks,
+            "clips_per_second": found["device/samples_per_sec"] * shares,
+            f"{unit}_per_second": found["device/items_per_sec"] * shares,
             "tflop_per_step": self._done / (self._batches - batches) * trainer.accumulate_grad_batches * ranks / _TERA,
             "tflops_per_second": found["device/flops_per_sec"] / _TERA,
             "utilisation": found["device/mfu"],
@@ -208,6 +210,8 @@ class _ModelFlops(TorchDispatchMode):
         return self.flops
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # then it comes here again as what this device does of it
         out = func(*args, **(kwargs or {}))
         formula = _FORMULAS.get(getattr(func, "_overloadpacket", func))
         if formula is not None and not self._again:

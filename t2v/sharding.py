@@ -40,16 +40,29 @@ class ShardedStrategy(ModelParallelStrategy):
     - A checkpoint is a folder. A run goes on from one with any number of devices, and from a file as well.
     """
 
-    def __init__(self, process_group_backend: str | None = None, timeout: timedelta = timedelta(minutes=30)):
+    def __init__(
+        self,
+        tensor_parallel_size: int = 1,
+        process_group_backend: str | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+    ):
         """
         Args:
+            tensor_parallel_size: so many devices share the work on the same clips; it divides their number.
             process_group_backend: how devices talk; by default NCCL for GPUs and gloo for the CPU.
             timeout: how long a device waits for the others.
         """
-        super().__init__(1, 1, True, process_group_backend, timeout)
+        super().__init__(1, tensor_parallel_size, True, process_group_backend, timeout)
+        self.tensor_parallel_size = tensor_parallel_size
 
     def setup_environment(self) -> None:
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        devices, together = self.num_nodes * self.num_processes, self.tensor_parallel_size
+        if together < 1 or devices % together:
+            raise UserError(
+                f"trainer.strategy.tensor_parallel_size={together} must divide the number of devices, {devices}: so "
+                "many of them share the work on the same clips."
+            )
+        self._data_parallel_size = devices // together
         super().setup_environment()
         module = self.lightning_module
         assert module is not None
@@ -165,15 +178,7 @@ def shard(parts: list[nn.Module], mesh: DeviceMesh) -> None:
     Args:
         parts: the layers, and the model itself last.
         mesh: of Lightning's strategy.
-
-    Raises:
-        UserError: where devices shall share the work on one clip.
     """
-    if (size := mesh["tensor_parallel"].size()) > 1:
-        raise UserError(
-            f"trainer.strategy.tensor_parallel_size={size} would have {size} devices do the same work: set it to 1 and "
-            "data_parallel_size to the number of devices, or take configs/cluster/fsdp.yaml."
-        )
     for part in parts:
         if not isinstance(part, FSDPModule):
             fully_shard(part, mesh=mesh["data_parallel"])

@@ -11,6 +11,8 @@ import pytest
 import torch
 import yaml
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import cli
 from t2v.checkpoint import MARKER, put, read_checkpoint
@@ -25,6 +27,7 @@ SHARDED = ["-c", str(ROOT / "configs/cluster/fsdp.yaml"), "--trainer.precision=3
 TWO = ["--trainer.devices=2", "--data.batch_size=4"]
 ONE = ["--trainer.devices=1", "--data.batch_size=4", "--trainer.accumulate_grad_batches=2"]
 """Two batches a step, as two ranks take."""
+TENSOR = [*SHARDED, *ONE, "--trainer.devices=2", "--trainer.strategy.tensor_parallel_size=2"]
 PROMPTS = '["a red circle", "a large blue square moves left"]'
 
 
@@ -112,8 +115,38 @@ def test_the_losses_of_two_processes_are_those_of_one(road, runs, name):
     assert losses(road.run / name / "losses", 2) == pytest.approx(runs.one, abs=1e-4)
 
 
-def test_a_sharded_checkpoint_holds_what_one_process_has(road, runs):
-    alone, shared = (training_state(at(road, name, "last")) for name in ("one", "fsdp"))
+ADAMW = '--model.optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": 4e-3}}'
+"""In place of Muon, whose steps are products in bfloat16."""
+
+
+@pytest.fixture(scope="module")
+def together(road) -> list[float]:
+    """The losses of one process, and a run of two that share the work on its clips; captions are dropped alike."""
+    road.main(*command(road, "transformer", "alone", ADAMW, *ONE))
+    done = launch(road, command(road, "transformer", "tensor", ADAMW, *TENSOR))
+    assert done.returncode == 0, done.stderr
+    return losses(road.run / "alone/losses", 1)
+
+
+def test_two_processes_that_share_the_work_on_each_clip_learn_as_one(road, together):
+    assert len(together) == 2 * STEPS
+    for rank in range(2):
+        of_rank = [float(line) for line in (road.run / f"tensor/losses/{rank}").read_text().split()]
+        assert of_rank == pytest.approx(together, abs=1e-4)
+
+
+def test_what_two_did_together_goes_on_alone_and_the_other_way_round(road, together):
+    road.main(*command(road, "transformer", "then-alone", ADAMW, *ONE), f"--ckpt_path={at(road, 'tensor', 12)}")
+    then_tensor = command(road, "transformer", "then-tensor", ADAMW, *TENSOR)
+    done = launch(road, [*then_tensor, f"--ckpt_path={at(road, 'alone', 12)}"])
+    assert done.returncode == 0, done.stderr
+    for name in ("then-alone", "then-tensor"):
+        assert losses(road.run / name / "losses", 1) == pytest.approx(together[24:], abs=1e-4)
+
+
+@pytest.mark.parametrize(("one", "two"), [("one", "fsdp"), ("alone", "tensor")])
+def test_a_sharded_checkpoint_holds_what_one_process_has(road, runs, together, one, two):
+    alone, shared = (training_state(at(road, name, "last")) for name in (one, two))
     numbers = {name: value for name, value in alone.items() if isinstance(value, torch.Tensor)}
     weights = [name for name in numbers if not name.startswith("/optimizer")]
     assert len(weights) > 50
@@ -148,8 +181,9 @@ def test_a_file_goes_on_in_shares(road, runs):
     assert losses(road.run / "shares/losses", 1) == pytest.approx(runs.one[24:], abs=1e-4)
 
 
-def test_generation_validation_and_export_take_the_folder(road, runs, tmp_path):
-    folder = at(road, "fsdp", "last")
+@pytest.mark.parametrize("name", ["fsdp", "tensor"])
+def test_generation_validation_and_export_take_the_folder(road, runs, together, tmp_path, name):
+    folder = at(road, name, "last")
     file = consolidated(folder, tmp_path / "one.ckpt")
     assert read_checkpoint(folder)["state_dict"].keys() == read_checkpoint(file)["state_dict"].keys()
     videos, scores, exports = [], [], []
@@ -183,6 +217,23 @@ def test_stage_one_in_shares(road):
     file = consolidated(folder, road.folder / "vqvae.ckpt")
     assert load_vqvae(str(folder)).fingerprint() == load_vqvae(str(file)).fingerprint()
     assert road.cli("validate", "vqvae", f"--ckpt_path={folder}").model.model.quantizer.ready
+
+
+def test_devices_that_cannot_be_grouped_are_refused(road, capsys):
+    with pytest.raises(SystemExit):
+        road.cli("fit", "transformer", *SHARDED, "--trainer.devices=3", "--trainer.strategy.tensor_parallel_size=2")
+    assert "tensor_parallel_size=2 must divide the number of devices, 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"), [("vqvae", "nothing that they could share"), ("transformer", "must divide .* kv_heads=2")]
+)
+def test_work_that_cannot_be_shared_is_refused(road, stage, message):
+    module = road.cli("fit", stage, "--trainer.max_steps=0").model
+    torch.distributed.init_process_group("fake", rank=0, world_size=3, store=FakeStore())
+    module._device_mesh = init_device_mesh("cpu", (1, 3), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    with pytest.raises(UserError, match=f"tensor_parallel_size=3 .*{message}"):
+        module.configure_model()
 
 
 def test_discriminators_are_refused_in_shares(road, capsys):

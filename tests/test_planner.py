@@ -8,6 +8,8 @@ import torch
 import yaml
 from bitsandbytes.optim import AdamW8bit
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from t2v.batch import TextEmbedding
@@ -27,10 +29,12 @@ from t2v.planner.budget import (
     vqvae_step,
 )
 from t2v.planner.step import Meter
+from t2v.sharding import shard
 from t2v.text import MiniLMTextEncoder
 from t2v.transformer.lightning import LitVideoTransformer
 from t2v.transformer.loss import token_loss
 from t2v.transformer.model import VideoTransformer
+from t2v.transformer.tensor_parallel import parallelize
 from t2v.vqvae.model import VQVAE
 from t2v.vqvae.quantizer import VectorQuantizer
 
@@ -163,6 +167,21 @@ def test_fsdp_divides_what_is_sharded_and_ddp_nothing():
     assert averaged.peak == alone.peak + alone.weights
 
 
+def test_devices_that_share_a_clip_hold_what_the_plan_says():
+    network = shapes(dim=512, hidden_dim=1536)
+    step, optimizer = transformer_step(network, 1, 2, WORDS), optimizer_bytes(network, torch.optim.AdamW, "32-true")
+    planned = train(network, step, optimizer, "32-true", "FSDP2", 4, 2)
+    torch.distributed.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data_parallel", "tensor_parallel"))
+        parallelize(network, mesh["tensor_parallel"])
+        shard([*network.blocks, network], mesh)
+        held = sum(parameter.to_local().nbytes for parameter in network.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+    assert planned.weights == pytest.approx(held, rel=0.01)
+
+
 @pytest.mark.parametrize("weights", ["full", "fp8", "int8", "nf4"])
 def test_generation_takes_the_weights_and_the_cache_that_decoding_makes(weights):
     made = generate(shapes(), weights, torch.float32, 2, WORDS, guided=True)
@@ -210,3 +229,13 @@ def test_the_command_prints_the_plan(capsys):
 
     cli.main(["plan", "--config", str(ROOT / "configs/transformer/shapes.yaml"), "--memory", "16", "--tflops", "1"])
     assert "recommended" in capsys.readouterr().out
+
+
+def test_the_command_plans_for_devices_that_are_not_there(capsys):
+    import cli
+
+    files = [f"--config={ROOT}/configs/{name}.yaml" for name in ("transformer/shapes", "cluster/fsdp")]
+    cli.main(["plan", *files, "--trainer.devices=8", "--trainer.strategy.tensor_parallel_size=2"])
+    told = capsys.readouterr().out
+    assert "FSDP2 × 8, 2 together" in told
+    assert "a step       1 batches × 4 times 2 devices = 24,576 tokens" in told

@@ -1,5 +1,6 @@
 """What each part of a model, of training it and of generating with it takes, in bytes."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
@@ -196,6 +197,7 @@ def train(
     precision: str,
     strategy: Strategy = "one device",
     devices: int = 1,
+    together: int = 1,
     averaged: bool = False,
 ) -> Budget:
     """What one device holds at the fullest moment of a step.
@@ -207,28 +209,42 @@ def train(
         precision: as Lightning names it.
         strategy: how devices share the work.
         devices: how many.
+        together: how many of them share the work on a clip. Activations are told as if each did all of it.
         averaged: whether a moving average of the weights is kept, as by `callbacks.EMA`.
     """
     width = types(precision)[0].itemsize
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) * width
     weights = size(without_data(model, types(precision)[0]).state_dict().values())
     share = devices if strategy == "FSDP2" else 1
-    weights, gradients, state = (-(-each // share) for each in (weights, trained, optimizer.state))
+    layers, total = sum(_layers(model)), max(sum(parameter.numel() for parameter in model.parameters()), 1)
+    repeated = 1 + (together - 1) * (total - layers) / total  # those that share a clip all have what is in no layer
+    weights, gradients, state = (math.ceil(each * repeated / share) for each in (weights, trained, optimizer.state))
     average = weights if averaged else 0
     exchange = 0
     if strategy == "DDP" and devices > 1:
         exchange = trained
     elif share > 1:
-        exchange = 2 * gathered(model) * width
+        exchange = 2 * gathered(model, together) * width
     backward = step.backward_alone + gradients if share > 1 else step.backward
     most = max(gradients + step.forward, backward, gradients - (-optimizer.temporary // share))
     return Budget(weights, gradients, state, average, exchange, most - gradients, step.saved)
 
 
-def gathered(model: nn.Module) -> int:
-    """Parameters that FSDP2 has whole at a time: what is in no layer, the layer at work and the next one."""
-    layers = sorted(sum(p.numel() for p in block.parameters()) for block in model.modules() if isinstance(block, Block))
-    return sum(parameter.numel() for parameter in model.parameters()) - sum(layers[:-2])
+def gathered(model: nn.Module, together: int = 1) -> int:
+    """Parameters that FSDP2 has whole at a time: what is in no layer, the layer at work and the next one.
+
+    Args:
+        model: with weights or without.
+        together: how many devices share the work on a clip, and so a layer.
+    """
+    layers = _layers(model)
+    rest = sum(parameter.numel() for parameter in model.parameters()) - sum(layers)
+    return rest + sum(sorted(layers)[-2:]) // together
+
+
+def _layers(model: nn.Module) -> list[int]:
+    """Parameters of each layer."""
+    return [sum(p.numel() for p in block.parameters()) for block in model.modules() if isinstance(block, Block)]
 
 
 class Generation(NamedTuple):

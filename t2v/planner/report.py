@@ -45,6 +45,13 @@ class Setting(NamedTuple):
     optimizer: str
     strategy: Strategy
     devices: int
+    together: int = 1
+    """Devices that share the work on a clip."""
+
+    @property
+    def shares(self) -> int:
+        """Batches that are worked on at a time."""
+        return self.devices // self.together
 
 
 class Run:
@@ -84,9 +91,8 @@ class Run:
             self.levels, level = ("none", "attention", "full"), str(model.checkpointing)
         else:
             self.levels, level = ("none", "frames"), "none" if model.frames_at_once is None else "frames"
-        strategy, devices = _strategy(trainer)
         precision = str(trainer.precision) if trainer else "32-true"
-        self.setting = Setting(precision, level, next(iter(self.optimizers)), strategy, devices)
+        self.setting = Setting(precision, level, next(iter(self.optimizers)), *_spread(trainer))
         self.step = cache(self._step)
         self.optimizer = cache(self._optimizer)
 
@@ -99,6 +105,7 @@ class Run:
             setting.precision,
             setting.strategy,
             setting.devices,
+            setting.together,
             self.averaged,
         )
 
@@ -150,16 +157,19 @@ def report(
 
 def _head(run: Run) -> str:
     setting, grid = run.setting, run.model.grid_size
-    every = run.tokens * run.batches * setting.devices
+    every = run.tokens * run.batches * setting.shares
     average = ", with a moving average of the weights" if run.averaged else ""
-    return "\n".join(
-        [
-            f"Plan         {type(run.model).__name__}, {_count(sum(parts(run.trained).values()))} parameters",
-            f"setting      {_say(setting, run.suffix)}{average}",
-            f"batch        {run.clips} clips × {run.frames} frames × {grid}×{grid} = {run.tokens:,} tokens a device",
-            f"a step       {run.batches} batches × {setting.devices} devices = {every:,} tokens",
-        ]
-    )
+    told = [
+        f"Plan         {type(run.model).__name__}, {_count(sum(parts(run.trained).values()))} parameters",
+        f"setting      {_say(setting, run.suffix)}{average}",
+        f"batch        {run.clips} clips × {run.frames} frames × {grid}×{grid} = {run.tokens:,} tokens a device",
+        f"a step       {run.batches} batches × {setting.shares} devices = {every:,} tokens",
+    ]
+    if (together := setting.together) > 1:
+        told[2] = told[2].replace("a device", f"for {together} devices together")
+        told[3] = told[3].replace("devices", f"times {together} devices")
+        told.append("activations  as if each device did all the work on its clips: they take less")
+    return "\n".join(told)
 
 
 def _parts(model: nn.Module) -> str:
@@ -197,10 +207,10 @@ def _work(run: Run, tflops: float | None) -> str:
     levels = [run.step(run.setting.precision, level, run.clips).flops for level in run.levels]
     rows.append(("TFLOP a batch", *(f"{flops / 1e12:,.2f}" for flops in levels)))
     rows.append(("  beside the model's own", *(f"{flops / plain:.0%}" for flops in levels)))
-    times = run.batches * run.setting.devices
+    times = run.batches * run.setting.shares
     rows.append(("TFLOP a step, all devices", *(f"{times * flops / 1e12:,.1f}" for flops in levels)))
     if tflops is not None:
-        seconds = [flops * run.batches / (tflops * 1e12) for flops in levels]
+        seconds = [flops * run.batches / (tflops * 1e12 * run.setting.together) for flops in levels]
         rows.append((f"seconds a step at {tflops:g} TFLOP/s", *(f"{each:,.2f}" for each in seconds)))
         rows.append(("tokens/s, all devices", *(f"{run.tokens * times / each:,.0f}" for each in seconds)))
     return _table(("work, recomputing", *(_mark(level, run) for level in run.levels)), rows)
@@ -212,9 +222,9 @@ def _others(run: Run, memory: float) -> str:
     if not any(run.most_clips(run.setting._replace(recompute=level), memory * GB) for level in run.levels):
         precisions.append("bf16-true")
     settings = [
-        Setting(precision, level, optimizer, strategy, devices)
+        Setting(precision, level, optimizer, *spread)
         for precision in dict.fromkeys(precisions)
-        for strategy, devices in _spreads(run.setting)
+        for spread in _spreads(run.setting)
         for optimizer in run.optimizers
         for level in run.levels
     ]
@@ -249,7 +259,7 @@ def _advice(run: Run, most: dict[Setting, int], memory: float) -> str:
     def cost(setting: Setting) -> tuple[int, ...]:
         """Other devices cost most, then weights without a float32 copy, then another optimizer, then work."""
         return (
-            setting.devices != own.devices or setting.strategy != own.strategy,
+            (setting.strategy, setting.devices, setting.together) != (own.strategy, own.devices, own.together),
             setting.precision != own.precision,
             names.index(setting.optimizer),
             run.levels.index(setting.recompute),
@@ -316,29 +326,29 @@ def _is_own(plugin: Any) -> bool:
     return isinstance(plugin, MixedPrecision) and type(plugin) is not MixedPrecision
 
 
-def _strategy(trainer: Trainer | None) -> tuple[Strategy, int]:
-    if trainer is None:
-        return "one device", 1
-    devices = trainer.num_devices * trainer.num_nodes
-    if devices == 1:
-        return "one device", 1
+def _spread(trainer: Trainer | None) -> tuple[Strategy, int, int]:
+    """How devices share the work, how many there are, and how many of them work on a clip."""
+    devices = trainer.num_devices * trainer.num_nodes if trainer else 1
+    if trainer is None or devices == 1:
+        return "one device", 1, 1
     if isinstance(trainer.strategy, ModelParallelStrategy | FSDPStrategy):
-        return "FSDP2", devices
-    return ("DDP", devices) if isinstance(trainer.strategy, DDPStrategy) else ("one device", 1)
+        return "FSDP2", devices, getattr(trainer.strategy, "tensor_parallel_size", 1)
+    return ("DDP", devices, 1) if isinstance(trainer.strategy, DDPStrategy) else ("one device", 1, 1)
 
 
-def _spreads(own: Setting) -> Iterable[tuple[Strategy, int]]:
+def _spreads(own: Setting) -> Iterable[tuple[Strategy, int, int]]:
     """The run's own way over devices, one device, and shared among eight."""
-    spreads: list[tuple[Strategy, int]] = [
-        (own.strategy, own.devices),
-        ("one device", 1),
-        ("FSDP2", max(own.devices, 8)),
+    spreads: list[tuple[Strategy, int, int]] = [
+        (own.strategy, own.devices, own.together),
+        ("one device", 1, 1),
+        ("FSDP2", max(own.devices, 8), own.together),
     ]
     return dict.fromkeys(spreads)
 
 
 def _devices(setting: Setting) -> str:
-    return setting.strategy if setting.devices == 1 else f"{setting.strategy} × {setting.devices}"
+    told = setting.strategy if setting.devices == 1 else f"{setting.strategy} × {setting.devices}"
+    return told if setting.together == 1 else f"{told}, {setting.together} together"
 
 
 def _say(setting: Setting, suffix: str = "") -> str:

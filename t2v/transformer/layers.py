@@ -1,5 +1,9 @@
 """The layers of the transformer: self-attention in space or time, attention to the text, SwiGLU.
 
+Matrices that are multiplied with the same input are one: queries, keys and values; keys and values of the text; both
+halves of SwiGLU. Their rows lie group after group, a group being a key head and the query heads that share it, so that
+devices can take some groups each: the layers go by the heads they find, and not by those they were made with.
+
 Shapes: b batch, n positions in raster order, d width, l text length.
 """
 
@@ -10,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from t2v.transformer.rope import Rotation
@@ -39,10 +44,15 @@ class Linear(nn.Linear):
         return product(x, self.weight)
 
 
+def local(weight: Tensor) -> Tensor:
+    """A weight that all devices of a mesh have, as a tensor of this one."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
 def product(x: Float[Tensor, "... d"], weight: Float[Tensor, "e d"]) -> Float[Tensor, "... e"]:
     """`F.linear`; a single row on the CPU, as in decoding, takes all cores and reads the weights at full speed."""
     full = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if x.is_cpu and full and x.numel() == weight.shape[1]:
+    if x.is_cpu and full and x.numel() == weight.shape[1] and not isinstance(weight, DTensor):
         if torch.compiler.is_compiling():
             return (weight * x.flatten()).sum(dim=-1).view(*x.shape[:-1], -1)
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
@@ -63,8 +73,8 @@ class Places(NamedTuple):
 class KVCache:
     """Keys and values of the last `size` positions, as a ring; what is written first is forgotten first."""
 
-    def __init__(self, batch: int, heads: int, size: int, head_dim: int, like: Tensor):
-        self.keys = like.new_zeros(batch, heads, size, head_dim)
+    def __init__(self, size: int, like: Float[Tensor, "b h _ d"]):
+        self.keys = like.new_zeros(*like.shape[:2], size, like.shape[3])
         self.values = torch.zeros_like(self.keys)
 
     def put(self, places: Places, key: Float[Tensor, "b h n d"], value: Float[Tensor, "b h n d"]) -> None:
@@ -119,7 +129,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int, kv_heads: int, qk_norm: bool):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim // heads
+        self.head_dim, self.shared = dim // heads, heads // kv_heads
         self.query_key_value = Linear(dim, (heads + 2 * kv_heads) * self.head_dim)
         self.query_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
         self.key_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
@@ -154,9 +164,9 @@ class SelfAttention(nn.Module):
         return self.out(rearrange(y, "b h n d -> b n (h d)"))
 
     def _project(self, x: Tensor, rotate: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        heads = rearrange(self.query_key_value(x), "b n (h d) -> b h n d", d=self.head_dim)
-        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        return rotate(self.query_norm(q)), rotate(self.key_norm(k)), v
+        groups = rearrange(self.query_key_value(x), "b n (h g d) -> b h g n d", g=self.shared + 2, d=self.head_dim)
+        q, k, v = self.query_norm(groups[:, :, :-2]).flatten(1, 2), self.key_norm(groups[:, :, -2]), groups[:, :, -1]
+        return rotate(q), rotate(k), v
 
 
 class CrossAttention(nn.Module):
@@ -164,7 +174,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, dim: int, text_dim: int, heads: int, kv_heads: int):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim // heads
+        self.head_dim = dim // heads
         self.query = Linear(dim, dim)
         self.key_value = nn.Linear(text_dim, 2 * kv_heads * self.head_dim, bias=False)
         self.query_norm = RMSNorm(self.head_dim)
@@ -173,7 +183,7 @@ class CrossAttention(nn.Module):
 
     def read_text(self, text: Float[Tensor, "b l e"]) -> tuple[Tensor, Tensor]:
         """Keys and values (b, kv heads, l, head width) of the text, the same for every position."""
-        k, v = rearrange(self.key_value(text), "b l (two h d) -> two b h l d", two=2, h=self.kv_heads)
+        k, v = rearrange(self.key_value(text), "b l (h two d) -> two b h l d", two=2, d=self.head_dim)
         return self.key_norm(k), v
 
     def forward(
@@ -184,7 +194,7 @@ class CrossAttention(nn.Module):
         gate: Float[Tensor, "t heads"] | None,
     ) -> Float[Tensor, "b n d"]:
         """Attends to the words that `mask` shows, all where it is None; `gate` weighs the heads, a row a frame."""
-        q = self.query_norm(rearrange(self.query(x), "b n (h d) -> b h n d", h=self.heads))
+        q = self.query_norm(rearrange(self.query(x), "b n (h d) -> b h n d", d=self.head_dim))
         y = _attend(q, *text, mask=None if mask is None else mask[:, None, None])
         y = rearrange(y, "b h n d -> b n h d")
         if gate is not None:
@@ -195,14 +205,15 @@ class CrossAttention(nn.Module):
 class SwiGLU(nn.Module):
     """Gated feed-forward layer (https://arxiv.org/abs/2002.05202)."""
 
-    def __init__(self, dim: int, hidden_dim: int):
+    def __init__(self, dim: int, hidden_dim: int, groups: int):
         super().__init__()
+        self.width = hidden_dim // groups
         self.gate_up = Linear(dim, 2 * hidden_dim)
         self.out = Linear(hidden_dim, dim)
 
-    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.out(F.silu(gate) * up)
+    def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        gate, up = rearrange(self.gate_up(x), "... (h two c) -> two ... h c", two=2, c=self.width)
+        return self.out((F.silu(gate) * up).flatten(-2))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:

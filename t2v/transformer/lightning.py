@@ -25,6 +25,7 @@ from t2v.sharding import shard, whole
 from t2v.text import TextEncoder
 from t2v.transformer.loss import token_loss
 from t2v.transformer.model import VideoTransformer
+from t2v.transformer.tensor_parallel import parallelize
 from t2v.video import read_clip
 from t2v.vqvae.checkpoint import load_vqvae
 from t2v.vqvae.model import VQVAE
@@ -129,6 +130,8 @@ class LitVideoTransformer(LightningModule):
         if mesh is not None:
             if self._trainer is not None:  # layers in FP8 take the place of others before those are shared out
                 self.trainer.precision_plugin.convert_module(self)
+            if mesh["tensor_parallel"].size() > 1:
+                parallelize(self.model, mesh["tensor_parallel"])
             shard([*self.model.blocks, self.model], mesh)
             device = torch.device(mesh.device_type)
         if any(parameter.is_meta for parameter in self.model.parameters()):

@@ -37,6 +37,7 @@ from t2v.transformer.layers import (
     SelfAttention,
     SwiGLU,
     TextGate,
+    local,
     product,
 )
 from t2v.transformer.rope import Rotation, raster, rotation, split_head
@@ -70,7 +71,7 @@ class Block(nn.Module):
         self.text_norm = RMSNorm(dim)
         self.text_attention = CrossAttention(dim, text_dim, heads, kv_heads)
         self.mlp_norm = RMSNorm(dim)
-        self.mlp = SwiGLU(dim, hidden_dim)
+        self.mlp = SwiGLU(dim, hidden_dim, kv_heads)
 
     def forward(
         self,
@@ -99,10 +100,6 @@ class Block(nn.Module):
         x = x + h
         read = self.text_attention.read_text(text)
         return x + self.text_attention(self.text_norm(x).flatten(1, 2), read, mask, gate).unflatten(1, (t, n))
-
-    def new_cache(self, like: Float[Tensor, "b ..."], size: int) -> KVCache:
-        """An empty cache of `size` positions for `step`, in the precision of what is like it."""
-        return KVCache(len(like), self.attention.kv_heads, size, self.attention.head_dim, like)
 
     def step(
         self,
@@ -198,7 +195,7 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
             spatial_layers: layers that attend within a frame; spatial and temporal layers are interleaved evenly.
             temporal_layers: layers that attend over the last `window` frames.
             heads: query heads; they divide `dim`.
-            kv_heads: key and value heads; they divide `heads`.
+            kv_heads: key and value heads; they divide `heads` and `hidden_dim`.
             hidden_dim: hidden width of the feed-forward layers.
             text_dim: width of the text embeddings.
             window: frames that temporal layers look back over, the one being made included.
@@ -214,8 +211,11 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
                 or loading, make real.
         """
         super().__init__()
-        if dim % heads or heads % kv_heads:
-            raise UserError(f"heads={heads} must divide dim={dim}, and kv_heads={kv_heads} must divide heads={heads}.")
+        if dim % heads or heads % kv_heads or hidden_dim % kv_heads:
+            raise UserError(
+                f"heads={heads} must divide dim={dim}, and kv_heads={kv_heads} must divide heads={heads} and "
+                f"hidden_dim={hidden_dim}."
+            )
         head_dim = dim // heads
         self.rope_dims, self.rope_theta = rope_dims or split_head(head_dim), rope_theta
         if sum(self.rope_dims) != head_dim or any(d % 2 for d in self.rope_dims):
@@ -224,6 +224,7 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
                 f"dim or heads."
             )
         self.vocab_size, self.grid_size, self.text_dim, self.window = vocab_size, grid_size, text_dim, window
+        self.kv_heads = kv_heads
         self.checkpointing = checkpointing
         self._compiled = False
 
@@ -295,7 +296,7 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
         self._require_tokens(tokens)
         b, t, h, w = tokens.shape
         embedded = self.token_embedding(tokens.flatten(1))  # b (t h w) d
-        x = torch.cat([self.start.expand(b, 1, -1), embedded[:, :-1]], dim=1)
+        x = torch.cat([local(self.start).expand(b, 1, -1), embedded[:, :-1]], dim=1)
         if t > 1:
             previous = self.previous_frame(tokens[:, :-1]).flatten(1, 2)
             x = x + F.pad(previous, (0, 0, h * w, 0))  # the first frame has none before it
@@ -327,7 +328,7 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
         read = [block.text_attention.read_text(words) for block in blocks]
         return DecodingState(
             caches=[
-                block.new_cache(values, size**2 * (self.window if block.temporal else 1))
+                KVCache(size**2 * (self.window if block.temporal else 1), like=values)
                 for block, (_, values) in zip(blocks, read, strict=True)
             ],
             text=read,
@@ -343,7 +344,7 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
         size = self.grid_size**2
         frame, at = divmod(state.place, size)
         if tokens is None:
-            x = self.start + state.pooled
+            x = local(self.start) + state.pooled
         else:
             state.recent.flatten(1)[:, at - 1] = tokens
             x = self.token_embedding(tokens) + state.pooled
@@ -373,7 +374,7 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
         last: Tensor | None = None
         for frame, codes in enumerate(tokens.flatten(2).unbind(1)):
             self._begin_frame(frame, state)
-            first = self.start.expand(len(codes), -1) if last is None else self.token_embedding(last)
+            first = local(self.start).expand(len(codes), -1) if last is None else self.token_embedding(last)
             x = torch.cat([first[:, None], self.token_embedding(codes[:, :-1])], dim=1) + state.pooled[:, None]
             if state.previous is not None:
                 x = x + state.previous
@@ -416,7 +417,7 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
 
     def _logits(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... v"]:
         weight = self.token_embedding.weight if self.head is None else self.head.weight
-        return product(self.norm(x), weight)
+        return product(self.norm(x), local(weight))
 
     def _gates(self, frame: Int[Tensor, " t"], frames: int) -> list[Float[Tensor, "t heads"]] | list[None]:
         """The gate of each layer."""
@@ -445,11 +446,12 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
                 f"were they made by another text encoder?"
             )
         if drop is not None:
-            words = torch.where(drop[:, None, None], self.no_text.to(words.dtype), words)
-            pooled = torch.where(drop[:, None], self.no_text.to(pooled.dtype), pooled)
+            no_text = local(self.no_text)
+            words = torch.where(drop[:, None, None], no_text.to(words.dtype), words)
+            pooled = torch.where(drop[:, None], no_text.to(pooled.dtype), pooled)
             mask = mask & ~drop[:, None]
             mask = mask | (drop[:, None] & (torch.arange(mask.shape[1], device=mask.device) == 0))
-        start = self.start.expand(len(words), -1)
+        start = local(self.start).expand(len(words), -1)
         added = torch.zeros_like(start) if self.pooled is None else self.pooled(self.text_norm(pooled))
         return self.text_norm(words), mask, added
 

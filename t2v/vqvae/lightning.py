@@ -75,6 +75,11 @@ class LitVQVAE(LightningModule):
                 "model.adversarial has discriminators, which are not trained with a sharded model: take "
                 "configs/cluster/ddp.yaml in place of configs/cluster/fsdp.yaml, or leave model.adversarial out."
             )
+        if (size := mesh["tensor_parallel"].size()) > 1:
+            raise UserError(
+                f"trainer.strategy.tensor_parallel_size={size} would have {size} devices do the same work, since a "
+                "VQ-VAE has nothing that they could share: leave it out."
+            )
         self.model.to(memory_format=torch.contiguous_format)  # the only one that can be shared out
         shard([self.model.encoder, self.model.decoder, self.model], mesh)
 

@@ -207,6 +207,11 @@ def test_attention_by_chunks_equals_one_product_with_a_mask(dtype, window):
     assert (made - exact).abs().max() < (0.03 if dtype == torch.bfloat16 else 1e-5)
 
 
+def by_groups(*matrices: torch.Tensor, groups: int = 2) -> torch.Tensor:
+    """One matrix of several, a group of their heads after the other."""
+    return torch.cat([matrix.unflatten(0, (groups, -1)) for matrix in matrices], dim=1).flatten(0, 1)
+
+
 def test_logits_equal_llamas():
     """All tokens in one frame, no text, rotary positions along one axis: Llama's network, with Llama's weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -234,9 +239,9 @@ def test_logits_equal_llamas():
         model.head.weight.copy_(llama.lm_head.weight)
         for block, layer in zip(model.blocks, theirs.layers, strict=True):
             projections = [getattr(layer.self_attn, f"{name}_proj").weight for name in "qkv"]
-            block.attention.query_key_value.weight.copy_(torch.cat(projections))
+            block.attention.query_key_value.weight.copy_(by_groups(*projections))
             block.attention.out.weight.copy_(layer.self_attn.o_proj.weight)
-            block.mlp.gate_up.weight.copy_(torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]))
+            block.mlp.gate_up.weight.copy_(by_groups(layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight))
             block.mlp.out.weight.copy_(layer.mlp.down_proj.weight)
             block.attention_norm.weight.copy_(layer.input_layernorm.weight)
             block.mlp_norm.weight.copy_(layer.post_attention_layernorm.weight)
@@ -380,6 +385,7 @@ def test_frame_numbers_matter_only_by_their_difference():
     [
         ({"heads": 5}, "heads=5 must divide dim=32"),
         ({"kv_heads": 3}, "kv_heads=3 must divide heads=4"),
+        ({"hidden_dim": 47}, "kv_heads=2 must divide heads=4 and hidden_dim=47"),
         ({"rope_dims": (4, 2, 4)}, "sum to dim / heads = 8"),
     ],
 )
