@@ -59,7 +59,7 @@ def test_every_caption_to_train_on_is_true_and_several_clips_have_it():
     assert captions == training_captions(drawn, seed=0)
     assert all(texts[0] == own for texts, (_, own) in zip(captions, drawn, strict=True))
     common = Counter(text for texts in captions for text in texts)
-    assert sum(common[text] > 1 for texts in captions for text in texts) > 0.9 * common.total()
+    assert sum(common[text] > 1 for texts in captions for text in texts) > 0.8 * common.total()
     assert SHARED + VAGUE - 0.5 < common.total() / len(captions) <= SHARED + VAGUE
     words = [*((word, speed) for speed, some in SPEED_WORDS.items() for word in some)]
     words += [(f" {word} ", size) for size, some in SIZE_WORDS.items() for word in some]
