@@ -148,10 +148,23 @@ def test_the_layers_of_the_blocks_are_converted_and_nothing_else(full, converted
     assert not any(parameter.requires_grad for parameter in converted.parameters())
 
 
-def test_bytes_are_known_without_memory_too(full, kind):
-    linear = [part.weight for part in full.blocks.modules() if isinstance(part, torch.nn.Linear)]
-    count, scales = sum(weight.numel() for weight in linear), 4 * sum(len(weight) for weight in linear)
-    least, most = (count // 2 + count // 32, count // 2 + count // 16) if kind == "nf4" else 2 * (count + scales,)
+def test_nf4_keeps_the_first_block_and_what_reads_the_text_in_int8(full):
+    model = copy.deepcopy(full)
+    convert(model, "nf4")
+    parts = {name: part for name, part in model.blocks.named_modules() if isinstance(part, CompactLinear)}
+    expected = {name for name in parts if name.startswith("0.") or name.endswith("text_attention.key_value")}
+    assert {name for name, part in parts.items() if isinstance(part, Int8Linear)} == expected
+    assert {name for name, part in parts.items() if isinstance(part, Nf4Linear)} == parts.keys() - expected
+
+
+def test_bytes_are_known_without_memory_too(full, converted, kind):
+    linear = {name: part.weight for name, part in full.blocks.named_modules() if isinstance(part, torch.nn.Linear)}
+    count = sum(weight.numel() for weight in linear.values())
+    least = most = 0
+    for name, weight in linear.items():
+        half = isinstance(converted.blocks.get_submodule(name), Nf4Linear)
+        least += weight.numel() * 17 // 32 if half else weight.numel() + 4 * len(weight)
+        most += weight.numel() * 9 // 16 if half else weight.numel() + 4 * len(weight)
     for model in (copy.deepcopy(full), copy.deepcopy(full).to("meta")):
         before = stored_bytes(model)
         assert before == 4 * sum(parameter.numel() for parameter in model.parameters())
