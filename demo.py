@@ -36,7 +36,7 @@ LONG_FRAMES = 64
 STATE = RUN / "steps.json"
 STAGE1, STAGE2 = "configs/vqvae/shapes.yaml", "configs/transformer/shapes.yaml"
 PROMPTS_PER_COMBINATION = 3
-STEPS = {"bf16-mixed": (600, 1700), "32-true": (600, 450)}
+STEPS = {"bf16-mixed": (600, 1900), "32-true": (600, 450)}
 """Training steps of the stages, by precision: what fits into a quarter of an hour."""
 
 

@@ -8,16 +8,21 @@ by whole pixels until it meets the edge of the picture, where it rests:
 - 18 of the 90 (colour, shape, motion) combinations are **held out**: they make up `val/` and never appear in `train/`,
   though each colour, shape and motion does. What a model does on them shows whether it understood the caption;
 - captions follow the templates below, such as "a small red circle moves left slowly", with paraphrases a person would
-  type. Size and speed are not always said.
+  type. Size and speed are not always said;
+- a clip to train on has several captions: those of other clips that show the same, as one that tells a clip from all
+  others is learnt by heart, and some that leave out more, such as "something moves left", so that what each word means
+  is learnt apart from the others.
 
-`OUT/train` and `OUT/val` hold the mp4s and a `captions.csv` with the columns path, caption and the attributes.
+`OUT/train` and `OUT/val` hold the mp4s and a `captions.csv` with the columns path, caption and the attributes; every
+caption is a row.
 """
 
 import csv
 import itertools
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -52,6 +57,8 @@ LATTICE = 4
 """Shapes set out from places whose coordinates are multiples of this."""
 ROOM = 28
 """Least number of pixels between a moving shape and the edge it moves to."""
+SHARED, VAGUE = 4, 4
+"""Most captions that a clip to train on has: like its own, and that leave out its colour or shape."""
 
 SHAPE_WORDS = {"circle": ("circle", "circle", "disc", "ball"), "square": ("square",), "triangle": ("triangle",)}
 SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
@@ -89,6 +96,18 @@ TEMPLATES = (
     "a {size} {shape} in {colour} {does}",
     "a video of a {colour} {shape} that {does}",
 )
+VAGUE_TEMPLATES = (
+    "something {does}",
+    "something {does} {speed}",
+    "{doing} {speed}",
+    "something {colour} {does} {speed}",
+    "the {colour} one {does}",
+    "a {colour} shape {does}",
+    "a {size} {colour} thing {does}",
+    "a shape {does}",
+    "a {shape} {does}",
+    "a {size} {shape} {does} {speed}",
+)
 
 
 @dataclass(frozen=True)
@@ -124,7 +143,7 @@ def sample_clip(combination: tuple[str, str, str], rng: np.random.Generator) -> 
     return ShapeClip(colour, shape, direction, size, speed, *start)
 
 
-def caption_of(clip: ShapeClip, rng: np.random.Generator) -> str:
+def caption_of(clip: ShapeClip, rng: np.random.Generator, templates: Sequence[str] = TEMPLATES) -> str:
     """One caption out of the templates."""
 
     def pick(words):
@@ -137,7 +156,7 @@ def caption_of(clip: ShapeClip, rng: np.random.Generator) -> str:
         verbs, where = pick(VERBS), pick(DIRECTION_WORDS[clip.direction])
         does, doing = (f"{verb} {where}" for verb in verbs)
         speed = pick(SPEED_WORDS[clip.speed])
-    text = pick(TEMPLATES).format(
+    text = pick(templates).format(
         size=pick(SIZE_WORDS[clip.size]),
         colour=clip.colour,
         shape=pick(SHAPE_WORDS[clip.shape]),
@@ -180,6 +199,23 @@ def draw(held_out: bool, clips: int, seed: int) -> Iterator[tuple[ShapeClip, str
         yield clip, caption_of(clip, rng)
 
 
+def training_captions(drawn: list[tuple[ShapeClip, str]], seed: int) -> list[list[str]]:
+    """Each clip's own caption, those of the next clips that show the same from another place, and vague ones."""
+    rng = np.random.default_rng([seed, 2])
+    alike: dict[ShapeClip, list[str]] = defaultdict(list)
+    places = []
+    for clip, caption in drawn:
+        kind = alike[replace(clip, x=0, y=0, speed="" if clip.direction == "still" else clip.speed)]
+        places.append((kind, len(kind)))
+        kind.append(caption)
+    captions = []
+    for (clip, _), (kind, at) in zip(drawn, places, strict=True):
+        shared = list(dict.fromkeys(kind[at:] + kind[:at]))[:SHARED]
+        vague = dict.fromkeys(caption_of(clip, rng, VAGUE_TEMPLATES) for _ in range(VAGUE))
+        captions.append([*shared, *vague])
+    return captions
+
+
 def held_out_prompts(per_combination: int, seed: int = 1) -> list[tuple[ShapeClip, str]]:
     """Prompts for the held-out combinations, with what a video of each must show."""
     return list(draw(held_out=True, clips=per_combination * len(combinations(held_out=True)), seed=seed))
@@ -216,8 +252,9 @@ def make_shapes(out: Path, train_clips: int = 3600, val_clips: int = 360, seed: 
             raise UserError(
                 f"{folder} exists but holds no captions.csv: it is not ours to replace; choose another folder."
             )
-        drawn = [(f"{i:06d}.mp4", clip, caption) for i, (clip, caption) in enumerate(draw(part == "val", clips, seed))]
-        jobs = [(partial / name, clip) for name, clip, _ in drawn]
+        drawn = list(draw(part == "val", clips, seed))
+        captions = [[caption] for _, caption in drawn] if part == "val" else training_captions(drawn, seed)
+        jobs = [(partial / f"{i:06d}.mp4", clip) for i, (clip, _) in enumerate(drawn)]
         with get_context("spawn").Pool(num_workers) as pool:
             done = pool.imap_unordered(_write, jobs, chunksize=16)
             for _ in tqdm(done, total=len(jobs), desc=f"drawing {part}", unit="clip"):
@@ -226,7 +263,8 @@ def make_shapes(out: Path, train_clips: int = 3600, val_clips: int = 360, seed: 
             columns = ["path", "caption", *(field.name for field in fields(ShapeClip))]
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
-            writer.writerows({"path": name, "caption": caption, **asdict(clip)} for name, clip, caption in drawn)
+            for (path, clip), texts in zip(jobs, captions, strict=True):
+                writer.writerows({"path": path.name, "caption": text, **asdict(clip)} for text in texts)
         partial.rename(folder)
         print(f"{folder}: {clips} clips.")
 

@@ -1,4 +1,5 @@
 import csv
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -15,13 +16,18 @@ from data.shapes import (
     LATTICE,
     SHAPE_WORDS,
     SHAPES,
+    SHARED,
+    SIZE_WORDS,
+    SPEED_WORDS,
     STILL_WORDS,
+    VAGUE,
     ShapeClip,
     combinations,
     draw,
     held_out_prompts,
     make_shapes,
     render,
+    training_captions,
 )
 from t2v.video import probe
 
@@ -45,6 +51,28 @@ def test_a_caption_says_what_the_clip_shows():
         assert any(word in caption for word in SHAPE_WORDS[clip.shape])
         words = DIRECTION_WORDS.get(clip.direction) or [word for pair in STILL_WORDS for word in pair]
         assert any(word in caption for word in words)
+
+
+def test_every_caption_to_train_on_is_true_and_several_clips_have_it():
+    drawn = list(draw(held_out=False, clips=3600, seed=0))
+    captions = training_captions(drawn, seed=0)
+    assert captions == training_captions(drawn, seed=0)
+    assert all(texts[0] == own for texts, (_, own) in zip(captions, drawn, strict=True))
+    common = Counter(text for texts in captions for text in texts)
+    assert sum(common[text] > 1 for texts in captions for text in texts) > 0.8 * common.total()
+    assert SHARED + VAGUE - 0.5 < common.total() / len(captions) <= SHARED + VAGUE
+    words = [*((word, speed) for speed, some in SPEED_WORDS.items() for word in some)]
+    words += [(f" {word} ", size) for size, some in SIZE_WORDS.items() for word in some]
+    words += [(f" {word} ", shape) for shape, some in SHAPE_WORDS.items() for word in some]
+    words += [(f" {colour} ", colour) for colour in COLOURS]
+    words += [(word, direction) for direction, some in DIRECTION_WORDS.items() for word in some]
+    for (clip, _), texts in zip(drawn, captions, strict=True):
+        shown = {clip.colour, clip.shape, clip.direction, clip.size, clip.speed}
+        for text in texts:
+            assert {what for word, what in words if word in f" {text} "} <= shown
+        for text in texts[:-VAGUE]:
+            assert clip.colour in text
+            assert any(word in text for word in SHAPE_WORDS[clip.shape])
 
 
 def test_a_shape_moves_by_its_speed_and_stays_in_the_picture():
@@ -95,8 +123,10 @@ def test_the_files_are_what_the_captions_say(made, capsys):
         with (made / part / "captions.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
         assert list(rows[0])[:2] == ["path", "caption"]
-        assert sorted(path.name for path in (made / part).glob("*.mp4")) == [row["path"] for row in rows]
-        assert len(rows) == count
+        names = dict.fromkeys(row["path"] for row in rows)
+        assert sorted(path.name for path in (made / part).glob("*.mp4")) == list(names)
+        assert len(names) == count
+        assert (len(rows) > count) == (part == "train")
         for row in rows:
             path = made / part / row["path"]
             info = probe(path)
