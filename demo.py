@@ -36,7 +36,7 @@ LONG_FRAMES = 64
 STATE = RUN / "steps.json"
 STAGE1, STAGE2 = "configs/vqvae/shapes.yaml", "configs/transformer/shapes.yaml"
 PROMPTS_PER_COMBINATION = 3
-STEPS = {"bf16-mixed": (600, 1900), "32-true": (600, 450)}
+STEPS = {"bf16-mixed": (600, 2300), "32-true": (600, 450)}
 """Training steps of the stages, by precision: what fits into a quarter of an hour."""
 
 
@@ -135,12 +135,12 @@ def tokenise(precision: str) -> None:
     cli("predict", "--config", STAGE1, "--ckpt_path", "last", "--trainer.precision", precision)
 
 
-def generate(precision: str, folder: Path, prompts_per_combination: int, frames: int) -> list[str]:
+def generate(precision: str, folder: Path, frames: int) -> list[str]:
     """Videos of held-out prompts in `folder`; their file names, in the order of the prompts."""
     for old in (folder / "videos").glob("*.mp4"):
         old.unlink()
     folder.mkdir(exist_ok=True)
-    prompts = [prompt for _, prompt in held_out_prompts(prompts_per_combination)]
+    prompts = [prompt for _, prompt in held_out_prompts(PROMPTS_PER_COMBINATION)]
     (folder / "prompts.txt").write_text("\n".join(prompts) + "\n")
     cli(
         *("predict", "--config", STAGE2, "--ckpt_path", f"{RUN}/transformer/checkpoints/last.ckpt"),
@@ -175,7 +175,7 @@ def judge_generated(videos: list[str]) -> dict[str, float]:
 def judge_long(videos: list[str]) -> float:
     """How often the end of a long video, as long as a training clip, still shows the prompt's colour and shape."""
     kept = 0
-    for (clip, _), name in zip(held_out_prompts(1), videos, strict=True):
+    for (clip, _), name in zip(held_out_prompts(PROMPTS_PER_COMBINATION), videos, strict=True):
         end = read(
             read_frames(LONG / "videos" / name, range(LONG_FRAMES - FRAMES, LONG_FRAMES)).permute(0, 2, 3, 1).numpy()
         )
@@ -230,12 +230,12 @@ def demo() -> None:
     videos = steps.run(
         "generate",
         "Stage 2: generating videos of held-out prompts",
-        lambda: generate(precision, RUN, PROMPTS_PER_COMBINATION, FRAMES),
+        lambda: generate(precision, RUN, FRAMES),
     )
     long = steps.run(
         "generate_long",
         f"Stage 2: generating videos of {LONG_FRAMES} frames, from a model that was trained on {FRAMES}",
-        lambda: generate(precision, LONG, 1, LONG_FRAMES),
+        lambda: generate(precision, LONG, LONG_FRAMES),
     )
     real = steps.run("judge_real", "Asking the oracle about real clips", judge_real)
     generated = steps.run("judge_generated", "Asking the oracle about the videos", lambda: judge_generated(videos))

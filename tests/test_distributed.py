@@ -26,6 +26,8 @@ TWO = ["--trainer.devices=2", "--data.batch_size=4"]
 ONE = ["--trainer.devices=1", "--data.batch_size=4", "--trainer.accumulate_grad_batches=2"]
 """Two batches a step, as two ranks take."""
 TENSOR = [*SHARDED, *ONE, "--trainer.devices=2", "--trainer.strategy.tensor_parallel_size=2"]
+ADAMW = '--model.optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": 4e-3}}'
+"""In place of Muon, whose steps are products in bfloat16."""
 PROMPTS = '["a red circle", "a large blue square moves left"]'
 
 
@@ -95,7 +97,7 @@ def road(finished_road, tmp_path_factory) -> Road:
 @pytest.fixture(scope="module")
 def runs(road) -> SimpleNamespace:
     """The transformer: one process, two with the whole model each, two that share it."""
-    flags = ["--model.caption_dropout=0"]  # each rank draws for itself who drops the caption
+    flags = ["--model.caption_dropout=0", "--model.corruption=0", ADAMW]  # each rank draws for itself what it spoils
     road.main(*command(road, "transformer", "one", *flags, *ONE))
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     ddp = ["-c", str(ROOT / "configs/cluster/ddp.yaml")]
@@ -113,8 +115,15 @@ def test_the_losses_of_two_processes_are_those_of_one(road, runs, name):
     assert losses(road.run / name / "losses", 2) == pytest.approx(runs.one, abs=1e-4)
 
 
-ADAMW = '--model.optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": 4e-3}}'
-"""In place of Muon, whose steps are products in bfloat16."""
+def test_muon_in_shares(road, runs):
+    """The recipe's own optimizer, whose products of whole matrices need what other ranks hold."""
+    flags = [flag for flag in runs.flags if flag != ADAMW]
+    road.main(*command(road, "transformer", "muon-one", *flags, *ONE), "--trainer.max_steps=6")
+    done = launch(road, [*command(road, "transformer", "muon-fsdp", *flags, *SHARDED, *TWO), "--trainer.max_steps=6"])
+    assert done.returncode == 0, done.stderr
+    alone, shared = losses(road.run / "muon-one/losses", 1), losses(road.run / "muon-fsdp/losses", 2)
+    assert len(alone) == 12
+    assert shared == pytest.approx(alone, abs=1e-3)
 
 
 @pytest.fixture(scope="module")
