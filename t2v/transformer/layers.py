@@ -244,12 +244,8 @@ def _causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int, chunk: int =
         whole = window
     if n <= whole:
         return _attend(q, k, v, causal=True)
-    if torch.compiler.is_compiling() and (q.is_cuda or not torch.is_grad_enabled()):  # no backward pass on the CPU
-
-        def band(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (query >= key) & (query - key < window)
-
-        return flex_attention(q, k, v, block_mask=create_block_mask(band, None, None, n, n, q.device), enable_gqa=True)
+    if torch.compiler.is_compiling() and q.is_cuda:  # on the CPU, compiled with projections, it is wrong (torch 2.14)
+        return _band_attention(q, k, v, window)
     chunks = []
     for start in range(0, n, chunk):
         stop, first = min(start + chunk, n), max(start - window + 1, 0)
@@ -257,3 +253,13 @@ def _causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int, chunk: int =
         mask = (distance >= 0) & (distance < window)
         chunks.append(_attend(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], mask=mask))
     return torch.cat(chunks, dim=2)
+
+
+def _band_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """The same in a fused kernel, which only torch.compile makes fast; blocks outside the band are left out."""
+    n = q.shape[2]
+
+    def band(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (query - key < window)
+
+    return flex_attention(q, k, v, block_mask=create_block_mask(band, None, None, n, n, q.device), enable_gqa=True)

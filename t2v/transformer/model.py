@@ -43,6 +43,8 @@ from t2v.transformer.layers import (
 from t2v.transformer.rope import Rotation, raster, rotation, split_head
 
 _recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # there is no dropout
+_SHAPES = 64
+"""Most kinds of input, such as lengths of clips, for which layers are compiled."""
 TextKeysValues = tuple[Float[Tensor, "b heads l c"], Float[Tensor, "b heads l c"]]
 
 
@@ -386,6 +388,8 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
 
     def compile_layers(self) -> None:
         """Compiles what `forward` does in the layers, once for every shape of clips; captions may be of any length."""
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, _SHAPES)  # beyond it, layers run as if not compiled
         for block in self.blocks:
             block.compile(dynamic=False)  # in place, so that the names of the weights stay as they are
 

@@ -9,6 +9,7 @@ from t2v.batch import TextEmbedding
 from t2v.errors import UserError
 from t2v.transformer import layers
 from t2v.transformer.model import VideoTransformer
+from t2v.transformer.rope import raster, rotation
 
 
 def tiny(**changes) -> VideoTransformer:
@@ -186,12 +187,34 @@ def test_compiled_layers_learn_as_plain_ones_and_captions_of_any_length_take_no_
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
-def test_the_compiled_band_equals_the_chunked_one():
-    attend = layers._causal_attention
+def test_clips_of_many_lengths_are_all_compiled():
+    model, text, known = tiny(spatial_layers=1, temporal_layers=0), texts(), []
+    with torch._dynamo.config.patch(recompile_limit=1), torch.inference_mode():
+        model.compile_layers()
+        for frames in (1, 2):
+            model(torch.randint(0, 24, (1, frames, 2, 2)), text)
+            known.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert known[1] == known[0] + 1
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_layers_validate_as_plain_ones(dtype):
+    """Of long clips too, whose attention goes by chunks."""
+    attention = layers.SelfAttention(32, 4, 2, qk_norm=True)
+    turn = rotation(raster(0, 320, 8, 8, torch.device("cpu")), (8, 0, 0), 100.0)
+    x = torch.randn(2, 320, 32)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        made = torch.compile(attention, dynamic=False)(x, turn, 300)
+        plain = attention(x, turn, 300)
+    torch.testing.assert_close(made, plain, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=0)
+
+
+def test_the_band_equals_the_chunks():
     q, k, v = (torch.randn(1, heads, 160, 16) for heads in (4, 2, 2))
     with torch.inference_mode():
-        made = torch.compile(attend, dynamic=False)(q, k, v, 48)
-    torch.testing.assert_close(made, attend(q, k, v, 48, chunk=32))
+        made = layers._band_attention(q, k, v, 48)
+    torch.testing.assert_close(made, layers._causal_attention(q, k, v, 48, chunk=32))
 
 
 @pytest.mark.parametrize("window", [300, 1000])
