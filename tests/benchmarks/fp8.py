@@ -7,11 +7,12 @@ The last two columns of the table are what must hold: a loss within 2 % of bfloa
 step.
 
 Validation is on the last shard of `tokens/train`, which training does without: clips never seen, of combinations that
-were. On the demo's own validation set, of combinations never seen, losses differ by chance far more than by precision.
+were. Seeds differ too, so that several tell more than one: after the rows comes a line with their mean.
 """
 
 import contextlib
 import io
+import itertools
 import json
 import statistics
 import tempfile
@@ -64,15 +65,15 @@ class Watch(Callback):
 
 def compare(
     steps: int = 1000,
-    seed: int = 0,
+    seeds: list[int] = [0],  # noqa: B006
     only: list[str] = list(_PRECISIONS),  # noqa: B006
 ) -> None:
     """Trains in each precision and prints a table.
 
     Args:
         steps: training steps of each run; the learning rate's schedule spans them.
-        seed: of first weights and batches.
-        only: which rows; the first is what the others are compared with.
+        seeds: of first weights and batches; each precision trains once with each.
+        only: which precisions; the first is what the others are compared with.
     """
     demo = Path("runs/demo").absolute()
     with tempfile.TemporaryDirectory() as folder:
@@ -81,27 +82,29 @@ def compare(
             demo, changes = _small_demo(Path(folder)), {"vocab_size": 32, "grid_size": 4}
         print(f"{steps} steps, tokens of {demo}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
         print(
-            "| precision | s a step (median) | s in all | largest gradient norm | validation loss | beside | finite |"
+            "| precision | seed | s a step (median) | s in all | largest gradient norm | val/loss | beside | finite |"
         )
-        print("|---|---|---|---|---|---|---|", flush=True)
-        first = 0.0
-        for name in only:
+        print("|---|---|---|---|---|---|---|---|", flush=True)
+        losses: dict[str, list[float]] = {name: [] for name in only}
+        for seed, name in itertools.product(seeds, only):
             overlay = _overlay(demo, folder, steps, changes, _PRECISIONS[name])
             start = time.perf_counter()
             with contextlib.redirect_stdout(io.StringIO()):
                 shipped = ["-c", str(ROOT / "configs/transformer/shapes.yaml")]
                 trainer = main(["fit", *shipped, "-c", json.dumps(overlay), "--seed_everything", str(seed)]).trainer
-            loss = trainer.callback_metrics["val/loss"].item()
-            first = first or loss
+            losses[name].append(trainer.callback_metrics["val/loss"].item())
             (watch,) = (
                 callback for callback in trainer.callbacks if type(callback).__name__ == "Watch"
             )  # not __main__'s
             print(
-                f"| {name} | {statistics.median(watch.seconds):.2f} | {time.perf_counter() - start:.0f} | "
-                f"{watch.largest:.2f} | {loss:.4f} | {loss / first - 1:+.2%} | "
+                f"| {name} | {seed} | {statistics.median(watch.seconds):.2f} | {time.perf_counter() - start:.0f} | "
+                f"{watch.largest:.2f} | {losses[name][-1]:.4f} | {losses[name][-1] / losses[only[0]][-1] - 1:+.2%} | "
                 f"{watch.finite} of {trainer.global_step} |",
                 flush=True,
             )
+        means = {name: statistics.mean(found) for name, found in losses.items()}
+        print("\nmean of the seeds: ", end="")
+        print(", ".join(f"{name} {mean:.4f} ({mean / means[only[0]] - 1:+.2%})" for name, mean in means.items()))
 
 
 def _overlay(demo: Path, folder: str, steps: int, changes: dict[str, int], precision: dict[str, Any]) -> dict[str, Any]:
@@ -134,7 +137,8 @@ def _overlay(demo: Path, folder: str, steps: int, changes: dict[str, int], preci
 def _known_and_new(tokens: Path) -> dict[str, str]:
     """Shards to train on, and the last one of the same folder to validate on; the only one is for both."""
     *others, last = sorted(tokens.glob("*.tar"))
-    return {"train": str(tokens / f"*[!{last.stem[-1]}].tar") if others else str(last), "val": str(last)}
+    train = [str(path) for path in others or [last]]
+    return {"train": f"{{{','.join(train)}}}" if others[1:] else train[0], "val": str(last)}
 
 
 def _small_demo(folder: Path) -> Path:
