@@ -141,7 +141,10 @@ class VQVAE(
     def encode(self, video: Float[Tensor, "b t c height width"]) -> Int[Tensor, "b t h w"]:
         """Tokenises a video in [-1, 1], in whatever mode the module is (call `eval()` to leave the codebook alone)."""
         if not (self.training or self.quantizer.ready):
-            raise UserError("The codebook of this VQ-VAE was never trained, so it has no tokens: load a checkpoint.")
+            raise UserError(
+                "The codebook of this VQ-VAE was never trained, so it has no tokens: load a checkpoint, of a run that "
+                "went beyond model.quantize_from_step."
+            )
         vectors = self._encode(video)
         indices = self.quantizer(rearrange(vectors, "b t h w c -> (b t) (h w) c")).indices
         return rearrange(indices, "(b t) (h w) -> b t h w", b=len(video), h=vectors.shape[2])
