@@ -35,9 +35,9 @@ from callbacks.checkpoint import FinalCheckpoint
 from callbacks.seeding import StepSeed
 from callbacks.signals import StopOnSignal, Stopped
 from callbacks.summary import RunSummary
-from t2v.checkpoint import MARKER
+from t2v.checkpoints.storage import MARKER
 from t2v.errors import UserError
-from t2v.sharding import FolderCheckpointIO, ShardedStrategy
+from t2v.training.sharding import FolderCheckpointIO, ShardedStrategy
 
 STAGES = {"t2v.vqvae": "stage 1, the video tokenizer", "t2v.transformer": "stage 2, the transformer"}
 SILENCED = (
@@ -80,7 +80,7 @@ class PlanningTrainer(Trainer):
             memory: Of one device, in GB.
             tflops: TFLOP/s that one device reaches; without it no times are told.
         """
-        from t2v.planner import report
+        from t2v.training.planner import report
 
         print(report(model, datamodule, trainer=self, memory=memory, tflops=tflops))
 
@@ -196,7 +196,7 @@ class T2VCLI(LightningCLI):
         if type(strategy) is ModelParallelStrategy and strategy._save_distributed_checkpoint:
             raise UserError(
                 "trainer.strategy=ModelParallelStrategy writes a sharded checkpoint over the last one, and a run that "
-                f"is killed meanwhile has none: take t2v.sharding.{ShardedStrategy.__name__}, as in "
+                f"is killed meanwhile has none: take t2v.training.sharding.{ShardedStrategy.__name__}, as in "
                 "configs/cluster/fsdp.yaml, or set save_distributed_checkpoint: false."
             )
         return trainer

@@ -25,9 +25,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from cli import main
-from data.oracle import Answer, read, read_clip
-from data.shapes import FRAMES, held_out_prompts
-from t2v.compilation import compile_error
+from data.examples.oracle import Answer, read, read_clip
+from data.examples.shapes import FRAMES, held_out_prompts
+from t2v.generation.compilation import compile_error
 from t2v.video import read_frames
 
 RUN = Path("runs/demo")
@@ -124,7 +124,7 @@ def fastest_precision() -> str:
 
 def prepare() -> None:
     """Captioned mp4 files, and shards of them."""
-    tool("-m", "data.shapes", f"{RUN}/clips")
+    tool("-m", "data.examples.shapes", f"{RUN}/clips")
     for part in ("train", "val"):
         tool("-m", "data.prepare", f"{RUN}/clips/{part}", f"{RUN}/shards/{part}")
 

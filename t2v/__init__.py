@@ -3,8 +3,8 @@
 from importlib import import_module
 
 _HOMES = {
-    "LitVQVAE": "t2v.vqvae.lightning",
-    "LitVideoTransformer": "t2v.transformer.lightning",
+    "LitVQVAE": "t2v.training.vqvae",
+    "LitVideoTransformer": "t2v.training.transformer",
     "TextToVideo": "t2v.generation.text_to_video",
     "VQVAE": "t2v.vqvae.model",
     "VideoTransformer": "t2v.transformer.model",

@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises, and how a command tells it."""
+"""The exception for a user's mistake, and how a command reports it."""
 
 import sys
 from collections.abc import Callable
@@ -6,26 +6,28 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """A mistake of the user's, told in one sentence.
+    """A mistake of the user's, reported in one sentence.
 
     The message names the value, the limit, the likely cause and what to change. Commands print it without a traceback
     and exit with status 2.
     """
 
 
-def run_tool(function: Callable[..., Any]) -> None:
-    """Run a typed function as a command: its signature is the flags, its docstring is the help.
+def run_tool(commands: Callable[..., Any] | dict[str, Callable[..., Any]], program: str | None = None) -> None:
+    """Run typed functions as a command: the signature gives the flags, the docstring gives the help.
 
     Args:
-        function: what the command does; its required arguments are positional on the command line.
+        commands: One function, or several as subcommands by name; required arguments are positional on the command
+            line.
+        program: Name of the command in its help; by default the name of the script.
 
     Raises:
-        SystemExit: with status 2, after one line on stderr, where the function raises a `UserError`.
+        SystemExit: With status 2, after one line on stderr, if the function raises a `UserError`.
     """
     from jsonargparse import auto_cli
 
     try:
-        auto_cli(function)
+        auto_cli(commands, **({"prog": program} if program else {}))  # type: ignore[arg-type]
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None

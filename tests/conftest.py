@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, a proce
 
 import torch
 
-from tests.road import Road
+from tests.support.road import Road
 
 
 @pytest.fixture(autouse=True)

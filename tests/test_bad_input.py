@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
+from data.examples.shapes import make_shapes
 from data.prepare import prepare
-from data.shapes import make_shapes
 from data.shards import ShardSet
 from t2v.errors import run_tool
 from t2v.video import write_mp4

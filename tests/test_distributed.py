@@ -13,12 +13,12 @@ import yaml
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import cli
-from t2v.checkpoint import MARKER, put, read_checkpoint
+from t2v.__main__ import export
+from t2v.checkpoints.storage import MARKER, put, read_checkpoint
 from t2v.errors import UserError
-from t2v.export import export
-from t2v.vqvae.checkpoint import load_vqvae
-from tests.recorder import losses
-from tests.road import ROOT, Road, differences, training_state
+from t2v.vqvae.loading import load_vqvae
+from tests.support.recorder import losses
+from tests.support.road import ROOT, Road, differences, training_state
 
 STEPS = 20
 SHARDED = ["-c", str(ROOT / "configs/cluster/fsdp.yaml"), "--trainer.precision=32-true"]
@@ -46,7 +46,7 @@ def command(road: Road, stage: str, name: str, *flags: str) -> list[str]:
             },
         },
         {"class_path": "callbacks.EMA", "init_args": {"decay": 0.5}},
-        {"class_path": "tests.recorder.Losses", "init_args": {"folder": str(run / "losses")}},
+        {"class_path": "tests.support.recorder.Losses", "init_args": {"folder": str(run / "losses")}},
     ]
     config = road.folder / f"{name}.yaml"
     trainer = {"callbacks": callbacks, "max_steps": STEPS, "limit_val_batches": 0, "logger": False}
@@ -165,7 +165,7 @@ def test_a_sharded_checkpoint_holds_what_one_process_has(road, runs, together, o
 
 def test_a_signal_to_one_of_two_ranks_stops_both_and_resuming_changes_nothing(road, runs):
     """Two ranks go on from step 12, are stopped in the middle of step 16, and one rank does the rest."""
-    killer = ["--trainer.callbacks+=tests.killer.Killer", "--trainer.callbacks.step=15"]
+    killer = ["--trainer.callbacks+=tests.support.killer.Killer", "--trainer.callbacks.step=15"]
     killer += ["--trainer.callbacks.name=SIGTERM", "--trainer.callbacks.rank=1"]
     resumed = command(road, "transformer", "again", *runs.flags, *SHARDED, *TWO, *killer)
     done = launch(road, [*resumed, f"--ckpt_path={at(road, 'fsdp', 12)}"])
@@ -243,7 +243,7 @@ def test_work_that_cannot_be_shared_is_refused(road, stage, devices, together, m
 
 
 def test_discriminators_are_refused_in_shares(road, capsys):
-    adversarial = "--model.adversarial=t2v.vqvae.losses.AdversarialLoss"
+    adversarial = "--model.adversarial=t2v.losses.AdversarialLoss"
     with pytest.raises(SystemExit):
         road.cli("fit", "vqvae", *SHARDED, "--trainer.devices=1", adversarial)
     assert "take configs/cluster/ddp.yaml in place of configs/cluster/fsdp.yaml" in capsys.readouterr().err
@@ -253,7 +253,7 @@ def test_checkpoints_that_are_written_over_each_other_are_refused(road, capsys):
     lightnings_own = '--trainer.strategy={"class_path": "ModelParallelStrategy"}'
     with pytest.raises(SystemExit):
         road.cli("fit", "transformer", lightnings_own, "--trainer.devices=1")
-    assert "take t2v.sharding.ShardedStrategy" in capsys.readouterr().err
+    assert "take t2v.training.sharding.ShardedStrategy" in capsys.readouterr().err
 
 
 def sharded(folder: Path, name: str, step: int) -> Path:

@@ -128,7 +128,7 @@ def test_prompts_become_videos_on_a_page(copy_road):
 def test_two_processes_train_the_vqvae_with_discriminators(finished_road, tmp_path):
     """Every parameter must get a gradient in every step, before the codebook and the discriminators begin too."""
     flags = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=6", "--data.batch_size=4"]
-    flags += ["--model.adversarial=t2v.vqvae.losses.AdversarialLoss", "--model.adversarial.start_step=4"]
+    flags += ["--model.adversarial=t2v.losses.AdversarialLoss", "--model.adversarial.start_step=4"]
     flags += ["--model.adversarial.channels=4", "--model.adversarial.layers=1", "--model.quantize_from_step=2"]
     flags += [f"--data.{split}={finished_road.run / 'shards' / split}" for split in ("train", "val")]
     made = subprocess.run(

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.road import ROOT, differences, resumable, training_state
+from tests.support.road import ROOT, differences, resumable, training_state
 
 
 @pytest.mark.parametrize("stage", ["vqvae", "transformer"])
@@ -25,7 +25,7 @@ def test_a_killed_run_ends_as_one_that_was_never_stopped(copy_road, stage, capfd
             sys.executable,
             ROOT / "cli.py",
             *fit,
-            "--trainer.callbacks+=tests.killer.Killer",
+            "--trainer.callbacks+=tests.support.killer.Killer",
             "--trainer.callbacks.step=5",
         ],
         cwd=road.folder,

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from tests.road import ROOT, differences, resumable, training_state
+from tests.support.road import ROOT, differences, resumable, training_state
 
 SLURM = {
     "SLURM_JOB_ID": "1234",
@@ -34,7 +34,7 @@ def test_a_stopped_run_ends_as_one_that_was_never_stopped(copy_road, tmp_path, s
     scontrol.parent.mkdir()
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/requeued\n')
     scontrol.chmod(0o755)
-    killer = ["+=tests.killer.Killer", ".step=4", f".name={name}"]
+    killer = ["+=tests.support.killer.Killer", ".step=4", f".name={name}"]
     flags = [f"--trainer.callbacks{option}" for option in killer]
     stopped = subprocess.run(
         [sys.executable, ROOT / "cli.py", *fit, *flags],

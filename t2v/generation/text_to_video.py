@@ -14,19 +14,19 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from t2v.batch import TextEmbedding
-from t2v.checkpoint import read_checkpoint
+from t2v.checkpoints.storage import read_checkpoint
 from t2v.errors import UserError
 from t2v.generation.config import from_config, to_config
 from t2v.generation.decode import generate_frames
+from t2v.generation.quantization import Weights, convert
 from t2v.generation.sampling import Sampler
 from t2v.generation.schedules import Schedule
-from t2v.precision.weights import Weights, convert
 from t2v.text import TextEncoder
 from t2v.transformer.model import VideoTransformer
-from t2v.vqvae.checkpoint import load_vqvae
+from t2v.vqvae.loading import load_vqvae
 from t2v.vqvae.model import VQVAE, to_model_range, to_uint8
 
-FORMAT = 1
+FORMAT = 2
 """Of the folder; a change that older code cannot read raises it."""
 SETTINGS = "text_to_video.json"
 PARTS = ("transformer", "vqvae")
@@ -214,12 +214,12 @@ class TextToVideo:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, weights: Weights = "full") -> "TextToVideo":
-        """Reads what `save_pretrained` or `python -m t2v.export` wrote. No code comes from the folder.
+        """Reads what `save_pretrained` or `python -m t2v export` wrote. No code comes from the folder.
 
         Args:
             folder: where it is.
             weights: how the transformer's are kept: as they were trained, or in 8 or 4 bits (see
-                `t2v.precision.weights`).
+                `t2v.generation.quantization`).
 
         Raises:
             UserError: if something is missing, damaged or of another version, the parts do not fit each other, or there
@@ -229,7 +229,7 @@ class TextToVideo:
         if missing := [name for name in FILES if not (folder / name).is_file()]:
             raise UserError(
                 f"'{folder}' is no exported model, since it has no {', '.join(missing)}: give a folder that "
-                "`python -m t2v.export` wrote."
+                "`python -m t2v export` wrote."
             )
         part = SETTINGS
         try:
@@ -249,7 +249,7 @@ class TextToVideo:
             raise
         except Exception as error:
             raise UserError(
-                f"'{folder / part}' is damaged, or not written by `python -m t2v.export` ({_reason(error)}): export "
+                f"'{folder / part}' is damaged, or not written by `python -m t2v export` ({_reason(error)}): export "
                 "the model again."
             ) from error
         convert(transformer, weights)

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from t2v.checkpoints.pretrained import MobileNet, Protocol, load_torchvision
 from t2v.errors import UserError
 from t2v.metrics.metric import Video
-from t2v.pretrained import MobileNet, Protocol, load_torchvision
 
 
 class ClipFeatures(nn.Module, ABC):

@@ -7,9 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from t2v.checkpoints.pretrained import Protocol
 from t2v.metrics.features import ClipFeatures
 from t2v.metrics.metric import Video, VideoMetric
-from t2v.pretrained import Protocol
 
 
 class FrechetVideoDistance(VideoMetric, FrechetInceptionDistance):

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torchmetrics import Metric
 
-from t2v.pretrained import Protocol
+from t2v.checkpoints.pretrained import Protocol
 
 Video = Float[Tensor, "b t c h w"]
 

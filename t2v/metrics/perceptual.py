@@ -2,9 +2,9 @@
 
 import torch
 
+from t2v.checkpoints.pretrained import Protocol
+from t2v.losses.perceptual import CHUNK, PerceptualLoss
 from t2v.metrics.metric import MeanVideoMetric, Video
-from t2v.pretrained import Protocol
-from t2v.vqvae.losses.perceptual import CHUNK, PerceptualLoss
 
 
 class PerceptualDistance(MeanVideoMetric):

@@ -1,8 +1,8 @@
 """Temporal quality of a reconstruction."""
 
-from t2v.flow import DISFlow, OpticalFlow, warp
+from t2v.checkpoints.pretrained import Protocol
 from t2v.metrics.metric import MeanVideoMetric, Video
-from t2v.pretrained import Protocol
+from t2v.video.flow import DISFlow, OpticalFlow, warp
 
 
 class Flicker(MeanVideoMetric):
@@ -33,7 +33,7 @@ class WarpError(MeanVideoMetric):
     def __init__(self, flow: OpticalFlow | None = None):
         """
         Args:
-            flow: estimates the motion of the footage; `t2v.flow.DISFlow` by default.
+            flow: estimates the motion of the footage; `t2v.video.flow.DISFlow` by default.
         """
         super().__init__()
         self.flow = flow or DISFlow()

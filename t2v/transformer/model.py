@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from t2v.batch import TextEmbedding
+from t2v.checkpoints.hub import HubModel
 from t2v.errors import UserError
-from t2v.hub import HubModel
 from t2v.transformer.layers import (
     CrossAttention,
     KVCache,

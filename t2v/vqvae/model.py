@@ -21,8 +21,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from t2v.checkpoints.hub import HubModel
 from t2v.errors import UserError
-from t2v.hub import HubModel
 from t2v.vqvae.layers import CausalTemporalBlock, ChannelNorm, Downsample, ResBlock, Upsample
 from t2v.vqvae.quantizer import Quantizer, VectorQuantizer
 

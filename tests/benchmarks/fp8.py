@@ -24,11 +24,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from cli import main
-from t2v.compilation import compile_error
 from t2v.errors import run_tool
-from tests.road import ROOT, Road
+from t2v.generation.compilation import compile_error
+from tests.support.road import ROOT, Road
 
-PLUGIN = "t2v.precision.Float8Precision"
+PLUGIN = "t2v.training.Float8Precision"
 _PRECISIONS: dict[str, dict[str, Any]] = {
     "bf16-mixed": {"precision": "bf16-mixed"},
     **{

@@ -37,9 +37,9 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from data.datasets import TokenClip, TokenClips, VideoClip, VideoClips
+from data.examples.shapes import ShapeClip, render
 from data.modules import ShardDataModule, TokenDataModule, VideoDataModule
 from data.plan import Plan
-from data.shapes import ShapeClip, render
 from data.shards import ShardWriter
 from t2v.errors import run_tool
 from t2v.video import encode_mp4, resize_and_crop

@@ -25,8 +25,9 @@ from torch import nn
 
 from t2v.batch import TextEmbedding
 from t2v.errors import run_tool
-from t2v.optimization import parameter_groups
-from t2v.planner.budget import (
+from t2v.losses.tokens import token_loss
+from t2v.training.optimization import parameter_groups
+from t2v.training.planner.budget import (
     Generation,
     OptimizerBytes,
     decode,
@@ -36,7 +37,6 @@ from t2v.planner.budget import (
     transformer_step,
     types,
 )
-from t2v.transformer.loss import token_loss
 from t2v.transformer.model import VideoTransformer
 from t2v.vqvae.model import VQVAE
 

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from jaxtyping import UInt8
 from torch import Tensor
 
-from t2v import video
 from t2v.video import encode_mp4, read_frames
+from t2v.video import reading as video
 
 FRAMES = 64
 ACCESSES = {"all frames": range(FRAMES), "a window of 16": range(24, 40), "every fourth": range(0, FRAMES, 4)}

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from cli import main
 from data import VideoDataModule
-from data.footage import copy_footage
+from data.examples.footage import copy_footage
 from data.prepare import prepare
 from t2v.errors import UserError, run_tool
+from t2v.losses import LPIPSLoss, MobileNetLoss
 from t2v.metrics import PerceptualDistance
-from t2v.vqvae.lightning import LitVQVAE
-from t2v.vqvae.losses import LPIPSLoss, MobileNetLoss
+from t2v.training.vqvae import LitVQVAE
 from t2v.vqvae.model import VQVAE, to_model_range
 from tests.benchmarks.baselines import count_parameters, like_llamagen, like_videogpt
 from tests.benchmarks.h264 import H264, find_crf
@@ -39,7 +39,7 @@ RECIPE = Path(__file__).parents[2] / "configs/vqvae/footage.yaml"
 MODELS = ("ours", "llamagen", "videogpt", "h264")
 PERCEPTUAL = {
     "class_path": "t2v.metrics.PerceptualDistance",
-    "init_args": {"term": {"class_path": "t2v.vqvae.losses.MobileNetLoss"}},
+    "init_args": {"term": {"class_path": "t2v.losses.MobileNetLoss"}},
 }
 WARMUP, MEASURED = 4, 8
 """Steps that are run, and then timed, to know how long one takes."""
@@ -353,7 +353,7 @@ def _write_overlay(path: Path, contender: Contender, protocol: Protocol, max_ste
 
 
 def _loss(name: str, **arguments: float) -> dict[str, Any]:
-    return {"class_path": f"t2v.vqvae.losses.{name}", "init_args": arguments}
+    return {"class_path": f"t2v.losses.{name}", "init_args": arguments}
 
 
 def _perceptual_loss() -> dict[str, Any]:

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from t2v.batch import TextEmbedding
 from t2v.errors import run_tool
-from t2v.transformer.loss import token_loss
+from t2v.losses.tokens import token_loss
 from t2v.transformer.model import VideoTransformer
 
 VOCABULARY, WIDTH, HEADS, KV_HEADS, TEXT = 16384, 768, 12, 4, 384

@@ -19,10 +19,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from data.footage import copy_footage
+from data.examples.footage import copy_footage
 from data.prepare import prepare
 from t2v.errors import run_tool
-from t2v.vqvae.losses import L1Loss, L2Loss, LossTerm, MobileNetLoss, TemporalDifferenceLoss
+from t2v.losses import L1Loss, L2Loss, LossTerm, MobileNetLoss, TemporalDifferenceLoss
 from t2v.vqvae.model import VQVAE
 from t2v.vqvae.quantizer import VectorQuantizer
 
@@ -36,11 +36,11 @@ model:
   init_args:
     model: {init_args: {latent_patch_size: 2}}
     losses:
-      - class_path: t2v.vqvae.losses.L1Loss
-      - class_path: t2v.vqvae.losses.L2Loss
-      - class_path: t2v.vqvae.losses.TemporalDifferenceLoss
+      - class_path: t2v.losses.L1Loss
+      - class_path: t2v.losses.L2Loss
+      - class_path: t2v.losses.TemporalDifferenceLoss
         init_args: {weight: 0.5}
-      - class_path: t2v.vqvae.losses.MobileNetLoss
+      - class_path: t2v.losses.MobileNetLoss
         init_args: {weight: 0.1, frames: 4}
 data: {init_args: {crop: 1.0, flip: false, frames: 2, fps: 8, batch_size: 8}}
 """

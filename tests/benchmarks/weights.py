@@ -19,14 +19,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from data.oracle import Answer, read
-from data.shapes import held_out_prompts
+from data.examples.oracle import Answer, read
+from data.examples.shapes import held_out_prompts
 from t2v.batch import TextEmbedding
 from t2v.errors import run_tool
 from t2v.generation.decode import generate_frames
+from t2v.generation.quantization import Fp8Linear, Weights, convert, stored_bytes
 from t2v.generation.sampling import Sampler
 from t2v.generation.text_to_video import TextToVideo
-from t2v.precision.weights import Fp8Linear, Weights, convert, stored_bytes
 from t2v.transformer.model import VideoTransformer
 from t2v.vqvae.model import to_uint8
 from tests.benchmarks.decode import TOKENS, ours, seconds, text

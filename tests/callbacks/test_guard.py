@@ -13,7 +13,7 @@ from callbacks.guard import NaNGuard
 from t2v import VQVAE, LitVQVAE
 from t2v.batch import VideoBatch
 from t2v.errors import UserError
-from t2v.vqvae.losses import AdversarialLoss, L1Loss
+from t2v.losses import AdversarialLoss, L1Loss
 from t2v.vqvae.quantizer import VectorQuantizer
 
 CLIPS = 12

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from callbacks.throughput import Throughput
 from t2v.batch import TextEmbedding, TokenBatch, VideoBatch
 from t2v.errors import UserError
-from t2v.transformer.loss import token_loss
+from t2v.losses.tokens import token_loss
 from t2v.transformer.model import VideoTransformer
 
 CLIPS, FRAMES, GRID = 4, 3, 2

@@ -10,7 +10,7 @@ from PIL import Image
 
 from data.inspect import inspect
 from t2v.errors import UserError
-from tests.data.corpus import corrupted_corpus
+from tests.support.corpus import corrupted_corpus
 
 
 def table(printed):

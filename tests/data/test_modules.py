@@ -8,7 +8,7 @@ import data
 from data.plan import Bucket
 from t2v.errors import UserError
 from t2v.video import encode_mp4
-from tests.data.corpus import corrupted_corpus
+from tests.support.corpus import corrupted_corpus
 
 
 class Recorder(LightningModule):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data.footage import copy_footage
+from data.examples.footage import copy_footage
 from data.prepare import prepare
 from data.shards import ShardSet
 from t2v.errors import UserError

@@ -12,7 +12,7 @@ import torch
 from data.shards import ShardSet, ShardWriter
 from t2v.errors import UserError
 from t2v.video import encode_mp4, probe
-from tests.data.corpus import corrupted_corpus
+from tests.support.corpus import corrupted_corpus
 
 
 def names(folder):

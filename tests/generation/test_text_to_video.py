@@ -180,7 +180,7 @@ def rewrite(folder: Path, **changes) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, r"has format 2, written by t2v .*, which reads format 1"),
+        ({"format": 1}, r"has format 1, written by t2v .*, which reads format 2"),
         ({"sampler": {"class_path": "subprocess.Popen", "init_args": {"args": "ls"}}}, "subprocess.Popen is no known"),
         ({"sampler": {"class_path": "t2v.generation.Linear", "init_args": {}}}, "Linear is no known Sampler"),
         ({"text_encoder": {"class_path": "t2v.text.TextEncoder"}}, "t2v.text.MiniLMTextEncoder"),

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from t2v.losses import MobileNetLoss
 from t2v.metrics import PerceptualDistance
-from t2v.vqvae.losses import MobileNetLoss
 
 
 def test_the_mean_over_all_frames_of_all_batches_and_ranks():

@@ -15,7 +15,7 @@ import threading
 from pathlib import Path
 
 from t2v.errors import run_tool
-from tests.road import ROOT, Road, differences, resumable, training_state
+from tests.support.road import ROOT, Road, differences, resumable, training_state
 
 
 def soak(kills: int = 20, steps: int = 600, longest: float = 3.0, seed: int = 0) -> None:

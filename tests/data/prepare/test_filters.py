@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from data.examples.shapes import SIZES, SPEEDS, ShapeClip, render
 from data.prepare.filters import (
     HASH_BITS,
     Duplicates,
@@ -14,7 +15,6 @@ from data.prepare.filters import (
     refuse_clip,
     refuse_video,
 )
-from data.shapes import SIZES, SPEEDS, ShapeClip, render
 from t2v.errors import UserError
 from t2v.video import VideoInfo, encode_mp4, read_frames
 

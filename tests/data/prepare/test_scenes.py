@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from data.examples.shapes import ShapeClip, render
 from data.prepare.scenes import scenes
-from data.shapes import ShapeClip, render
 from t2v.errors import UserError
 from t2v.video import DecodeError, stream_frames, write_mp4
 

@@ -1,0 +1,1 @@
+"""Model weights on disk: training checkpoints, exported folders, and networks trained by others."""

@@ -1,0 +1,161 @@
+"""Training, validation and tokenising of the VQ-VAE."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+
+from t2v.batch import VideoBatch
+from t2v.errors import UserError
+from t2v.losses import AdversarialLoss, LossTerm
+from t2v.metrics import CodebookUsage, Flicker, VideoMetric
+from t2v.training.optimization import configure_optimization
+from t2v.training.sharding import shard
+from t2v.vqvae.model import VQVAE, to_model_range, to_uint8
+
+
+class LitVQVAE(LightningModule):
+    """Stage 1: trains a VQ-VAE on video, and turns video into tokens."""
+
+    def __init__(
+        self,
+        model: VQVAE,
+        losses: list[LossTerm],
+        adversarial: AdversarialLoss | None = None,
+        metrics: list[VideoMetric] | None = None,
+        quantize_from_step: int = 0,
+        compiled: bool = False,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        warmup_steps: int = 0,
+    ):
+        """
+        Args:
+            model: the VQ-VAE.
+            losses: terms of the loss.
+            adversarial: discriminators to train beside the VQ-VAE, and their term.
+            metrics: what `validate` measures beside PSNR, SSIM, flicker and the use of the codebook.
+            quantize_from_step: train as a plain autoencoder until this step, then start the codebook by k-means.
+            compiled: compile the encoder and the decoder; on the CPU where it was measured it is slower.
+            optimizer: builds the optimizer from parameter groups.
+            warmup_steps: steps over which the learning rate rises; then it follows a cosine.
+        """
+        super().__init__()
+        self.model = model
+        self.adversarial = adversarial
+        # Not registered: their frozen networks stay out of checkpoints and averages.
+        self.losses = tuple(losses)
+        self.metrics = (Flicker(), *(metrics or []))
+        names = [metric.name for metric in self.metrics]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise UserError(f"model.metrics has {', '.join(sorted(twice))} twice, and only one could be logged.")
+        self.quantize_from_step = quantize_from_step
+        self.compiled = compiled
+        self.optimizer = optimizer
+        self.warmup_steps = warmup_steps
+        self.psnr = PeakSignalNoiseRatio(data_range=(-1.0, 1.0), dim=(1, 2, 3))
+        self.ssim = StructuralSimilarityIndexMeasure(data_range=(-1.0, 1.0))
+        self.codebook = CodebookUsage(model.codebook_size)
+
+    def setup(self, stage: str) -> None:
+        if self.compiled:  # in place, so that the names of the weights stay as they are
+            self.model.encoder.compile(dynamic=False)
+            self.model.decoder.compile(dynamic=False)
+
+    def configure_model(self) -> None:
+        """Shards the model where the strategy asks for it."""
+        if (mesh := self.device_mesh) is None:
+            return
+        if self.adversarial is not None:
+            raise UserError(
+                "model.adversarial has discriminators, which are not trained with a sharded model: take "
+                "configs/cluster/ddp.yaml in place of configs/cluster/fsdp.yaml, or leave model.adversarial out."
+            )
+        if (size := mesh["tensor_parallel"].size()) > 1:
+            raise UserError(
+                f"trainer.strategy.tensor_parallel_size={size} would have {size} devices do the same work, since a "
+                "VQ-VAE has nothing that they could share: leave it out."
+            )
+        self.model.to(memory_format=torch.contiguous_format)  # the only one that can be shared out
+        shard([self.model.encoder, self.model.decoder, self.model], mesh)
+
+    def training_step(self, batch: VideoBatch, batch_idx: int) -> Float[Tensor, ""]:
+        video = to_model_range(batch.video)
+        reconstruction, _, quantizer_loss = self.model(video, quantize=self.global_step >= self.quantize_from_step)
+        reconstruction = reconstruction.float()
+        terms = {term.name: term(reconstruction, video) for term in self.losses if self.global_step >= term.start_step}
+        loss = sum((term.weight * terms[term.name] for term in self.losses if term.name in terms), video.new_zeros(()))
+        terms["quantizer"] = quantizer_loss
+        total = loss + quantizer_loss
+        if self.adversarial is not None and self.global_step < self.adversarial.start_step:
+            total = total + self.adversarial.idle()
+        elif self.adversarial is not None:
+            terms["generator"] = self.adversarial.generator_loss(reconstruction, loss)
+            terms["discriminator"] = self.adversarial.discriminator_loss(reconstruction, video)
+            total = total + terms["generator"] + terms["discriminator"]
+        terms["loss"] = total
+        self.log_dict({f"train/{name}": x.detach() for name, x in terms.items()}, batch_size=len(video))
+        return total
+
+    def on_validation_epoch_start(self) -> None:
+        for metric in self.metrics:
+            metric.to(self.device)
+
+    def validation_step(self, batch: VideoBatch, batch_idx: int) -> None:
+        video = to_model_range(batch.video)
+        reconstruction, tokens, _ = self.model(video)
+        reconstruction = reconstruction.float().clamp(-1, 1)
+        loss = sum((term.weight * term(reconstruction, video) for term in self.losses), video.new_zeros(()))
+        self.log("val/loss", loss, batch_size=len(video), sync_dist=True)
+        frames, originals = reconstruction.flatten(0, 1), video.flatten(0, 1)
+        self.psnr.update(frames, originals)
+        self.ssim.update(frames, originals)
+        for metric in self.metrics:
+            metric.update(reconstruction, video)
+        if tokens is not None:
+            self.codebook.update(tokens)
+
+    def on_validation_epoch_end(self) -> None:
+        values: dict[str, Tensor] = {}
+        named = {metric.name: metric for metric in self.metrics}
+        for name, metric in {"psnr": self.psnr, "ssim": self.ssim, "codebook": self.codebook, **named}.items():
+            if not metric.update_called:  # the codebook, before it is started
+                continue
+            result = metric.compute()
+            values |= {f"{name}_{key}": x for key, x in result.items()} if isinstance(result, dict) else {name: result}
+            metric.reset()
+        self.log("val/psnr", values.pop("psnr"), prog_bar=True)
+        self.log_dict({f"val/{name}": x for name, x in values.items()})
+
+    def on_test_epoch_start(self) -> None:
+        self.on_validation_epoch_start()
+
+    def test_step(self, batch: VideoBatch, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self.on_validation_epoch_end()
+
+    def predict_step(self, batch: VideoBatch, batch_idx: int, dataloader_idx: int = 0) -> Int[Tensor, "b t h w"]:
+        """Tokenises clips."""
+        return self.model.encode(to_model_range(batch.video))
+
+    def reconstruct(self, video: UInt8[Tensor, "b t c h w"]) -> UInt8[Tensor, "b t c h w"]:
+        """Clips after a way through the tokens and back."""
+        return to_uint8(self.model(to_model_range(video)).reconstruction)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tokens made by this model depend on; token shards carry it."""
+        return {
+            "tokenizer": self.model.fingerprint(),
+            "codebook_size": self.model.codebook_size,
+            "grid_size": self.model.grid_size,
+            "image_size": self.model.image_size,
+        }
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        return configure_optimization(self, self, self.optimizer, self.warmup_steps)

@@ -1,0 +1,27 @@
+"""Video files: probing, reading and writing them; optical flow between their frames."""
+
+from t2v.video.reading import (
+    MAX_PIXELS,
+    DecodeError,
+    VideoInfo,
+    probe,
+    read_clip,
+    read_frames,
+    resize_and_crop,
+    stream_frames,
+)
+from t2v.video.writing import Mp4Writer, encode_mp4, write_mp4
+
+__all__ = [
+    "MAX_PIXELS",
+    "DecodeError",
+    "Mp4Writer",
+    "VideoInfo",
+    "encode_mp4",
+    "probe",
+    "read_clip",
+    "read_frames",
+    "resize_and_crop",
+    "stream_frames",
+    "write_mp4",
+]

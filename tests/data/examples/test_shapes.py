@@ -1,0 +1,143 @@
+import csv
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from data.examples.oracle import NOTHING, Answer, read, read_clip
+from data.examples.shapes import (
+    BACKGROUND,
+    COLOURS,
+    DIRECTION_WORDS,
+    DIRECTIONS,
+    FPS,
+    FRAMES,
+    IMAGE_SIZE,
+    LATTICE,
+    SHAPE_WORDS,
+    SHAPES,
+    SHARED,
+    SIZE_WORDS,
+    SPEED_WORDS,
+    STILL_WORDS,
+    VAGUE,
+    ShapeClip,
+    combinations,
+    draw,
+    held_out_prompts,
+    make_shapes,
+    render,
+    training_captions,
+)
+from t2v.video import probe
+
+
+def pixels(clip):
+    return render(clip).permute(0, 2, 3, 1).numpy()
+
+
+def test_the_parts_share_every_word_and_no_combination():
+    train, held_out = combinations(held_out=False), combinations(held_out=True)
+    assert len(train) + len(held_out) == len(COLOURS) * len(SHAPES) * len(DIRECTIONS)
+    assert not set(train) & set(held_out)
+    for part in (train, held_out):
+        colours, shapes, directions = (set(words) for words in zip(*part, strict=True))
+        assert (colours, shapes, directions) == (set(COLOURS), set(SHAPES), set(DIRECTIONS))
+
+
+def test_a_caption_says_what_the_clip_shows():
+    for clip, caption in draw(held_out=False, clips=400, seed=0):
+        assert clip.colour in caption
+        assert any(word in caption for word in SHAPE_WORDS[clip.shape])
+        words = DIRECTION_WORDS.get(clip.direction) or [word for pair in STILL_WORDS for word in pair]
+        assert any(word in caption for word in words)
+
+
+def test_every_caption_to_train_on_is_true_and_several_clips_have_it():
+    drawn = list(draw(held_out=False, clips=3600, seed=0))
+    captions = training_captions(drawn, seed=0)
+    assert captions == training_captions(drawn, seed=0)
+    assert all(texts[0] == own for texts, (_, own) in zip(captions, drawn, strict=True))
+    common = Counter(text for texts in captions for text in texts)
+    assert sum(common[text] > 1 for texts in captions for text in texts) > 0.8 * common.total()
+    assert SHARED + VAGUE - 0.5 < common.total() / len(captions) <= SHARED + VAGUE
+    words = [*((word, speed) for speed, some in SPEED_WORDS.items() for word in some)]
+    words += [(f" {word} ", size) for size, some in SIZE_WORDS.items() for word in some]
+    words += [(f" {word} ", shape) for shape, some in SHAPE_WORDS.items() for word in some]
+    words += [(f" {colour} ", colour) for colour in COLOURS]
+    words += [(word, direction) for direction, some in DIRECTION_WORDS.items() for word in some]
+    for (clip, _), texts in zip(drawn, captions, strict=True):
+        shown = {clip.colour, clip.shape, clip.direction, clip.size, clip.speed}
+        for text in texts:
+            assert {what for word, what in words if word in f" {text} "} <= shown
+        for text in texts[:-VAGUE]:
+            assert clip.colour in text
+            assert any(word in text for word in SHAPE_WORDS[clip.shape])
+
+
+def test_a_shape_moves_by_its_speed_and_stays_in_the_picture():
+    for clip, _ in draw(held_out=False, clips=150, seed=1):
+        video = pixels(clip)
+        assert video.shape == (FRAMES, IMAGE_SIZE, IMAGE_SIZE, 3)
+        assert clip.x % LATTICE == clip.y % LATTICE == 0
+        covered = (video != np.array(BACKGROUND)).any(-1)
+        areas = covered.sum((1, 2))
+        assert (areas == areas[0]).all()
+        dx, dy = DIRECTIONS[clip.direction]
+        step = {"slow": 2, "fast": 4}[clip.speed]
+        np.testing.assert_array_equal(np.roll(covered[0], (dy * step, dx * step), (0, 1)), covered[1])
+
+
+def test_a_shape_rests_at_the_edge_it_meets():
+    video = pixels(ShapeClip("red", "square", "left", "small", "fast", x=28, y=20))
+    columns = [np.flatnonzero((frame != np.array(BACKGROUND)).any((0, 2)))[0] for frame in video]
+    assert columns == [28, 24, 20, 16, 12, 8, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+
+
+def test_the_oracle_reads_every_clip():
+    for clip, _ in [*draw(held_out=False, clips=144, seed=2), *held_out_prompts(1)]:
+        assert read(pixels(clip)) == Answer(clip.colour, clip.shape, clip.direction)
+
+
+def test_the_oracle_sees_nothing_in_an_empty_clip():
+    ground = np.broadcast_to(np.array(BACKGROUND, np.uint8), (FRAMES, IMAGE_SIZE, IMAGE_SIZE, 3))
+    assert read(ground) == NOTHING
+
+
+def test_prompts_are_held_out_and_always_the_same():
+    prompts = held_out_prompts(2)
+    assert prompts == held_out_prompts(2)
+    assert len(prompts) == 2 * len(combinations(held_out=True))
+    assert {(c.colour, c.shape, c.direction) for c, _ in prompts} == set(combinations(held_out=True))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes")
+    make_shapes(folder, train_clips=6, val_clips=3, num_workers=1)
+    return folder
+
+
+def test_the_files_are_what_the_captions_say(made, capsys):
+    for part, count in (("train", 6), ("val", 3)):
+        with (made / part / "captions.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert list(rows[0])[:2] == ["path", "caption"]
+        names = dict.fromkeys(row["path"] for row in rows)
+        assert sorted(path.name for path in (made / part).glob("*.mp4")) == list(names)
+        assert len(names) == count
+        assert (len(rows) > count) == (part == "train")
+        for row in rows:
+            path = made / part / row["path"]
+            info = probe(path)
+            assert (info.frames, info.fps, info.height, info.width) == (FRAMES, FPS, IMAGE_SIZE, IMAGE_SIZE)
+            assert read_clip(path) == Answer(row["colour"], row["shape"], row["direction"])
+    assert sorted(path.name for path in made.iterdir()) == ["train", "val"]
+    make_shapes(made, train_clips=6, val_clips=3)
+    assert capsys.readouterr().out.count("complete already") == 2
+
+
+def test_a_clip_knows_nothing_of_how_many_there_are():
+    few, many = list(draw(True, 3, seed=0)), list(draw(True, 9, seed=0))
+    assert many[:3] == few
+    assert isinstance(few[0][0], ShapeClip)

@@ -1,0 +1,212 @@
+"""Weights of 8 and 4 bits: the codes, the layers, the whole model, and what is refused."""
+
+import copy
+import shutil
+import sys
+
+import pytest
+import torch
+
+from t2v import TextToVideo
+from t2v.batch import TextEmbedding
+from t2v.errors import UserError
+from t2v.generation import quantization as module
+from t2v.generation.quantization import (
+    CompactLinear,
+    Fp8Linear,
+    Int8Linear,
+    Nf4Linear,
+    convert,
+    from_e4m3,
+    stored_bytes,
+)
+from t2v.transformer.model import VideoTransformer
+
+KINDS = ("fp8", "int8", "nf4")
+ERRORS = {"fp8": 0.05, "int8": 0.02, "nf4": 0.2}
+"""Largest relative error of the logits."""
+
+
+@pytest.fixture(scope="module")
+def full() -> VideoTransformer:
+    torch.manual_seed(0)
+    model = VideoTransformer(64, 2, 64, 1, 1, heads=2, kv_heads=1, hidden_dim=96, text_dim=32, window=2)
+    with torch.no_grad():  # what starts at zero must not hide mistakes
+        for name, parameter in model.named_parameters():
+            if name == "pooled.weight" or name.endswith("text_attention.out.weight"):
+                parameter.normal_(std=0.2)
+    return model.eval()
+
+
+@pytest.fixture(params=KINDS)
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def converted(full, kind) -> VideoTransformer:
+    model = copy.deepcopy(full)
+    convert(model, kind)
+    return model
+
+
+def texts(batch: int) -> TextEmbedding:
+    generator = torch.Generator().manual_seed(1)
+    words, pooled = torch.randn(batch, 5, 32, generator=generator), torch.randn(batch, 32, generator=generator)
+    return TextEmbedding(words, torch.ones(batch, 5, dtype=torch.bool), pooled)
+
+
+def tokens(batch: int) -> torch.Tensor:
+    return torch.randint(0, 64, (batch, 3, 2, 2), generator=torch.Generator().manual_seed(2))
+
+
+@torch.inference_mode()
+def decode(model: VideoTransformer, batch: int) -> torch.Tensor:
+    """Logits of a token at a time."""
+    state, last, logits = model.start_decoding(texts(batch), frames=3), None, []
+    for token in tokens(batch).flatten(1).unbind(1):
+        logits.append(model.step(last, state))
+        last = token
+    return torch.stack(logits, dim=1)
+
+
+@torch.inference_mode()
+def forward(model: VideoTransformer, batch: int) -> torch.Tensor:
+    return model(tokens(batch), texts(batch)).flatten(1, 3)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def test_every_finite_e4m3_code_is_what_torch_says():
+    codes = torch.arange(-128, 128).to(torch.int8)
+    theirs = codes.view(torch.float8_e4m3fn).float()
+    assert theirs.isfinite().sum() == 254  # and no weight is stored as one of the two that are not
+    assert torch.equal(from_e4m3(codes)[theirs.isfinite()], theirs[theirs.isfinite()])
+
+
+@pytest.mark.parametrize("layer", [Fp8Linear, Int8Linear])
+def test_a_weight_is_off_by_half_a_step_at_most(layer):
+    weight = torch.randn(40, 70) * torch.logspace(-6, 6, 40)[:, None]  # channels of all sizes
+    weight[3] = 0
+    stored = layer(weight)
+    known, largest = stored.restore(stored.codes, stored.scale), weight.abs().amax(1, keepdim=True)
+    step = largest / 127 if layer is Int8Linear else torch.maximum(weight.abs() / 8, largest * 2**-9 / 448)
+    assert ((known - weight).abs() <= step * 0.5001).all()
+    torch.testing.assert_close(known.abs().amax(1, keepdim=True), largest)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_numbers_of_rows_meet_the_same_weights(kind, rows, dtype):
+    layer = {"fp8": Fp8Linear, "int8": Int8Linear, "nf4": Nf4Linear}[kind](torch.randn(96, 64)).eval()
+    x = torch.randn(2, 40, 64)[:, :rows].to(dtype)
+    with torch.inference_mode():
+        known = layer(torch.eye(64)).T
+        made = layer(x)
+    assert made.dtype == dtype
+    assert relative(made.float(), x.float() @ known.T) < 0.01
+
+
+def test_logits_stay_near_those_of_full_weights(full, converted, kind):
+    assert 0 < relative(forward(converted, 2), forward(full, 2)) < ERRORS[kind]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_token_at_a_time_equals_all_at_once(converted, kind, batch):
+    bound = 0.02 if kind == "nf4" else 1e-5  # bitsandbytes computes in bfloat16 on some CPUs
+    assert relative(decode(converted, batch), forward(converted, batch)) < bound
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
+def test_compiled_decoding_equals_eager(converted, kind):
+    compiled = copy.deepcopy(converted)
+    compiled.compile_decoding()
+    made = decode(compiled, batch=2)
+    assert relative(made, decode(converted, batch=2)) < (0.02 if kind == "nf4" else 1e-5)
+
+
+def test_without_a_compiler_it_is_slow_and_right(full, monkeypatch):
+    def fail(*args, **flags):
+        raise RuntimeError("no compiler")
+
+    model = copy.deepcopy(full)
+    convert(model, "fp8")
+    expected = decode(model, 1)
+    forget = (module._can_compile.cache_clear, module.compile_error.cache_clear)
+    for each in forget:
+        each()
+    monkeypatch.setattr(torch, "compile", lambda *args, **flags: fail)
+    with pytest.warns(UserWarning, match="are slow here, since torch.compile fails"):
+        slow = decode(model, 1)
+    for each in forget:
+        each()
+    torch.testing.assert_close(slow, expected)
+
+
+def test_the_layers_of_the_blocks_are_converted_and_nothing_else(full, converted):
+    linear = [name for name, part in full.blocks.named_modules() if isinstance(part, torch.nn.Linear)]
+    compact = [name for name, part in converted.blocks.named_modules() if isinstance(part, CompactLinear)]
+    assert linear == compact
+    rest = {name: p for name, p in full.named_parameters() if not name.startswith("blocks.") or "norm" in name}
+    assert all(torch.equal(converted.get_parameter(name), parameter) for name, parameter in rest.items())
+    assert not converted.training
+    assert not any(parameter.requires_grad for parameter in converted.parameters())
+
+
+def test_nf4_keeps_the_first_block_and_what_reads_the_text_in_int8(full):
+    model = copy.deepcopy(full)
+    convert(model, "nf4")
+    parts = {name: part for name, part in model.blocks.named_modules() if isinstance(part, CompactLinear)}
+    expected = {name for name in parts if name.startswith("0.") or name.endswith("text_attention.key_value")}
+    assert {name for name, part in parts.items() if isinstance(part, Int8Linear)} == expected
+    assert {name for name, part in parts.items() if isinstance(part, Nf4Linear)} == parts.keys() - expected
+
+
+def test_bytes_are_known_without_memory_too(full, converted, kind):
+    linear = {name: part.weight for name, part in full.blocks.named_modules() if isinstance(part, torch.nn.Linear)}
+    count = sum(weight.numel() for weight in linear.values())
+    least = most = 0
+    for name, weight in linear.items():
+        half = isinstance(converted.blocks.get_submodule(name), Nf4Linear)
+        least += weight.numel() * 17 // 32 if half else weight.numel() + 4 * len(weight)
+        most += weight.numel() * 9 // 16 if half else weight.numel() + 4 * len(weight)
+    for model in (copy.deepcopy(full), copy.deepcopy(full).to("meta")):
+        before = stored_bytes(model)
+        assert before == 4 * sum(parameter.numel() for parameter in model.parameters())
+        convert(model, kind)
+        assert least <= stored_bytes(model) - (before - 4 * count) <= most
+
+
+def test_what_it_is_not_for_is_refused(converted, kind, tmp_path):
+    with pytest.raises(UserError, match="cannot be trained: load the model with weights=full"):
+        converted.train()
+    with pytest.raises(UserError, match="are not saved: export the model with weights=full"):
+        converted.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="converted already: load it again to have them in int8"):
+        convert(converted, "int8")
+
+
+def test_unknown_weights_and_a_missing_library_are_one_sentence(full, monkeypatch):
+    with pytest.raises(UserError, match="weights=fp4 is not known: choose full, fp8, int8, nf4"):
+        convert(copy.deepcopy(full), "fp4")
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    with pytest.raises(UserError, match="weights=nf4 needs bitsandbytes, which cannot be imported"):
+        convert(copy.deepcopy(full), "nf4")
+
+
+@pytest.mark.parametrize("weights", ["full", *KINDS])
+def test_a_model_is_converted_when_it_is_loaded(finished_road, tmp_path, monkeypatch, weights):
+    monkeypatch.chdir(finished_road.folder)  # the tokenizer's path is relative to where training ran
+    checkpoint = finished_road.checkpoint("transformer")
+    TextToVideo.from_checkpoint(checkpoint).save_pretrained(tmp_path / "model")
+    loaded = TextToVideo.from_pretrained(tmp_path / "model", weights=weights)
+    again = TextToVideo.from_checkpoint(checkpoint, weights=weights)
+    assert any(isinstance(part, CompactLinear) for part in loaded.transformer.modules()) == (weights != "full")
+    assert torch.equal(loaded.generate("a red circle", seed=2), again.generate("a red circle", seed=2))
+    if weights != "full":
+        with pytest.raises(UserError, match="are not saved"):
+            loaded.save_pretrained(tmp_path / "other")
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]

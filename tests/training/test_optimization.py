@@ -1,0 +1,105 @@
+"""What both stages share of their optimisation: which weights decay, and the learning rate over a run."""
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from t2v import VQVAE, VideoTransformer
+from t2v.batch import TextEmbedding
+from t2v.training.optimization import MuonAdamW, parameter_groups, warmup_cosine
+from t2v.vqvae.quantizer import VectorQuantizer
+
+
+def transformer(**changes) -> VideoTransformer:
+    return VideoTransformer(24, 2, 32, 1, 1, 4, 2, 48, 12, 4, **changes)
+
+
+def vqvae() -> VQVAE:
+    return VQVAE(16, 8, (1, 2), 1, 3, 1, 1, 2, 2, quantizer=VectorQuantizer(32, 4))
+
+
+@pytest.mark.parametrize("build", [transformer, vqvae])
+def test_every_trained_parameter_is_in_one_group_with_the_decay_that_is_due(build):
+    network = build()
+    next(network.parameters()).requires_grad_(False)
+    hidden, decayed, kept = ({id(p) for p in group["params"]} for group in parameter_groups(network))
+    assert "weight_decay" not in parameter_groups(network)[0] | parameter_groups(network)[1]  # the optimizer's own
+    assert parameter_groups(network)[2]["weight_decay"] == 0.0
+    named = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    assert sum(len(group["params"]) for group in parameter_groups(network)) == len(named)
+    for name, parameter in named.items():
+        plain = "embedding" not in name and "norm" not in name and not name.endswith("bias") and parameter.ndim > 1
+        assert (id(parameter) in hidden | decayed, id(parameter) in kept) == (plain, not plain), name
+        assert (id(parameter) in hidden) == (name.startswith("blocks") and parameter.ndim == 2), name
+
+
+def test_embeddings_do_not_decay_and_a_tied_head_is_one_of_them():
+    for tied in (False, True):
+        model = transformer(tied_head=tied)
+        hidden, decayed, kept = ([id(p) for p in group["params"]] for group in parameter_groups(model))
+        assert id(model.token_embedding.weight) in kept
+        assert id(model.previous_frame.embedding.weight) in kept
+        assert tied or id(model.head.weight) in decayed
+        assert len(hidden) + len(decayed) + len(kept) == len(list(model.parameters()))
+
+
+def test_a_network_without_matrices_has_nothing_to_decay():
+    assert [len(group["params"]) for group in parameter_groups(nn.LayerNorm(4))] == [0, 0, 2]
+
+
+def steps(optimizer, network, count) -> None:
+    for i in range(count):
+        optimizer.zero_grad()
+        generator = torch.Generator().manual_seed(i)
+        tokens, text = torch.randint(24, (2, 2, 2, 2), generator=generator), torch.randn(2, 3, 12, generator=generator)
+        embedding = TextEmbedding(text, torch.ones(2, 3, dtype=torch.bool), text.mean(1))
+        optimizer.step(lambda: network(tokens, embedding).square().mean().backward())  # noqa: B023
+
+
+def test_muon_moves_hidden_matrices_alike_in_all_directions_and_adamw_the_rest():
+    network = transformer()
+    start, twin = copy.deepcopy(network.state_dict()), copy.deepcopy(network)
+    steps(MuonAdamW(parameter_groups(network), lr=0.01, weight_decay=0.0), network, 1)
+    steps(torch.optim.AdamW(parameter_groups(twin), lr=0.01, betas=(0.9, 0.95), weight_decay=0.0), twin, 1)
+    moved = network.state_dict()
+    for name, by_adamw in twin.named_parameters():
+        if name.startswith("blocks") and by_adamw.ndim == 2 and (moved[name] != start[name]).any():
+            sizes = torch.linalg.svdvals(moved[name] - start[name])
+            assert sizes[3] > 0.5 * sizes[0], name
+        else:
+            assert torch.equal(moved[name], by_adamw), name
+
+
+def test_muon_resumes_bit_for_bit_and_follows_a_schedule(tmp_path):
+    ends = []
+    for stop in (4, 2):
+        torch.manual_seed(0)
+        network = transformer()
+        optimizer = MuonAdamW(parameter_groups(network), lr=0.01)
+        schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        for step in range(4):
+            if step == stop:
+                torch.save([optimizer.state_dict(), schedule.state_dict()], tmp_path / "state.pt")
+                optimizer = MuonAdamW(parameter_groups(network), lr=0.01)
+                schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step))
+                states = torch.load(tmp_path / "state.pt", weights_only=True)
+                optimizer.load_state_dict(states[0])
+                schedule.load_state_dict(states[1])
+            steps(optimizer, network, 1)
+            schedule.step()
+        assert {group["lr"] for part in optimizer.parts for group in part.param_groups} == {0.01 / 5}
+        ends.append(network.state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_the_learning_rate_rises_over_the_warmup_and_falls_to_its_floor():
+    rates = [warmup_cosine(step, warmup_steps=10, total_steps=110) for step in range(130)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == rates[10] == 1.0
+    assert all(a > b for a, b in pairwise(rates[10:111]))
+    assert rates[60] == pytest.approx(0.51)
+    assert rates[110:] == [pytest.approx(0.02)] * 20

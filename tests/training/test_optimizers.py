@@ -1,0 +1,45 @@
+"""Optimizers of bitsandbytes from YAML: 8 bits of state, and a resumed run is the run that never stopped."""
+
+import shutil
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from tests.support.road import differences, resumable, training_state
+
+EIGHT_BIT = """
+model:
+  init_args:
+    optimizer:
+      class_path: bitsandbytes.optim.AdamW8bit
+      init_args: {lr: 1.0e-3, weight_decay: 0.05, min_8bit_size: 512}
+"""
+
+
+class Stop(Callback):
+    """Ends the run in the middle of its sixth step."""
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, *_) -> None:
+        if trainer.global_step == 5:
+            raise RuntimeError("stopped by the test")
+
+
+@pytest.mark.parametrize("stage", ["vqvae", "transformer"])
+def test_a_run_with_8_bit_state_goes_on_as_if_it_had_not_stopped(copy_road, stage, capfd):
+    road = copy_road()
+    (road.folder / "8bit.yaml").write_text(EIGHT_BIT)
+    fit, checkpoint = [*resumable(road, stage), "-c", str(road.folder / "8bit.yaml")], road.checkpoint(stage)
+    shutil.rmtree(checkpoint.parent)
+    road.main(*fit)
+    whole = training_state(checkpoint)
+
+    shutil.rmtree(checkpoint.parent)
+    with pytest.raises(RuntimeError, match="stopped by the test"):
+        road.main(*fit, f"--trainer.callbacks+={__name__}.Stop")
+    capfd.readouterr()
+    road.main(*fit)
+    assert "at step 4" in capfd.readouterr().out
+    assert not differences(whole, training_state(checkpoint))
+    states = {value.dtype for name, value in whole.items() if name.endswith(("/state1", "/state2"))}
+    assert states == {torch.uint8, torch.float32}  # matrices, and vectors

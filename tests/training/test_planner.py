@@ -1,0 +1,232 @@
+"""The planner: what it says is what a real step does, and what it recommends follows from that."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from bitsandbytes.optim import AdamW8bit
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from t2v.batch import TextEmbedding
+from t2v.errors import UserError
+from t2v.generation.sampling import Sampler
+from t2v.losses.tokens import token_loss
+from t2v.text import MiniLMTextEncoder
+from t2v.training.optimization import MuonAdamW, parameter_groups
+from t2v.training.planner import report
+from t2v.training.planner.budget import (
+    decode,
+    gathered,
+    generate,
+    optimizer_bytes,
+    parts,
+    size,
+    train,
+    transformer_step,
+    vqvae_step,
+)
+from t2v.training.planner.step import Meter
+from t2v.training.transformer import LitVideoTransformer
+from t2v.transformer.model import VideoTransformer
+from t2v.vqvae.model import VQVAE
+from t2v.vqvae.quantizer import VectorQuantizer
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted(ROOT.glob("configs/transformer/*.yaml"))
+CLIPS, FRAMES, WORDS = 2, 3, 5
+
+
+def shapes(**changes) -> VideoTransformer:
+    """The model of the shapes, without memory unless asked for."""
+    config = yaml.safe_load((ROOT / "configs/transformer/shapes.yaml").read_text())
+    return VideoTransformer(**config["model"]["init_args"]["model"]["init_args"] | {"device": "meta"} | changes)
+
+
+def inputs(model: VideoTransformer) -> tuple[torch.Tensor, TextEmbedding, torch.Tensor]:
+    tokens = torch.randint(model.vocab_size, (CLIPS, FRAMES, model.grid_size, model.grid_size))
+    words = torch.randn(CLIPS, WORDS, model.text_dim)
+    text = TextEmbedding(words, torch.ones(CLIPS, WORDS, dtype=torch.bool), words.mean(1))
+    return tokens, text, torch.zeros(CLIPS, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_parts_of_every_config_sum_to_its_parameters(path):
+    config = yaml.safe_load(path.read_text())["model"]["init_args"]["model"]["init_args"]
+    model = VideoTransformer(**config | {"device": "meta"})
+    counts = parts(model)
+    assert sum(counts.values()) == sum(parameter.numel() for parameter in model.parameters())
+    mlps = sum(parameter.numel() for block in model.blocks for parameter in block.mlp.parameters())
+    assert counts["feed-forward"] == mlps
+    assert counts["head"] == model.vocab_size * config["dim"]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_what_a_step_keeps_for_its_backward_pass_is_what_a_real_one_keeps(precision):
+    model = shapes(device="cpu")
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    tokens, text, drop = inputs(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"), saved_tensors_hooks(keep, keep):
+        loss = token_loss(model(tokens, text, drop), tokens, z_loss=1e-4).objective
+    own = {tensor.untyped_storage()._cdata for tensor in model.parameters()}
+    planned = transformer_step(model, CLIPS, FRAMES, WORDS, precision, "none", "cpu")
+    assert loss.isfinite()
+    assert planned.saved == pytest.approx(sum(size for key, size in kept.items() if key not in own), rel=0.02)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "attention", "full"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_a_step_without_memory_is_at_its_fullest_where_a_real_one_is(precision, checkpointing):
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    model = shapes(device="cpu", checkpointing=checkpointing).to(dtype)
+    tokens, text, drop = inputs(model)
+    text = TextEmbedding(text.tokens.to(dtype), text.mask, text.pooled.to(dtype))
+    with Meter(model) as meter:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            loss = token_loss(model(tokens, text, drop), tokens, z_loss=1e-4).objective
+        saved, forward = meter.live, meter.peak
+        meter.restart()
+        loss.backward()
+    planned = transformer_step(model, CLIPS, FRAMES, WORDS, precision, checkpointing, "cpu")
+    assert planned[:3] == pytest.approx((saved, forward, meter.peak), rel=0.02)
+    assert planned.flops == pytest.approx(meter.flops, rel=0.02)
+
+
+def test_computing_again_holds_less_and_works_more():
+    levels = [transformer_step(shapes(), 4, 8, WORDS, "bf16-mixed", level) for level in ("none", "attention", "full")]
+    assert [step.saved for step in levels] == sorted((step.saved for step in levels), reverse=True)
+    assert [step.flops for step in levels] == sorted(step.flops for step in levels)
+    assert levels[2].flops < 4 / 3 * levels[0].flops
+
+
+def test_the_work_of_a_step_is_what_torch_counts_in_a_real_one():
+    model = shapes(device="cpu")
+    tokens, text, drop = inputs(model)
+    with FlopCounterMode(display=False) as counter:
+        token_loss(model(tokens, text, drop), tokens).objective.backward()
+    planned = transformer_step(model, CLIPS, FRAMES, WORDS, "32-true", "none", "cpu")
+    assert planned.flops == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        torch.optim.AdamW,
+        partial(torch.optim.AdamW, fused=True),
+        partial(torch.optim.SGD, momentum=0.9),
+        MuonAdamW,
+        AdamW8bit,
+    ],
+    ids=["AdamW", "fused", "SGD", "Muon", "8bit"],
+)
+def test_the_state_of_an_optimizer_is_that_of_a_real_step(build):
+    model = shapes(device="cpu")
+    planned = optimizer_bytes(model, build, "32-true", "cpu")
+    optimizer = build(parameter_groups(model))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    states = (value for state in optimizer.state.values() for value in state.values())
+    assert planned.state == size(value for value in states if isinstance(value, torch.Tensor))
+
+
+def test_an_optimizer_that_takes_all_parameters_at_once_takes_more_than_a_fused_one():
+    model = shapes()
+    one, fused = (optimizer_bytes(model, partial(torch.optim.AdamW, fused=how), "32-true") for how in (None, True))
+    assert one.state == fused.state
+    assert fused.temporary == 0
+    assert one.temporary > 0.4 * size(model.parameters())
+
+
+def test_devices_that_share_a_clip_share_the_layers_alone():
+    model = shapes()
+    step, optimizer = transformer_step(model, 1, 2, WORDS), optimizer_bytes(model, torch.optim.AdamW, "32-true")
+    planned = train(model, step, optimizer, "32-true", "FSDP2", 4, 2)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    layers = sum(parameter.numel() for parameter in model.blocks.parameters())
+    assert planned.weights == pytest.approx(4 * (layers / 4 + (total - layers) / 2), abs=8)
+    assert gathered(model, 2) < gathered(model)
+
+
+def test_fsdp_divides_what_is_sharded_and_ddp_nothing():
+    model = shapes()
+    step, optimizer = transformer_step(model, 1, 2, WORDS), optimizer_bytes(model, torch.optim.AdamW, "bf16-mixed")
+    alone = train(model, step, optimizer, "bf16-mixed")
+    shared = train(model, step, optimizer, "bf16-mixed", "FSDP2", 8)
+    copied = train(model, step, optimizer, "bf16-mixed", "DDP", 8)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert alone[:3] == (4 * count, 4 * count, pytest.approx(8 * count, rel=1e-3))
+    assert [8 * each for each in shared[:3]] == [pytest.approx(each, abs=8) for each in alone[:3]]
+    assert shared.exchange == 8 * gathered(model)
+    assert gathered(model) < count
+    assert copied[:3] == alone[:3]
+    assert copied.exchange == alone.gradients
+    assert alone.peak == sum(alone[:3]) + alone.activations
+    averaged = train(model, step, optimizer, "bf16-mixed", averaged=True)
+    assert averaged.peak == alone.peak + alone.weights
+
+
+@pytest.mark.parametrize("weights", ["full", "fp8", "int8", "nf4"])
+def test_generation_takes_the_weights_and_the_cache_that_decoding_makes(weights):
+    made = generate(shapes(), weights, torch.float32, 2, WORDS, guided=True)
+    real = shapes(device="cpu").eval()
+    words = torch.randn(4, WORDS, real.text_dim)
+    state = real.start_decoding(TextEmbedding(words, torch.ones(4, WORDS, dtype=torch.bool), words.mean(1)), 2)
+    assert made.cache == size(tensor for cache in state.caches for tensor in (cache.keys, cache.values))
+    full = size(real.parameters())
+    assert made.weights == full if weights == "full" else made.weights < 0.6 * full
+
+
+def test_a_vqvae_in_groups_of_frames_holds_less():
+    model = VQVAE(32, 16, (1, 2), 1, 3, 1, 1, 2, 2, quantizer=VectorQuantizer(16, 4))
+    whole, groups = (vqvae_step(model, 1, 8, frames_at_once=at_once) for at_once in (None, 1))
+    assert groups.saved < whole.saved / 3
+    assert sum(parts(model).values()) == sum(parameter.numel() for parameter in model.parameters())
+    weights, temporary = decode(model, torch.float32, 1)
+    assert weights == size([*model.parameters(), *model.buffers()])
+    assert 0 < temporary < whole.saved
+
+
+def lit(**changes) -> LitVideoTransformer:
+    return LitVideoTransformer(shapes(**changes), "none", MiniLMTextEncoder(), Sampler(), frames=FRAMES, guidance=2.0)
+
+
+def test_a_report_is_readable_and_names_what_fits():
+    text = report(lit(), memory=8.0, tflops=100.0)
+    assert max(map(len, text.splitlines())) <= 100
+    for word in ("feed-forward", "state of AdamW", "TFLOP a step", "seconds a step", "recommended", "nf4"):
+        assert word in text
+    assert "recommended  32-true, AdamW, one device, recomputing none" in text
+
+
+def test_a_report_says_what_is_missing_where_nothing_fits():
+    assert "recommended  more devices or memory" in report(lit(), memory=0.001)
+
+
+def test_a_plan_for_no_memory_is_refused():
+    with pytest.raises(UserError, match=r"memory=0.*must be greater than 0"):
+        report(lit(), memory=0)
+
+
+def test_the_command_prints_the_plan(capsys):
+    import cli
+
+    cli.main(["plan", "--config", str(ROOT / "configs/transformer/shapes.yaml"), "--memory", "16", "--tflops", "1"])
+    assert "recommended" in capsys.readouterr().out
+
+
+def test_the_command_plans_for_devices_that_are_not_there(capsys):
+    import cli
+
+    files = [f"--config={ROOT}/configs/{name}.yaml" for name in ("transformer/shapes", "cluster/fsdp")]
+    cli.main(["plan", *files, "--trainer.devices=8", "--trainer.strategy.tensor_parallel_size=2"])
+    told = capsys.readouterr().out
+    assert "FSDP2 × 8, 2 together" in told
+    assert "a step       1 batches × 4 times 2 devices = 24,576 tokens" in told

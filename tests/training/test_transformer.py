@@ -1,0 +1,269 @@
+"""Training the transformer: the loss and its options, and models that are built without memory."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule, Trainer
+from torch.utils.data import DataLoader
+
+from callbacks import EMA
+from t2v import VQVAE, LitVideoTransformer, VideoTransformer
+from t2v.batch import TextEmbedding, TokenBatch
+from t2v.errors import UserError
+from t2v.generation.sampling import Sampler
+from t2v.losses.tokens import token_loss
+from t2v.text import MiniLMTextEncoder
+from t2v.vqvae.quantizer import VectorQuantizer
+
+ROOT = Path(__file__).parents[2]
+CODES = 32
+
+
+def model(**changes) -> VideoTransformer:
+    torch.manual_seed(0)
+    return VideoTransformer(CODES, 2, 16, 1, 1, 2, 1, 24, 384, 4, **changes)
+
+
+def module(network: VideoTransformer | None = None, **options) -> LitVideoTransformer:
+    return LitVideoTransformer(network or model(), "none", MiniLMTextEncoder(), Sampler(), frames=3, **options)
+
+
+def batch(clips: int = 2) -> TokenBatch:
+    text = TextEmbedding(torch.randn(clips, 3, 384), torch.ones(clips, 3, dtype=torch.bool), torch.randn(clips, 384))
+    return TokenBatch(torch.randint(CODES, (clips, 3, 2, 2)), text, [""] * clips, [""] * clips)
+
+
+class Tokens(LightningDataModule):
+    """The same batch, again and again, with the fingerprint that the module asks for."""
+
+    def __init__(self, fingerprint: dict) -> None:
+        super().__init__()
+        self.fingerprint = fingerprint
+        self.batch = batch()
+
+    def _loader(self) -> DataLoader:
+        return DataLoader([self.batch] * 3, batch_size=None)
+
+    train_dataloader = val_dataloader = _loader
+
+
+def fit(built: LitVideoTransformer, folder, steps: int = 2, **options) -> Trainer:
+    torch.manual_seed(0)
+    vqvae = VQVAE(16, 8, (1, 2), 1, 3, 1, 1, 2, 2, quantizer=VectorQuantizer(CODES, 4))
+    vqvae.save_pretrained(folder / "vqvae")
+    built.tokenizer_path = str(folder / "vqvae")
+    tokens = Tokens({"tokenizer": built.tokenizer.fingerprint(), "text_encoder": built.text_encoder.name})
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = Trainer(max_steps=steps, accelerator="cpu", logger=False, num_sanity_val_steps=0, **quiet, **options)
+    trainer.fit(built, datamodule=tokens)
+    return trainer
+
+
+@pytest.mark.parametrize("rows", [5, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("smoothing", "weight"), [(0.0, 0.0), (0.2, 0.0), (0.0, 0.3), (0.1, 0.01)])
+def test_the_loss_and_its_gradient_are_those_of_the_formula(rows, dtype, smoothing, weight):
+    logits = (3 * torch.randn(rows, CODES)).to(dtype).requires_grad_()
+    tokens = torch.randint(CODES, (rows,))
+    log_z = logits.float().logsumexp(-1)
+    expected = F.cross_entropy(logits.float(), tokens, label_smoothing=smoothing) + weight * (log_z**2).mean()
+    (gradient,) = torch.autograd.grad(expected, logits)
+    found = token_loss(logits * 1, tokens, smoothing, weight)
+    torch.testing.assert_close(found.objective, expected)
+    torch.testing.assert_close(found.cross_entropy, F.cross_entropy(logits.float(), tokens))
+    torch.testing.assert_close(found.z_loss, (log_z**2).mean())
+    torch.testing.assert_close(found.accuracy, (logits.argmax(-1) == tokens).float().mean())
+    (2 * found.objective).backward()
+    torch.testing.assert_close(logits.grad, 2 * gradient)
+
+
+def test_logits_stay_as_they_are_where_no_gradient_is_asked_for():
+    logits = torch.randn(2, 3, 2, 2, CODES)
+    before = logits.clone()
+    token_loss(logits, torch.randint(CODES, (2, 3, 2, 2)))
+    assert torch.equal(logits, before)
+
+
+def train_once(built: LitVideoTransformer, given: TokenBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The tokens that the model is shown in a training step, the logits that it answers with, and the loss."""
+    passed = []
+    keep = built.model.register_forward_hook(lambda _, inputs, logits: passed.extend([inputs[0], logits.clone()]))
+    loss = built.training_step(given, 0)
+    keep.remove()
+    return passed[0], passed[1], loss
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log")
+def test_corruption_replaces_its_share_of_the_input_by_any_code_and_no_target():
+    given = batch(500)
+    assert torch.equal(train_once(module(), given)[0], given.tokens)
+    tokens = given.tokens.clone()
+    corrupted, logits, loss = train_once(module(corruption=0.25), given)
+    torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 3), tokens.flatten()))
+    assert torch.equal(given.tokens, tokens)
+    wrong = corrupted != tokens
+    assert wrong.float().mean() == pytest.approx(0.25 * (1 - 1 / CODES), abs=0.02)
+    assert wrong.float().mean(0).amin() > 0.15  # at every place
+    counts = corrupted[wrong].bincount(minlength=CODES)
+    assert counts.min() > 0.5 * counts.float().mean()
+    assert counts.max() < 1.5 * counts.float().mean()
+
+
+def test_validation_is_plain_cross_entropy_whatever_training_does(tmp_path):
+    options = {"label_smoothing": 0.3, "z_loss": 0.5, "corruption": 0.5, "caption_dropout": 0.9}
+    built = module(**options)
+    trainer = fit(built, tmp_path, steps=3)
+    given = trainer.datamodule.batch
+    with torch.no_grad():
+        logits = built.model(given.tokens, given.text)
+    expected = F.cross_entropy(logits.flatten(0, 3), given.tokens.flatten())
+    torch.testing.assert_close(trainer.callback_metrics["val/loss"], expected)
+    torch.testing.assert_close(trainer.callback_metrics["val/perplexity"], expected.exp())
+
+
+def test_training_logs_the_plain_cross_entropy_and_what_its_options_add(tmp_path):
+    extra = {"train/objective", "train/z_loss"}
+    plain = fit(module(caption_dropout=0.0), tmp_path, steps=1)
+    assert not extra & set(plain.callback_metrics)
+    built = module(label_smoothing=0.3, z_loss=0.5, caption_dropout=0.0)
+    logged = fit(built, tmp_path, steps=1).callback_metrics
+    torch.testing.assert_close(logged["train/loss"], plain.callback_metrics["train/loss"])
+    loss, objective, z_loss = (logged[f"train/{name}"].item() for name in ("loss", "objective", "z_loss"))
+    assert z_loss == pytest.approx(math.log(CODES) ** 2, rel=0.1)  # logits of a new model are near zero
+    assert objective - loss == pytest.approx(0.5 * z_loss, rel=0.05)
+
+
+def test_z_loss_keeps_logits_small_and_smoothing_keeps_them_from_certainty():
+    tokens = torch.randint(CODES, (64,))
+    sizes = []
+    for options in ((0.0, 0.0), (0.0, 0.1), (0.2, 0.0)):
+        logits = torch.full((64, CODES), 2.0, requires_grad=True)
+        optimizer = torch.optim.Adam([logits], lr=0.2)
+        for _ in range(100):
+            optimizer.zero_grad()
+            token_loss(logits * 1, tokens, *options).objective.backward()
+            optimizer.step()
+        sizes.append((logits.logsumexp(-1).abs().mean().item(), logits.softmax(-1).amax(-1).mean().item()))
+    (plain_z, plain_p), (z_loss_z, _), (_, smoothed_p) = sizes
+    assert z_loss_z < 0.2 * plain_z
+    assert plain_p > 0.99
+    assert smoothed_p == pytest.approx(0.8 + 0.2 / CODES, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("corruption", 1.0, r"model\.corruption=1\.0 must lie in \[0, 1\)"),
+        ("corruption", -0.1, r"model\.corruption=-0\.1 must lie in \[0, 1\)"),
+        ("label_smoothing", 1.5, r"model\.label_smoothing=1\.5 must lie in \[0, 1\)"),
+        ("label_smoothing", math.nan, r"model\.label_smoothing=nan must lie in \[0, 1\)"),
+        ("z_loss", -1e-4, r"model\.z_loss=-0\.0001 must be a weight of at least 0"),
+        ("z_loss", math.inf, r"model\.z_loss=inf must be a weight of at least 0"),
+    ],
+)
+def test_options_out_of_range_are_refused(option, value, message):
+    with pytest.raises(UserError, match=message):
+        module(**{option: value})
+
+
+def test_a_model_built_on_meta_gets_the_weights_of_one_built_directly():
+    built = module(model(device="meta"))
+    torch.manual_seed(0)
+    built.configure_model()
+    expected = model().state_dict()
+    assert built.model.state_dict().keys() == expected.keys()
+    for name, value in built.model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    weights = [parameter.data_ptr() for parameter in built.model.parameters()]
+    built.configure_model()
+    assert [parameter.data_ptr() for parameter in built.model.parameters()] == weights  # and keeps them
+
+
+def test_training_begins_on_meta_as_it_does_elsewhere(tmp_path):
+    direct, deferred = module(), module(model(device="meta"))
+    for built in (direct, deferred):
+        fit(built, tmp_path)
+    shapes = {name: (p.shape, p.dtype, p.device.type) for name, p in direct.model.named_parameters()}
+    assert {name: (p.shape, p.dtype, p.device.type) for name, p in deferred.model.named_parameters()} == shapes
+
+
+def test_bf16_true_materialises_half_the_bytes_and_trains(tmp_path):
+    built = module(model(device="meta"))
+    fit(built, tmp_path, precision="bf16-true")
+    assert {parameter.dtype for parameter in built.model.parameters()} == {torch.bfloat16}
+    assert all(parameter.isfinite().all() for parameter in built.model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
+def test_a_moving_average_of_a_model_built_on_meta(tmp_path):
+    built, average = module(model(device="meta")), EMA(decay=0.5)
+    fit(built, tmp_path, steps=3, callbacks=[average])
+    name, trained = next(iter(built.model.named_parameters()))
+    kept = dict(average._average_model.module.model.named_parameters())[name]
+    assert not kept.is_meta
+    assert not torch.equal(kept, trained)
+    torch.testing.assert_close(kept, trained, atol=0.01, rtol=0)
+
+
+def test_a_checkpoint_overwrites_the_first_weights(tmp_path):
+    direct = module()
+    fit(direct, tmp_path).save_checkpoint(tmp_path / "last.ckpt")
+    deferred = module(model(device="meta"))
+    tokens = Tokens(direct.fingerprint)
+    deferred.tokenizer_path = direct.tokenizer_path
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer.validate(deferred, tokens, ckpt_path=tmp_path / "last.ckpt", verbose=False, weights_only=True)
+    for name, value in deferred.model.state_dict().items():
+        assert torch.equal(value, direct.model.state_dict()[name]), name
+
+
+RANK = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from t2v import LitVideoTransformer, VideoTransformer
+from t2v.batch import TextEmbedding, TokenBatch
+from t2v.generation.sampling import Sampler
+from t2v.text import MiniLMTextEncoder
+
+rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+if ranks > 1:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+clips = torch.randint(32, (4, 3, 2, 2), generator=torch.Generator().manual_seed(1))
+text = torch.randn(4, 2, 384, generator=torch.Generator().manual_seed(2))
+mine = slice(rank * 4 // ranks, (rank + 1) * 4 // ranks)
+words = TextEmbedding(text[mine], torch.ones(4, 2, dtype=torch.bool)[mine], text.mean(1)[mine])
+for device in ("cpu", "meta"):
+    torch.manual_seed(0)
+    network = VideoTransformer(32, 2, 16, 1, 1, 2, 1, 24, 384, 4, device=device)
+    built = LitVideoTransformer(network, "none", MiniLMTextEncoder(), Sampler(), 3, caption_dropout=0.0, z_loss=0.1)
+    built._device_mesh = mesh if ranks > 1 else None
+    built.configure_model()
+    built.training_step(TokenBatch(clips[mine], words, [], []), 0).backward()
+    whole, local = (lambda x: x, lambda x: x) if ranks == 1 else (lambda x: x.full_tensor(), lambda x: x.to_local())
+    weights = {name: (whole(p.detach()), whole(p.grad)) for name, p in built.model.named_parameters()}
+    torch.save((weights, sum(local(p).numel() for p in built.model.parameters())), f"{folder}/{device}{rank}of{ranks}")
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_share_a_model_and_learn_as_one_does_from_both_their_clips(tmp_path):
+    jobs = [("0", "1"), ("0", "2"), ("1", "2")]
+    runs = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", RANK, *job, tmp_path], cwd=ROOT) for job in jobs]
+    assert [run.wait(timeout=200) for run in runs] == [0, 0, 0]
+    for device in ("cpu", "meta"):
+        alone, first, second = (torch.load(tmp_path / f"{device}{rank}of{ranks}") for rank, ranks in jobs)
+        assert max(first[1], second[1]) < 0.6 * alone[1]
+        for name, (weight, gradient) in alone[0].items():
+            assert all(torch.equal(one, other) for one, other in zip(first[0][name], second[0][name], strict=True)), (
+                name
+            )
+            if device == "cpu":
+                torch.testing.assert_close(first[0][name], (weight, gradient))
+            else:  # drawn in shares: other numbers of the same size
+                torch.testing.assert_close(first[0][name][0].norm(), weight.norm(), atol=0.05, rtol=0.25)

@@ -1,0 +1,157 @@
+"""Training the VQ-VAE: both sides of the adversarial term, the moving average, and resuming."""
+
+import copy
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
+
+from callbacks import EMA, FinalCheckpoint
+from t2v import VQVAE, LitVQVAE
+from t2v.batch import VideoBatch
+from t2v.losses import AdversarialLoss, L1Loss, TemporalDifferenceLoss
+from t2v.vqvae.loading import load_vqvae
+from t2v.vqvae.quantizer import FSQuantizer, VectorQuantizer
+
+
+class Clips(LightningDataModule):
+    """The same few clips in every epoch, in the same order."""
+
+    def _loader(self) -> DataLoader:
+        video = torch.randint(0, 256, (6, 2, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        return DataLoader(list(video), batch_size=2, collate_fn=_collate)
+
+    train_dataloader = val_dataloader = _loader
+
+
+def _collate(clips: list[torch.Tensor]) -> VideoBatch:
+    return VideoBatch(torch.stack(clips), [""] * len(clips), [str(i) for i in range(len(clips))])
+
+
+def module(adversarial_from: int | None = None, **changes) -> LitVQVAE:
+    torch.manual_seed(0)
+    model = VQVAE(16, 8, (1, 2), 1, 3, 1, 1, 2, 2, quantizer=VectorQuantizer(32, 4, decay=0.9))
+    adversarial = None
+    if adversarial_from is not None:
+        adversarial = AdversarialLoss(start_step=adversarial_from, channels=4, layers=1)
+    arguments = {"losses": [L1Loss(), TemporalDifferenceLoss()], "adversarial": adversarial, "quantize_from_step": 2}
+    built = LitVQVAE(**{"model": model, **arguments, **changes})
+    built.save_hyperparameters({"model": {"init_args": dict(built.model._hub_mixin_config)}})
+    return built
+
+
+class StopAfter(Callback):
+    """Ends a run early, with the schedule of the whole."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, *_) -> None:
+        trainer.should_stop = trainer.global_step >= self.step
+
+
+def fit(built: LitVQVAE, steps: int, folder, *callbacks, ckpt_path=None) -> Trainer:
+    trainer = Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        gradient_clip_val=1.0,
+        callbacks=[*callbacks, ModelCheckpoint(folder, save_last=True), FinalCheckpoint()],
+    )
+    trainer.fit(built, datamodule=Clips(), ckpt_path=ckpt_path, weights_only=True)
+    return trainer
+
+
+def test_both_sides_learn_and_max_steps_counts_the_generators(tmp_path):
+    built = module(adversarial_from=2)
+    before = copy.deepcopy(built.state_dict())
+    trainer = fit(built, 5, tmp_path)
+    assert trainer.global_step == 5
+    assert trainer.optimizers[0].state[next(built.model.parameters())]["step"] == 5
+    for part in ("model.decoder", "adversarial.frames", "adversarial.clips"):
+        moved = [not torch.equal(value, before[name]) for name, value in built.state_dict().items() if part in name]
+        assert any(moved), part
+    assert {"train/generator", "train/discriminator"} <= set(trainer.callback_metrics)
+
+
+def test_discriminators_wait_for_their_first_step(tmp_path):
+    built = module(adversarial_from=3)
+    weights = [parameter.detach().clone() for parameter in built.adversarial.parameters() if parameter.ndim == 1]
+    fit(built, 3, tmp_path)
+    for before, after in zip(weights, [p for p in built.adversarial.parameters() if p.ndim == 1], strict=True):
+        assert torch.equal(before, after)
+
+
+@pytest.fixture
+def adversarial():
+    return AdversarialLoss(weight=0.5, channels=4, layers=1)
+
+
+def test_the_generators_term_leaves_the_discriminators_alone_and_theirs_the_reconstruction(adversarial):
+    video = torch.rand(2, 3, 3, 16, 16)
+    reconstruction = torch.rand(2, 3, 3, 16, 16, requires_grad=True)
+    adversarial.generator_loss(reconstruction, (reconstruction - video).abs().mean()).backward()
+    assert all(parameter.grad is None for parameter in adversarial.parameters())
+    reconstruction.grad = None
+    adversarial.discriminator_loss(reconstruction, video).backward()
+    assert reconstruction.grad is None
+    assert all(parameter.grad is not None for parameter in adversarial.parameters())
+
+
+def test_the_adversarial_gradient_is_in_proportion_to_the_others(adversarial):
+    video, reconstruction = torch.rand(2, 3, 3, 16, 16), torch.rand(2, 3, 3, 16, 16, requires_grad=True)
+    others = 7 * (reconstruction - video).abs().mean()
+    term = adversarial.generator_loss(reconstruction, others)
+    own, theirs = (torch.autograd.grad(loss, reconstruction, retain_graph=True)[0] for loss in (term, others))
+    torch.testing.assert_close(own.norm(), 0.5 * theirs.norm(), rtol=1e-3, atol=0)
+
+
+def test_discriminators_learn_to_tell_footage_from_noise(adversarial):
+    optimizer = torch.optim.Adam(adversarial.parameters(), lr=1e-2)
+    for _ in range(30):
+        footage, noise = torch.rand(4, 2, 3, 16, 16).cumsum(-1) / 16, torch.rand(4, 2, 3, 16, 16)
+        loss = adversarial.discriminator_loss(noise, footage)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.5
+
+
+@pytest.mark.parametrize("adversarial_from", [None, 3])
+def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, adversarial_from):
+    """Weights, average, codebook and discriminators; the stop lies after the codebook has begun."""
+    whole = module(adversarial_from)
+    fit(whole, 9, tmp_path / "whole", EMA(decay=0.9))
+    fit(module(adversarial_from), 9, tmp_path / "part", EMA(decay=0.9), StopAfter(6))
+    fit(module(adversarial_from), 9, tmp_path / "part", EMA(decay=0.9), ckpt_path=tmp_path / "part/last.ckpt")
+    first, second = (torch.load(tmp_path / f"{run}/last.ckpt", weights_only=True) for run in ("whole", "part"))
+    for part in ("state_dict", "current_model_state"):
+        for name, value in first[part].items():
+            assert torch.equal(value, second[part][name]), (part, name)
+
+
+def test_the_average_is_what_is_loaded_and_differs_from_what_is_trained(tmp_path):
+    built = module()
+    fit(built, 8, tmp_path, EMA(decay=0.9))
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    average, trained = checkpoint["state_dict"], checkpoint["current_model_state"]
+    loaded = load_vqvae(str(tmp_path / "last.ckpt")).state_dict()
+    name = "decoder.0.weight"
+    assert torch.equal(loaded[name], average[f"model.{name}"])
+    assert not torch.equal(average[f"model.{name}"], trained[f"model.{name}"])
+    codebook = "model.quantizer.codes"
+    assert torch.equal(average[codebook], trained[codebook])
+
+
+def test_training_with_another_quantizer_loads_back(tmp_path):
+    model = VQVAE(16, 8, (1, 2), 1, 3, 1, 1, 2, 2, quantizer=FSQuantizer([4, 4, 3]))
+    built = module(model=model)
+    fit(built, 2, tmp_path)
+    loaded = load_vqvae(str(tmp_path / "last.ckpt"))
+    assert loaded.codebook_size == 48
+    assert loaded.fingerprint() == model.fingerprint()

