@@ -1,4 +1,4 @@
-"""What every test gets: a fixed seed and no network; and the whole road, run once at toy sizes."""
+"""What every test gets: a fixed seed and no network; and the whole pipeline, run once at toy sizes."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, a proce
 
 import torch
 
-from tests.support.road import Road
+from tests.support.pipeline import Pipeline
 
 
 @pytest.fixture(autouse=True)
@@ -29,23 +29,23 @@ def _own_environment() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def finished_road(tmp_path_factory) -> Road:
+def trained_pipeline(tmp_path_factory) -> Pipeline:
     """Both stages trained, for tests that only read."""
-    road = Road(tmp_path_factory.mktemp("road"))
-    road.prepare()
-    road.fit("vqvae")
-    road.cli("predict", "vqvae", "--ckpt_path", "last")
-    road.fit("transformer")
-    return road
+    pipeline = Pipeline(tmp_path_factory.mktemp("pipeline"))
+    pipeline.prepare()
+    pipeline.fit("vqvae")
+    pipeline.cli("predict", "vqvae", "--ckpt_path", "last")
+    pipeline.fit("transformer")
+    return pipeline
 
 
 @pytest.fixture
-def copy_road(finished_road, tmp_path) -> Callable[[], Road]:
-    """Makes a copy of the finished road, for tests that go on from it."""
+def copy_pipeline(trained_pipeline, tmp_path) -> Callable[[], Pipeline]:
+    """Makes a copy of the finished pipeline, for tests that go on from it."""
 
-    def copy() -> Road:
-        folder = tmp_path / "road"
-        shutil.copytree(finished_road.folder, folder, ignore=shutil.ignore_patterns("clips"))
-        return Road(folder)
+    def copy() -> Pipeline:
+        folder = tmp_path / "pipeline"
+        shutil.copytree(trained_pipeline.folder, folder, ignore=shutil.ignore_patterns("clips"))
+        return Pipeline(folder)
 
     return copy

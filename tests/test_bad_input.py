@@ -35,13 +35,13 @@ def fails(capsys):
 
 
 @pytest.fixture
-def mistaken(fails, finished_road):
-    """Runs a command line on the finished road, which must fail and change no file."""
+def mistaken(fails, trained_pipeline):
+    """Runs a command line on the finished pipeline, which must fail and change no file."""
 
     def run(command, stage, *flags) -> str:
-        before = finished_road.files()
-        sentence = fails(finished_road.cli, command, stage, *flags)
-        assert finished_road.files() == before
+        before = trained_pipeline.files()
+        sentence = fails(trained_pipeline.cli, command, stage, *flags)
+        assert trained_pipeline.files() == before
         return sentence
 
     return run
@@ -117,8 +117,8 @@ def test_no_clips_to_draw(tool, fails, tmp_path):
         (("fit",), "required: fit.data, fit.model"),
     ],
 )
-def test_half_a_command(line, sentence, fails, finished_road):
-    assert sentence in fails(finished_road.main, *line)
+def test_half_a_command(line, sentence, fails, trained_pipeline):
+    assert sentence in fails(trained_pipeline.main, *line)
 
 
 @pytest.mark.parametrize("stage", ["vqvae", "transformer"])
@@ -186,33 +186,33 @@ def test_the_checkpoint_of_the_other_stage(command, stage, other, mistaken):
         ((*LAST, PROMPTS, "--model.sampler.min_p=2"), "min_p=2.0 must lie in (0, 1]"),
     ],
 )
-def test_generation(flags, sentence, mistaken, finished_road):
-    (finished_road.folder / "empty.txt").write_text("\n  \n")
+def test_generation(flags, sentence, mistaken, trained_pipeline):
+    (trained_pipeline.folder / "empty.txt").write_text("\n  \n")
     assert sentence in mistaken("predict", "transformer", *flags)
 
 
 @pytest.mark.parametrize("stage", ["vqvae", "transformer"])
-def test_predict_before_fit(stage, fails, copy_road):
-    road = copy_road()
-    road.checkpoint(stage).unlink()
-    before = road.files()
-    told = fails(road.cli, "predict", stage, *LAST, *([PROMPTS] if stage == "transformer" else []))
+def test_predict_before_fit(stage, fails, copy_pipeline):
+    pipeline = copy_pipeline()
+    pipeline.checkpoint(stage).unlink()
+    before = pipeline.files()
+    told = fails(pipeline.cli, "predict", stage, *LAST, *([PROMPTS] if stage == "transformer" else []))
     assert f"There is no last.ckpt in runs/demo/{stage}/checkpoints" in told
-    assert road.files() == before
+    assert pipeline.files() == before
 
 
 def test_tokens_are_not_written_over(mistaken):
     assert "runs/demo/tokens/train already holds token shards: delete it" in mistaken("predict", "vqvae", *LAST)
 
 
-def test_another_tokenizer(fails, copy_road):
-    road = copy_road()
-    checkpoint = torch.load(road.checkpoint("vqvae"), weights_only=True)
+def test_another_tokenizer(fails, copy_pipeline):
+    pipeline = copy_pipeline()
+    checkpoint = torch.load(pipeline.checkpoint("vqvae"), weights_only=True)
     checkpoint["state_dict"]["model.encoder.1.bias"] += 1
-    torch.save(checkpoint, road.checkpoint("vqvae"))
-    before = road.files()
+    torch.save(checkpoint, pipeline.checkpoint("vqvae"))
+    before = pipeline.files()
     for flags in (("fit",), ("fit", *LAST), ("predict", *LAST, PROMPTS)):
-        told = fails(road.cli, flags[0], "transformer", *flags[1:])
+        told = fails(pipeline.cli, flags[0], "transformer", *flags[1:])
         assert "model.tokenizer is " in told
         assert "give the tokenizer that made them" in told
-    assert road.files() == before
+    assert pipeline.files() == before

@@ -17,8 +17,8 @@ from t2v.__main__ import export
 from t2v.checkpoints.storage import MARKER, put, read_checkpoint
 from t2v.errors import UserError
 from t2v.vqvae.loading import load_vqvae
+from tests.support.pipeline import ROOT, Pipeline, differences, training_state
 from tests.support.recorder import losses
-from tests.support.road import ROOT, Road, differences, training_state
 
 STEPS = 20
 SHARDED = ["-c", str(ROOT / "configs/cluster/fsdp.yaml"), "--trainer.precision=32-true"]
@@ -31,9 +31,9 @@ ADAMW = '--model.optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr
 PROMPTS = '["a red circle", "a large blue square moves left"]'
 
 
-def command(road: Road, stage: str, name: str, *flags: str) -> list[str]:
+def command(pipeline: Pipeline, stage: str, name: str, *flags: str) -> list[str]:
     """A run of a stage that keeps a checkpoint every fourth step, and writes its losses to a folder of its name."""
-    run = road.run / name
+    run = pipeline.run / name
     callbacks = [
         {
             "class_path": "ModelCheckpoint",
@@ -48,17 +48,17 @@ def command(road: Road, stage: str, name: str, *flags: str) -> list[str]:
         {"class_path": "callbacks.EMA", "init_args": {"decay": 0.5}},
         {"class_path": "tests.support.recorder.Losses", "init_args": {"folder": str(run / "losses")}},
     ]
-    config = road.folder / f"{name}.yaml"
+    config = pipeline.folder / f"{name}.yaml"
     trainer = {"callbacks": callbacks, "max_steps": STEPS, "limit_val_batches": 0, "logger": False}
     config.write_text(yaml.safe_dump({"trainer": trainer}))
-    return ["fit", *road.config(stage), "-c", str(config), *flags]
+    return ["fit", *pipeline.config(stage), "-c", str(config), *flags]
 
 
-def launch(road: Road, args: list[str], *program: str) -> subprocess.CompletedProcess:
+def launch(pipeline: Pipeline, args: list[str], *program: str) -> subprocess.CompletedProcess:
     program = program or (sys.executable,)
     return subprocess.run(
         [*program, str(ROOT / "cli.py"), *args],
-        cwd=road.folder,
+        cwd=pipeline.folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -66,9 +66,9 @@ def launch(road: Road, args: list[str], *program: str) -> subprocess.CompletedPr
     )
 
 
-def at(road: Road, name: str, step: int | str) -> Path:
+def at(pipeline: Pipeline, name: str, step: int | str) -> Path:
     """A checkpoint of a run."""
-    return road.run / name / "checkpoints" / (f"step={step}.ckpt" if isinstance(step, int) else f"{step}.ckpt")
+    return pipeline.run / name / "checkpoints" / (f"step={step}.ckpt" if isinstance(step, int) else f"{step}.ckpt")
 
 
 def consolidated(folder: Path, path: Path) -> Path:
@@ -88,72 +88,76 @@ def _no_group():
 
 
 @pytest.fixture(scope="module")
-def road(finished_road, tmp_path_factory) -> Road:
-    folder = tmp_path_factory.mktemp("ranks") / "road"
-    shutil.copytree(finished_road.folder, folder, ignore=shutil.ignore_patterns("clips"))
-    return Road(folder)
+def pipeline(trained_pipeline, tmp_path_factory) -> Pipeline:
+    folder = tmp_path_factory.mktemp("ranks") / "pipeline"
+    shutil.copytree(trained_pipeline.folder, folder, ignore=shutil.ignore_patterns("clips"))
+    return Pipeline(folder)
 
 
 @pytest.fixture(scope="module")
-def runs(road) -> SimpleNamespace:
+def runs(pipeline) -> SimpleNamespace:
     """The transformer: one process, two with the whole model each, two that share it."""
     flags = ["--model.caption_dropout=0", "--model.corruption=0", ADAMW]  # each rank draws for itself what it spoils
-    road.main(*command(road, "transformer", "one", *flags, *ONE))
+    pipeline.main(*command(pipeline, "transformer", "one", *flags, *ONE))
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     ddp = ["-c", str(ROOT / "configs/cluster/ddp.yaml")]
-    done = launch(road, command(road, "transformer", "ddp", *flags, *ddp, *TWO), *torchrun)
+    done = launch(pipeline, command(pipeline, "transformer", "ddp", *flags, *ddp, *TWO), *torchrun)
     assert done.returncode == 0, done.stderr
-    done = launch(road, command(road, "transformer", "fsdp", *flags, *SHARDED, *TWO))
+    done = launch(pipeline, command(pipeline, "transformer", "fsdp", *flags, *SHARDED, *TWO))
     assert done.returncode == 0, done.stderr
-    return SimpleNamespace(flags=flags, one=losses(road.run / "one/losses", 1))
+    return SimpleNamespace(flags=flags, one=losses(pipeline.run / "one/losses", 1))
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
-def test_the_losses_of_two_processes_are_those_of_one(road, runs, name):
+def test_the_losses_of_two_processes_are_those_of_one(pipeline, runs, name):
     assert len(runs.one) == 2 * STEPS
     assert runs.one[-1] < 0.8 * runs.one[0]
-    assert losses(road.run / name / "losses", 2) == pytest.approx(runs.one, abs=1e-4)
+    assert losses(pipeline.run / name / "losses", 2) == pytest.approx(runs.one, abs=1e-4)
 
 
-def test_muon_in_shares(road, runs):
+def test_muon_in_shares(pipeline, runs):
     """The recipe's own optimizer, whose products of whole matrices need what other ranks hold."""
     flags = [flag for flag in runs.flags if flag != ADAMW]
-    road.main(*command(road, "transformer", "muon-one", *flags, *ONE), "--trainer.max_steps=6")
-    done = launch(road, [*command(road, "transformer", "muon-fsdp", *flags, *SHARDED, *TWO), "--trainer.max_steps=6"])
+    pipeline.main(*command(pipeline, "transformer", "muon-one", *flags, *ONE), "--trainer.max_steps=6")
+    done = launch(
+        pipeline, [*command(pipeline, "transformer", "muon-fsdp", *flags, *SHARDED, *TWO), "--trainer.max_steps=6"]
+    )
     assert done.returncode == 0, done.stderr
-    alone, shared = losses(road.run / "muon-one/losses", 1), losses(road.run / "muon-fsdp/losses", 2)
+    alone, shared = losses(pipeline.run / "muon-one/losses", 1), losses(pipeline.run / "muon-fsdp/losses", 2)
     assert len(alone) == 12
     assert shared == pytest.approx(alone, abs=1e-3)
 
 
 @pytest.fixture(scope="module")
-def together(road) -> list[float]:
+def together(pipeline) -> list[float]:
     """The losses of one process, and a run of two that share the work on its clips; captions are dropped alike."""
-    road.main(*command(road, "transformer", "alone", ADAMW, *ONE))
-    done = launch(road, command(road, "transformer", "tensor", ADAMW, *TENSOR))
+    pipeline.main(*command(pipeline, "transformer", "alone", ADAMW, *ONE))
+    done = launch(pipeline, command(pipeline, "transformer", "tensor", ADAMW, *TENSOR))
     assert done.returncode == 0, done.stderr
-    return losses(road.run / "alone/losses", 1)
+    return losses(pipeline.run / "alone/losses", 1)
 
 
-def test_two_processes_that_share_the_work_on_each_clip_learn_as_one(road, together):
+def test_two_processes_that_share_the_work_on_each_clip_learn_as_one(pipeline, together):
     assert len(together) == 2 * STEPS
     for rank in range(2):
-        of_rank = [float(line) for line in (road.run / f"tensor/losses/{rank}").read_text().split()]
+        of_rank = [float(line) for line in (pipeline.run / f"tensor/losses/{rank}").read_text().split()]
         assert of_rank == pytest.approx(together, abs=1e-4)
 
 
-def test_what_two_did_together_goes_on_alone_and_the_other_way_round(road, together):
-    road.main(*command(road, "transformer", "then-alone", ADAMW, *ONE), f"--ckpt_path={at(road, 'tensor', 12)}")
-    then_tensor = command(road, "transformer", "then-tensor", ADAMW, *TENSOR)
-    done = launch(road, [*then_tensor, f"--ckpt_path={at(road, 'alone', 12)}"])
+def test_what_two_did_together_goes_on_alone_and_the_other_way_round(pipeline, together):
+    pipeline.main(
+        *command(pipeline, "transformer", "then-alone", ADAMW, *ONE), f"--ckpt_path={at(pipeline, 'tensor', 12)}"
+    )
+    then_tensor = command(pipeline, "transformer", "then-tensor", ADAMW, *TENSOR)
+    done = launch(pipeline, [*then_tensor, f"--ckpt_path={at(pipeline, 'alone', 12)}"])
     assert done.returncode == 0, done.stderr
     for name in ("then-alone", "then-tensor"):
-        assert losses(road.run / name / "losses", 1) == pytest.approx(together[24:], abs=1e-4)
+        assert losses(pipeline.run / name / "losses", 1) == pytest.approx(together[24:], abs=1e-4)
 
 
 @pytest.mark.parametrize(("one", "two"), [("one", "fsdp"), ("alone", "tensor")])
-def test_a_sharded_checkpoint_holds_what_one_process_has(road, runs, together, one, two):
-    alone, shared = (training_state(at(road, name, "last")) for name in (one, two))
+def test_a_sharded_checkpoint_holds_what_one_process_has(pipeline, runs, together, one, two):
+    alone, shared = (training_state(at(pipeline, name, "last")) for name in (one, two))
     numbers = {name: value for name, value in alone.items() if isinstance(value, torch.Tensor)}
     weights = [name for name in numbers if not name.startswith("/optimizer")]
     assert len(weights) > 50
@@ -163,46 +167,46 @@ def test_a_sharded_checkpoint_holds_what_one_process_has(road, runs, together, o
     assert moments == sum(name.endswith("exp_avg_sq") for name in alone) > 20
 
 
-def test_a_signal_to_one_of_two_ranks_stops_both_and_resuming_changes_nothing(road, runs):
+def test_a_signal_to_one_of_two_ranks_stops_both_and_resuming_changes_nothing(pipeline, runs):
     """Two ranks go on from step 12, are stopped in the middle of step 16, and one rank does the rest."""
     killer = ["--trainer.callbacks+=tests.support.killer.Killer", "--trainer.callbacks.step=15"]
     killer += ["--trainer.callbacks.name=SIGTERM", "--trainer.callbacks.rank=1"]
-    resumed = command(road, "transformer", "again", *runs.flags, *SHARDED, *TWO, *killer)
-    done = launch(road, [*resumed, f"--ckpt_path={at(road, 'fsdp', 12)}"])
+    resumed = command(pipeline, "transformer", "again", *runs.flags, *SHARDED, *TWO, *killer)
+    done = launch(pipeline, [*resumed, f"--ckpt_path={at(pipeline, 'fsdp', 12)}"])
     assert done.returncode == 75, done.stderr
     assert done.stderr.count("Stopped by SIGTERM at step 16") == 1
-    assert not differences(training_state(at(road, "fsdp", 16)), training_state(at(road, "again", "last")))
-    assert losses(road.run / "again/losses", 2) == losses(road.run / "fsdp/losses", 2)[24:32]
+    assert not differences(training_state(at(pipeline, "fsdp", 16)), training_state(at(pipeline, "again", "last")))
+    assert losses(pipeline.run / "again/losses", 2) == losses(pipeline.run / "fsdp/losses", 2)[24:32]
 
-    rest = command(road, "transformer", "rest", *runs.flags, *ONE)
-    road.main(*rest, f"--ckpt_path={at(road, 'again', 'last')}")
-    assert losses(road.run / "rest/losses", 1) == pytest.approx(runs.one[32:], abs=1e-4)
+    rest = command(pipeline, "transformer", "rest", *runs.flags, *ONE)
+    pipeline.main(*rest, f"--ckpt_path={at(pipeline, 'again', 'last')}")
+    assert losses(pipeline.run / "rest/losses", 1) == pytest.approx(runs.one[32:], abs=1e-4)
 
 
-def test_a_file_goes_on_in_shares(road, runs):
+def test_a_file_goes_on_in_shares(pipeline, runs):
     """One process, sharded by itself, goes on from what one process wrote as it does without."""
     for name, strategy in (("plain", []), ("shares", SHARDED)):
-        flags = command(road, "transformer", name, *runs.flags, *strategy, *ONE)
-        road.main(*flags, f"--ckpt_path={at(road, 'one', 12)}")
-    assert losses(road.run / "plain/losses", 1) == runs.one[24:]
-    assert losses(road.run / "shares/losses", 1) == pytest.approx(runs.one[24:], abs=1e-4)
+        flags = command(pipeline, "transformer", name, *runs.flags, *strategy, *ONE)
+        pipeline.main(*flags, f"--ckpt_path={at(pipeline, 'one', 12)}")
+    assert losses(pipeline.run / "plain/losses", 1) == runs.one[24:]
+    assert losses(pipeline.run / "shares/losses", 1) == pytest.approx(runs.one[24:], abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["fsdp", "tensor"])
-def test_generation_validation_and_export_take_the_folder(road, runs, together, tmp_path, name):
-    folder = at(road, name, "last")
+def test_generation_validation_and_export_take_the_folder(pipeline, runs, together, tmp_path, name):
+    folder = at(pipeline, name, "last")
     file = consolidated(folder, tmp_path / "one.ckpt")
     assert read_checkpoint(folder)["state_dict"].keys() == read_checkpoint(file)["state_dict"].keys()
     videos, scores, exports = [], [], []
     for checkpoint, strategy in ((folder, SHARDED), (file, [])):
-        made = road.run / "videos"
-        road.cli("predict", "transformer", f"--ckpt_path={checkpoint}", "--data.prompts", PROMPTS)
+        made = pipeline.run / "videos"
+        pipeline.cli("predict", "transformer", f"--ckpt_path={checkpoint}", "--data.prompts", PROMPTS)
         videos.append({path.name: path.read_bytes() for path in made.rglob("*.mp4")})
         shutil.rmtree(made)
-        validated = road.cli("validate", "transformer", f"--ckpt_path={checkpoint}", *strategy)
+        validated = pipeline.cli("validate", "transformer", f"--ckpt_path={checkpoint}", *strategy)
         scores.append(validated.trainer.callback_metrics["val/loss"])
         exported = tmp_path / f"{checkpoint.name}.exported"
-        export(str(checkpoint), str(exported), str(road.checkpoint("vqvae")))
+        export(str(checkpoint), str(exported), str(pipeline.checkpoint("vqvae")))
         exports.append((exported / "transformer/model.safetensors").read_bytes())
     assert len(videos[0]) == 2
     assert videos[0] == videos[1]
@@ -210,20 +214,20 @@ def test_generation_validation_and_export_take_the_folder(road, runs, together, 
     torch.testing.assert_close(*scores, atol=1e-5, rtol=0)
 
 
-def test_stage_one_in_shares(road):
+def test_stage_one_in_shares(pipeline):
     """Losses before the codebook begins are those of one process; its sharded checkpoint is a tokenizer."""
     flags = ["--trainer.max_steps=8", "--model.quantize_from_step=5"]
-    road.main(*command(road, "vqvae", "vqvae-one", *flags, *ONE))
-    done = launch(road, command(road, "vqvae", "vqvae-fsdp", *flags, *SHARDED, *TWO))
+    pipeline.main(*command(pipeline, "vqvae", "vqvae-one", *flags, *ONE))
+    done = launch(pipeline, command(pipeline, "vqvae", "vqvae-fsdp", *flags, *SHARDED, *TWO))
     assert done.returncode == 0, done.stderr
-    alone, shared = losses(road.run / "vqvae-one/losses", 1), losses(road.run / "vqvae-fsdp/losses", 2)
+    alone, shared = losses(pipeline.run / "vqvae-one/losses", 1), losses(pipeline.run / "vqvae-fsdp/losses", 2)
     assert len(shared) == 16
     assert shared[:10] == pytest.approx(alone[:10], abs=1e-4)
 
-    folder = at(road, "vqvae-fsdp", "last")
-    file = consolidated(folder, road.folder / "vqvae.ckpt")
+    folder = at(pipeline, "vqvae-fsdp", "last")
+    file = consolidated(folder, pipeline.folder / "vqvae.ckpt")
     assert load_vqvae(str(folder)).fingerprint() == load_vqvae(str(file)).fingerprint()
-    assert road.cli("validate", "vqvae", f"--ckpt_path={folder}").model.model.quantizer.ready
+    assert pipeline.cli("validate", "vqvae", f"--ckpt_path={folder}").model.model.quantizer.ready
 
 
 @pytest.mark.parametrize(
@@ -234,25 +238,25 @@ def test_stage_one_in_shares(road):
         ("vqvae", 2, 2, "a VQ-VAE has nothing that they could share"),
     ],
 )
-def test_work_that_cannot_be_shared_is_refused(road, stage, devices, together, message):
+def test_work_that_cannot_be_shared_is_refused(pipeline, stage, devices, together, message):
     flags = [f"--trainer.devices={devices}", f"--trainer.strategy.tensor_parallel_size={together}"]
-    done = launch(road, ["fit", *road.config(stage), *SHARDED, *flags])
+    done = launch(pipeline, ["fit", *pipeline.config(stage), *SHARDED, *flags])
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_discriminators_are_refused_in_shares(road, capsys):
+def test_discriminators_are_refused_in_shares(pipeline, capsys):
     adversarial = "--model.adversarial=t2v.losses.AdversarialLoss"
     with pytest.raises(SystemExit):
-        road.cli("fit", "vqvae", *SHARDED, "--trainer.devices=1", adversarial)
+        pipeline.cli("fit", "vqvae", *SHARDED, "--trainer.devices=1", adversarial)
     assert "take configs/cluster/ddp.yaml in place of configs/cluster/fsdp.yaml" in capsys.readouterr().err
 
 
-def test_checkpoints_that_are_written_over_each_other_are_refused(road, capsys):
+def test_checkpoints_that_are_written_over_each_other_are_refused(pipeline, capsys):
     lightnings_own = '--trainer.strategy={"class_path": "ModelParallelStrategy"}'
     with pytest.raises(SystemExit):
-        road.cli("fit", "transformer", lightnings_own, "--trainer.devices=1")
+        pipeline.cli("fit", "transformer", lightnings_own, "--trainer.devices=1")
     assert "take t2v.training.sharding.ShardedStrategy" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""The whole road with the shipped configs, as a user goes it."""
+"""The whole pipeline with the shipped configs, as a user goes it."""
 
 import subprocess
 import sys
@@ -29,33 +29,33 @@ def weights(checkpoint):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_loss_falls(finished_road, stage):
-    losses = logged(finished_road.run / stage, "train/loss")
+def test_the_loss_falls(trained_pipeline, stage):
+    losses = logged(trained_pipeline.run / stage, "train/loss")
     assert len(losses) == 12
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
 
 
-def test_reconstructions_and_generations_are_logged_as_moving_pictures(finished_road):
+def test_reconstructions_and_generations_are_logged_as_moving_pictures(trained_pipeline):
     for stage, tags in (("vqvae", 1), ("transformer", 3)):
-        events = EventAccumulator(str(finished_road.run / stage)).Reload()
+        events = EventAccumulator(str(trained_pipeline.run / stage)).Reload()
         images = events.Tags()["images"]
         assert len(images) == tags
         assert events.Images(images[0])[0].encoded_image_string.startswith(b"GIF89a")
 
 
 @pytest.mark.parametrize(("steps", "started"), [(3, False), (5, True)])
-def test_the_codebook_starts_when_it_should_and_not_from_validation(copy_road, steps, started):
-    road = copy_road()
+def test_the_codebook_starts_when_it_should_and_not_from_validation(copy_pipeline, steps, started):
+    pipeline = copy_pipeline()
     validate = ["--trainer.check_val_every_n_epoch=null", "--trainer.val_check_interval=1"]
-    cli = road.cli("fit", "vqvae", "--trainer.max_steps", str(steps), *validate)
+    cli = pipeline.cli("fit", "vqvae", "--trainer.max_steps", str(steps), *validate)
     assert cli.model.model.quantizer.ready == started
 
 
-def test_every_clip_becomes_a_token_sample(finished_road):
-    tokenizer = load(finished_road.checkpoint("vqvae"))["hyper_parameters"]["model"]["init_args"]
+def test_every_clip_becomes_a_token_sample(trained_pipeline):
+    tokenizer = load(trained_pipeline.checkpoint("vqvae"))["hyper_parameters"]["model"]["init_args"]
     for split, count in (("train", 24), ("val", 8)):
-        footage = ShardSet(finished_road.run / "shards" / split).samples
-        tokens = ShardSet(finished_road.run / "tokens" / split).samples
+        footage = ShardSet(trained_pipeline.run / "shards" / split).samples
+        tokens = ShardSet(trained_pipeline.run / "tokens" / split).samples
         assert [sample.key for sample in tokens] == [sample.key for sample in footage]
         assert len(tokens) == count
         assert {(sample.frames, sample.height, sample.width) for sample in tokens} == {(16, 4, 4)}
@@ -63,32 +63,32 @@ def test_every_clip_becomes_a_token_sample(finished_road):
 
 
 @pytest.mark.parametrize(("stage", "metric"), [("vqvae", "val/psnr"), ("transformer", "val/perplexity")])
-def test_validate_measures_the_checkpoint(finished_road, stage, metric):
-    metrics = finished_road.cli("validate", stage, "--ckpt_path", "last").trainer.callback_metrics
-    assert float(metrics[metric]) == pytest.approx(logged(finished_road.run / stage, metric)[-1], rel=1e-4)
+def test_validate_measures_the_checkpoint(trained_pipeline, stage, metric):
+    metrics = trained_pipeline.cli("validate", stage, "--ckpt_path", "last").trainer.callback_metrics
+    assert float(metrics[metric]) == pytest.approx(logged(trained_pipeline.run / stage, metric)[-1], rel=1e-4)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_run_goes_on_where_it_stopped(finished_road, stage):
-    before, after = finished_road.halfway[stage], load(finished_road.checkpoint(stage))
+def test_a_run_goes_on_where_it_stopped(trained_pipeline, stage):
+    before, after = trained_pipeline.halfway[stage], load(trained_pipeline.checkpoint(stage))
     for checkpoint, step in ((before, 7), (after, 12)):
         assert checkpoint["global_step"] == checkpoint["lr_schedulers"][0]["last_epoch"] == step
         states = checkpoint["optimizer_states"][0]["state"].values()
         assert {int(state["step"]) for state in states if "step" in state} == {step}  # Muon counts no steps
     assert any(not torch.equal(weights(after)[name], tensor) for name, tensor in weights(before).items())
-    losses = logged(finished_road.run / stage, "train/loss")
+    losses = logged(trained_pipeline.run / stage, "train/loss")
     assert len(losses) == 12
     assert losses[7] < losses[0]
-    names = [path.name for path in finished_road.checkpoint(stage).parent.iterdir()]
+    names = [path.name for path in trained_pipeline.checkpoint(stage).parent.iterdir()]
     assert names == ["last.ckpt"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_what_is_loaded_is_what_was_saved(copy_road, stage, capsys):
-    road = copy_road()
-    saved = weights(load(road.checkpoint(stage)))
+def test_what_is_loaded_is_what_was_saved(copy_pipeline, stage, capsys):
+    pipeline = copy_pipeline()
+    saved = weights(load(pipeline.checkpoint(stage)))
     capsys.readouterr()
-    cli = road.cli("fit", stage, "--ckpt_path", "last")  # no step is left to do
+    cli = pipeline.cli("fit", stage, "--ckpt_path", "last")  # no step is left to do
     told = (
         f"Resuming from runs/demo/{stage}/checkpoints/last.ckpt at step 12, which is the end: raise trainer.max_steps"
     )
@@ -97,10 +97,10 @@ def test_what_is_loaded_is_what_was_saved(copy_road, stage, capsys):
     assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
 
 
-def test_prompts_become_videos_on_a_page(copy_road):
-    road = copy_road()
-    road.cli("predict", "transformer", "--ckpt_path", "last", f"--data.prompts={PROMPTS}")
-    videos = sorted((road.run / "videos").iterdir())
+def test_prompts_become_videos_on_a_page(copy_pipeline):
+    pipeline = copy_pipeline()
+    pipeline.cli("predict", "transformer", "--ckpt_path", "last", f"--data.prompts={PROMPTS}")
+    videos = sorted((pipeline.run / "videos").iterdir())
     assert [path.name for path in videos] == [
         "0000-a-small-red-circle-moves-left-slowly.mp4",
         "0001-the-big-blue-square-nothing-else.mp4",
@@ -110,29 +110,29 @@ def test_prompts_become_videos_on_a_page(copy_road):
             frames = list(file.decode(video=0))
             assert file.streams.video[0].average_rate == 8
         assert [(frame.width, frame.height) for frame in frames] == [(64, 64)] * 5
-    page = (road.run / "index.html").read_text()
+    page = (pipeline.run / "index.html").read_text()
     assert PROMPTS[0] in page
     assert "the &lt;big&gt; blue square &amp; nothing else" in page
     assert all(f'src="videos/{path.name}"' in page for path in videos)
 
     # A run's own config, its checkpoint and prompts are all that is needed; the same prompts make the same bytes.
     before = [path.read_bytes() for path in videos]
-    (road.folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    (pipeline.folder / "prompts.txt").write_text("\n".join(PROMPTS))
     own = ["-c", "runs/demo/transformer/config.yaml", "--ckpt_path", "last", "--data.prompts", "prompts.txt"]
     for path in videos:
         path.unlink()
-    road.main("predict", *own)
+    pipeline.main("predict", *own)
     assert [path.read_bytes() for path in videos] == before
 
 
-def test_two_processes_train_the_vqvae_with_discriminators(finished_road, tmp_path):
+def test_two_processes_train_the_vqvae_with_discriminators(trained_pipeline, tmp_path):
     """Every parameter must get a gradient in every step, before the codebook and the discriminators begin too."""
     flags = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=6", "--data.batch_size=4"]
     flags += ["--model.adversarial=t2v.losses.AdversarialLoss", "--model.adversarial.start_step=4"]
     flags += ["--model.adversarial.channels=4", "--model.adversarial.layers=1", "--model.quantize_from_step=2"]
-    flags += [f"--data.{split}={finished_road.run / 'shards' / split}" for split in ("train", "val")]
+    flags += [f"--data.{split}={trained_pipeline.run / 'shards' / split}" for split in ("train", "val")]
     made = subprocess.run(
-        [sys.executable, f"{finished_road.code}/cli.py", "fit", *finished_road.config("vqvae"), *flags],
+        [sys.executable, f"{trained_pipeline.code}/cli.py", "fit", *trained_pipeline.config("vqvae"), *flags],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -8,15 +8,15 @@ import sys
 
 import pytest
 
-from tests.support.road import ROOT, differences, resumable, training_state
+from tests.support.pipeline import ROOT, differences, resumable, training_state
 
 
 @pytest.mark.parametrize("stage", ["vqvae", "transformer"])
-def test_a_killed_run_ends_as_one_that_was_never_stopped(copy_road, stage, capfd):
-    road = copy_road()
-    fit, checkpoint = resumable(road, stage), road.checkpoint(stage)
+def test_a_killed_run_ends_as_one_that_was_never_stopped(copy_pipeline, stage, capfd):
+    pipeline = copy_pipeline()
+    fit, checkpoint = resumable(pipeline, stage), pipeline.checkpoint(stage)
     shutil.rmtree(checkpoint.parent)
-    road.main(*fit)
+    pipeline.main(*fit)
     whole = training_state(checkpoint)
 
     shutil.rmtree(checkpoint.parent)
@@ -28,12 +28,12 @@ def test_a_killed_run_ends_as_one_that_was_never_stopped(copy_road, stage, capfd
             "--trainer.callbacks+=tests.support.killer.Killer",
             "--trainer.callbacks.step=5",
         ],
-        cwd=road.folder,
+        cwd=pipeline.folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert killed.returncode == -signal.SIGKILL
     capfd.readouterr()
-    road.main(*fit, "--data.num_workers=2")
+    pipeline.main(*fit, "--data.num_workers=2")
     assert "at step 4" in capfd.readouterr().out
     assert not differences(whole, training_state(checkpoint))
     assert len(whole) > 100

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from tests.support.road import ROOT, differences, resumable, training_state
+from tests.support.pipeline import ROOT, differences, resumable, training_state
 
 SLURM = {
     "SLURM_JOB_ID": "1234",
@@ -21,12 +21,12 @@ SLURM = {
 
 
 @pytest.mark.parametrize(("stage", "name", "batches"), [("vqvae", "SIGUSR1", 1), ("transformer", "SIGTERM", 2)])
-def test_a_stopped_run_ends_as_one_that_was_never_stopped(copy_road, tmp_path, stage, name, batches, capfd):
-    road = copy_road()
-    fit, checkpoint = resumable(road, stage), road.checkpoint(stage)
+def test_a_stopped_run_ends_as_one_that_was_never_stopped(copy_pipeline, tmp_path, stage, name, batches, capfd):
+    pipeline = copy_pipeline()
+    fit, checkpoint = resumable(pipeline, stage), pipeline.checkpoint(stage)
     fit += [f"--trainer.accumulate_grad_batches={batches}", "--data.batch_size=4"]
     shutil.rmtree(checkpoint.parent)
-    road.main(*fit)
+    pipeline.main(*fit)
     whole = training_state(checkpoint)
 
     shutil.rmtree(checkpoint.parent)
@@ -38,7 +38,7 @@ def test_a_stopped_run_ends_as_one_that_was_never_stopped(copy_road, tmp_path, s
     flags = [f"--trainer.callbacks{option}" for option in killer]
     stopped = subprocess.run(
         [sys.executable, ROOT / "cli.py", *fit, *flags],
-        cwd=road.folder,
+        cwd=pipeline.folder,
         env={**os.environ, **SLURM, "PYTHONPATH": str(ROOT), "PATH": f"{scontrol.parent}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
@@ -53,6 +53,6 @@ def test_a_stopped_run_ends_as_one_that_was_never_stopped(copy_road, tmp_path, s
     assert not list(tmp_path.rglob("hpc_ckpt*"))
 
     capfd.readouterr()
-    road.main(*fit)
+    pipeline.main(*fit)
     assert "at step 5" in capfd.readouterr().out
     assert not differences(whole, training_state(checkpoint))

@@ -26,7 +26,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from cli import main
 from t2v.errors import run_tool
 from t2v.generation.compilation import compile_error
-from tests.support.road import ROOT, Road
+from tests.support.pipeline import ROOT, Pipeline
 
 PLUGIN = "t2v.training.Float8Precision"
 _PRECISIONS: dict[str, dict[str, Any]] = {
@@ -143,12 +143,12 @@ def _known_and_new(tokens: Path) -> dict[str, str]:
 
 def _small_demo(folder: Path) -> Path:
     """Tokens of a few clips, by a VQ-VAE that has hardly learnt."""
-    road = Road(folder)
+    pipeline = Pipeline(folder)
     with contextlib.redirect_stdout(io.StringIO()):
-        road.prepare()
-        road.cli("fit", "vqvae")
-        road.cli("predict", "vqvae", "--ckpt_path", "last")
-    return road.run
+        pipeline.prepare()
+        pipeline.cli("fit", "vqvae")
+        pipeline.cli("predict", "vqvae", "--ckpt_path", "last")
+    return pipeline.run
 
 
 if __name__ == "__main__":

@@ -86,10 +86,10 @@ def test_it_says_which_weights_were_measured(tmp_path, averaged):
     assert (protocol["step"], protocol["averaged_weights"]) == (3, averaged)
 
 
-def test_a_report_of_the_command_line_says_what_was_measured(finished_road, tmp_path):
+def test_a_report_of_the_command_line_says_what_was_measured(trained_pipeline, tmp_path):
     path = tmp_path / "report.json"
     flags = ["--trainer.callbacks+=callbacks.MetricsReport", f"--trainer.callbacks.path={path}", "--seed_everything=3"]
-    cli = finished_road.cli("validate", "vqvae", "--ckpt_path", "last", *flags)
+    cli = trained_pipeline.cli("validate", "vqvae", "--ckpt_path", "last", *flags)
     report = read(path)
     assert report["metrics"]["val/psnr"] == pytest.approx(float(cli.trainer.callback_metrics["val/psnr"]))
     protocol = report["protocol"]

@@ -169,19 +169,19 @@ def test_a_run_that_breaks_leaves_nothing_and_can_be_repeated(tmp_path):
     assert len(dict(members(tmp_path / "train"))) == 5 * 4
 
 
-def test_two_processes_write_every_clip_once(finished_road, tmp_path):
+def test_two_processes_write_every_clip_once(trained_pipeline, tmp_path):
     counts = {"train": 3, "val": 1}  # one rank has a clip more; one has none
     flags = ["--data.batch_size=1", "--data.num_workers=1", f"--trainer.default_root_dir={tmp_path}"]
     for split, count in counts.items():
-        clips = ShardSet(finished_road.run / "shards" / split)
+        clips = ShardSet(trained_pipeline.run / "shards" / split)
         with ShardWriter(tmp_path / "few" / split) as writer:
             for sample in clips.samples[:count]:
                 writer.write({"__key__": sample.key, **clips.read(sample, "mp4", "txt")})
         flags.append(f"--data.{split}={tmp_path / 'few' / split}")
     cli = str(Path(__file__).parents[2] / "cli.py")
-    flags += ["--trainer.devices=2", "--trainer.strategy=ddp", f"--ckpt_path={finished_road.checkpoint('vqvae')}"]
+    flags += ["--trainer.devices=2", "--trainer.strategy=ddp", f"--ckpt_path={trained_pipeline.checkpoint('vqvae')}"]
     made = subprocess.run(
-        [sys.executable, cli, "predict", *finished_road.config("vqvae"), *flags],
+        [sys.executable, cli, "predict", *trained_pipeline.config("vqvae"), *flags],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -195,7 +195,7 @@ def test_two_processes_write_every_clip_once(finished_road, tmp_path):
         footage = ShardSet(tmp_path / "few" / split)
         assert len({sample.shard for sample in shards.samples}) == min(count, 2)
         assert sorted(sample.key for sample in shards.samples) == [sample.key for sample in footage.samples]
-        alone = ShardSet(finished_road.run / "tokens" / split)
+        alone = ShardSet(trained_pipeline.run / "tokens" / split)
         expected = {sample.key: alone.read(sample, "tokens.npy") for sample in alone.samples}
         assert all(shards.read(sample, "tokens.npy") == expected[sample.key] for sample in shards.samples)
     assert not (tmp_path / "tokens/.partial").exists()

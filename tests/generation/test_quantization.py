@@ -198,9 +198,9 @@ def test_unknown_weights_and_a_missing_library_are_one_sentence(full, monkeypatc
 
 
 @pytest.mark.parametrize("weights", ["full", *KINDS])
-def test_a_model_is_converted_when_it_is_loaded(finished_road, tmp_path, monkeypatch, weights):
-    monkeypatch.chdir(finished_road.folder)  # the tokenizer's path is relative to where training ran
-    checkpoint = finished_road.checkpoint("transformer")
+def test_a_model_is_converted_when_it_is_loaded(trained_pipeline, tmp_path, monkeypatch, weights):
+    monkeypatch.chdir(trained_pipeline.folder)  # the tokenizer's path is relative to where training ran
+    checkpoint = trained_pipeline.checkpoint("transformer")
     TextToVideo.from_checkpoint(checkpoint).save_pretrained(tmp_path / "model")
     loaded = TextToVideo.from_pretrained(tmp_path / "model", weights=weights)
     again = TextToVideo.from_checkpoint(checkpoint, weights=weights)

@@ -15,7 +15,7 @@ import threading
 from pathlib import Path
 
 from t2v.errors import run_tool
-from tests.support.road import ROOT, Road, differences, resumable, training_state
+from tests.support.pipeline import ROOT, Pipeline, differences, resumable, training_state
 
 
 def soak(kills: int = 20, steps: int = 600, longest: float = 3.0, seed: int = 0) -> None:
@@ -29,36 +29,36 @@ def soak(kills: int = 20, steps: int = 600, longest: float = 3.0, seed: int = 0)
     """
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
-        road = Road(Path(folder))
-        road.prepare()
+        pipeline = Pipeline(Path(folder))
+        pipeline.prepare()
         wrong = 0
         for number, stage in enumerate(("vqvae", "transformer")):
-            fit = [*resumable(road, stage), f"--trainer.max_steps={steps}", "--data.num_workers=2"]
-            _train(road, fit)
-            whole = training_state(road.checkpoint(stage))
-            shutil.rmtree(road.checkpoint(stage).parent)
+            fit = [*resumable(pipeline, stage), f"--trainer.max_steps={steps}", "--data.num_workers=2"]
+            _train(pipeline, fit)
+            whole = training_state(pipeline.checkpoint(stage))
+            shutil.rmtree(pipeline.checkpoint(stage).parent)
             starts = []
             for _ in range(kills // 2 + number * (kills % 2)):
                 after = rng.uniform(0, longest)
-                starts.append(_train(road, fit, kill_after=after))
+                starts.append(_train(pipeline, fit, kill_after=after))
                 print(f"{stage}: went on {starts[-1]}, killed after {after:.2f} s", flush=True)
-            starts.append(_train(road, fit))
-            found = differences(whole, training_state(road.checkpoint(stage)))
+            starts.append(_train(pipeline, fit))
+            found = differences(whole, training_state(pipeline.checkpoint(stage)))
             print(
                 f"{stage}: {len(starts) - 1} kills, {len(whole)} tensors and numbers, {len(found)} differ", flush=True
             )
             wrong += len(found)
             if number == 0:
-                road.cli("predict", stage, "--ckpt_path", "last")
+                pipeline.cli("predict", stage, "--ckpt_path", "last")
     if wrong:
         raise SystemExit(f"{wrong} differences")
 
 
-def _train(road: Road, fit: list[str], kill_after: float | None = None) -> str:
+def _train(pipeline: Pipeline, fit: list[str], kill_after: float | None = None) -> str:
     """Run one process, to its end or until it is killed; returns where it said it started."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
-        [sys.executable, ROOT / "cli.py", *fit], cwd=road.folder, env=environment, stdout=subprocess.PIPE, text=True
+        [sys.executable, ROOT / "cli.py", *fit], cwd=pipeline.folder, env=environment, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         started = next((line for line in process.stdout if line.startswith("Start ")), None)

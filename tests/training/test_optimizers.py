@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from tests.support.road import differences, resumable, training_state
+from tests.support.pipeline import differences, resumable, training_state
 
 EIGHT_BIT = """
 model:
@@ -26,19 +26,22 @@ class Stop(Callback):
 
 
 @pytest.mark.parametrize("stage", ["vqvae", "transformer"])
-def test_a_run_with_8_bit_state_goes_on_as_if_it_had_not_stopped(copy_road, stage, capfd):
-    road = copy_road()
-    (road.folder / "8bit.yaml").write_text(EIGHT_BIT)
-    fit, checkpoint = [*resumable(road, stage), "-c", str(road.folder / "8bit.yaml")], road.checkpoint(stage)
+def test_a_run_with_8_bit_state_goes_on_as_if_it_had_not_stopped(copy_pipeline, stage, capfd):
+    pipeline = copy_pipeline()
+    (pipeline.folder / "8bit.yaml").write_text(EIGHT_BIT)
+    fit, checkpoint = (
+        [*resumable(pipeline, stage), "-c", str(pipeline.folder / "8bit.yaml")],
+        pipeline.checkpoint(stage),
+    )
     shutil.rmtree(checkpoint.parent)
-    road.main(*fit)
+    pipeline.main(*fit)
     whole = training_state(checkpoint)
 
     shutil.rmtree(checkpoint.parent)
     with pytest.raises(RuntimeError, match="stopped by the test"):
-        road.main(*fit, f"--trainer.callbacks+={__name__}.Stop")
+        pipeline.main(*fit, f"--trainer.callbacks+={__name__}.Stop")
     capfd.readouterr()
-    road.main(*fit)
+    pipeline.main(*fit)
     assert "at step 4" in capfd.readouterr().out
     assert not differences(whole, training_state(checkpoint))
     states = {value.dtype for name, value in whole.items() if name.endswith(("/state1", "/state2"))}

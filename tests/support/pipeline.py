@@ -1,4 +1,4 @@
-"""The whole road at toy sizes: the shipped configs, made small by a second one."""
+"""The whole pipeline at toy sizes: the shipped configs, made small by a second one."""
 
 import contextlib
 import subprocess
@@ -62,7 +62,7 @@ TOY = {
 }
 
 
-class Road:
+class Pipeline:
     """A folder in which the shipped configs run at toy sizes; their paths are relative to where one stands."""
 
     def __init__(self, folder: Path) -> None:
@@ -134,11 +134,11 @@ _RANDOM = {
 }
 
 
-def resumable(road: Road, stage: str) -> list[str]:
+def resumable(pipeline: Pipeline, stage: str) -> list[str]:
     """The command line of a run that saves often, keeps an average, and draws more random numbers than the recipes."""
-    often = road.folder / f"{stage}-often.yaml"
+    often = pipeline.folder / f"{stage}-often.yaml"
     often.write_text(_OFTEN.replace("STAGE", stage))
-    return ["fit", *road.config(stage), "-c", str(often), "--ckpt_path", "last", *_RANDOM[stage]]
+    return ["fit", *pipeline.config(stage), "-c", str(often), "--ckpt_path", "last", *_RANDOM[stage]]
 
 
 def training_state(checkpoint: Path) -> dict[str, Any]:
