@@ -1,6 +1,6 @@
-"""The value types that pass between the data, the models and the callbacks.
+"""Types of the batches that pass between data, models and callbacks, and the check of a token's range.
 
-Axis letters: b batch, t frames, c channels, h w grid, l text length, d width.
+Axis letters: b batch, t frames, c channels, h w grid, l text length, d width; height and width are in pixels.
 """
 
 from collections.abc import Iterator
@@ -9,53 +9,71 @@ from typing import NamedTuple
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from t2v.errors import UserError
+
 
 class TextEmbedding(NamedTuple):
-    """Captions as a text encoder sees them."""
+    """Embeddings of captions or prompts, from a text encoder."""
 
     tokens: Float[Tensor, "b l d"]
-    """One vector a word piece; padding is zero."""
+    """One vector for each text token; padding is zero."""
     mask: Bool[Tensor, "b l"]
-    """True where `tokens` holds a word piece, False on padding."""
+    """True at a text token, False at padding."""
     pooled: Float[Tensor, "b d"]
-    """One vector a caption."""
+    """One vector for each text."""
 
 
 class VideoBatch(NamedTuple):
-    """Clips as they leave the loader."""
+    """Clips from a data loader."""
 
-    video: UInt8[Tensor, "b t c h w"]
+    video: UInt8[Tensor, "b t c height width"]
     captions: list[list[str]]
     """All captions of each clip."""
     keys: list[str]
-    """The sample's key in its shard."""
+    """The key of each sample in its shard."""
 
 
 class TokenBatch(NamedTuple):
-    """Tokenised clips with the embeddings of their captions."""
+    """Tokenized clips with the embeddings of their captions."""
 
     tokens: Int[Tensor, "b t h w"]
     text: TextEmbedding
     captions: list[str]
-    """The one caption of each clip that `text` embeds."""
+    """The caption of each clip that `text` embeds."""
     keys: list[str]
 
 
 class PromptBatch(NamedTuple):
-    """What to generate."""
+    """Prompts to generate videos from."""
 
     prompts: list[str]
     seeds: list[int]
-    """One seed a sample, so that a video does not depend on what else is in its batch."""
+    """One seed for each sample, so that a video does not depend on the other samples of its batch."""
     names: list[str]
-    """The stem of the file each video is written to."""
+    """File name, without suffix, to which each video is written."""
 
 
 class GeneratedVideos(NamedTuple):
-    """Clips that are being generated, to be written as they come."""
+    """Videos that are generated while they are read."""
 
-    frames: Iterator[UInt8[Tensor, "b 1 c h w"]]
-    """One frame of all clips after the other; it can be gone through once, and that is when they are made."""
+    frames: Iterator[UInt8[Tensor, "b 1 c height width"]]
+    """The next frame of all videos at each step. The frames are generated while iterating, which is possible once."""
     prompts: list[str]
     names: list[str]
     fps: float
+
+
+def check_token_range(tokens: Int[Tensor, "*shape"], size: int, cause: str) -> None:
+    """Check that tokens are indices of a codebook. On a GPU this waits for the tokens to be computed.
+
+    Args:
+        tokens: At least one token, of any shape.
+        size: Number of codes; valid tokens are 0 to `size` - 1.
+        cause: The likely cause and what to change, which ends the error message.
+
+    Raises:
+        UserError: If a token is out of range.
+    """
+    low, high = (int(limit) for limit in tokens.aminmax())
+    if low < 0 or high >= size:
+        raise UserError(f"Token {low if low < 0 else high} is outside the codebook (0 to {size - 1}): {cause}")

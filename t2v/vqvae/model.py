@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from t2v.batch import check_token_range
 from t2v.checkpoints.hub import HubModel
 from t2v.errors import UserError
 from t2v.vqvae.layers import CausalTemporalBlock, ChannelNorm, Downsample, ResBlock, Upsample
@@ -168,12 +169,7 @@ class VQVAE(
         Raises:
             UserError: if a token is outside the codebook.
         """
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self.codebook_size:
-            raise UserError(
-                f"Token {low if low < 0 else high} is outside the codebook (0 to {self.codebook_size - 1}): were these "
-                f"tokens made by another VQ-VAE?"
-            )
+        check_token_range(tokens, self.codebook_size, "decode them with the VQ-VAE that they were encoded with.")
         codes = self.quantizer.lookup(rearrange(tokens, "b t h w -> (b t) (h w)"))
         codes = rearrange(codes, "(b t) (h w) c -> b t h w c", b=len(tokens), h=tokens.shape[2])
         video, state = self._decode(codes, state)
