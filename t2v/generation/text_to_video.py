@@ -14,9 +14,9 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from t2v.batch import TextEmbedding
+from t2v.checkpoints.config import from_config, to_config
 from t2v.checkpoints.storage import read_checkpoint
 from t2v.errors import UserError
-from t2v.generation.config import from_config, to_config
 from t2v.generation.decode import generate_frames
 from t2v.generation.quantization import Weights, convert
 from t2v.generation.sampling import Sampler

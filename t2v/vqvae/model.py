@@ -12,6 +12,7 @@ VQ-VAE: https://arxiv.org/abs/1711.00937; VQGAN: https://arxiv.org/abs/2012.0984
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from t2v.batch import check_token_range
+from t2v.checkpoints.config import from_config, to_config
 from t2v.checkpoints.hub import HubModel
 from t2v.errors import UserError
 from t2v.vqvae.layers import CausalTemporalBlock, ChannelNorm, Downsample, ResBlock, Upsample
@@ -43,7 +45,7 @@ class VQVAE(
     nn.Module,
     HubModel,
     library_name="t2v",
-    coders={Quantizer: (Quantizer.config, Quantizer.from_config)},
+    coders={Quantizer: (to_config, partial(from_config, base_class=Quantizer))},
 ):
     """Vector-quantised autoencoder for video.
 
@@ -188,10 +190,10 @@ class VQVAE(
         """Builds the network that a saved config describes, with fresh weights.
 
         Args:
-            arguments: those of `__init__` in JSON's types, the quantizer as `Quantizer.config` writes it.
+            arguments: those of `__init__` in JSON's types, the quantizer as `to_config` writes it.
         """
         quantizer = arguments.get("quantizer")
-        return cls(**{**arguments, "quantizer": quantizer and Quantizer.from_config(quantizer)})
+        return cls(**{**arguments, "quantizer": quantizer and from_config(quantizer, Quantizer)})
 
     def _encode(self, video: Float[Tensor, "b t c height width"]) -> Float[Tensor, "b t h w c"]:
         if video.shape[-2] % self.stride or video.shape[-1] % self.stride:

@@ -9,10 +9,9 @@
 - On several ranks a codebook follows the vectors of all of them, and every rank holds the same one.
 """
 
-import inspect
 import math
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -63,27 +62,6 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def lookup(self, indices: Int[Tensor, "n l"]) -> Float[Tensor, "n l c"]:
         """The codes that `forward` returns for these indices."""
-
-    def config(self) -> dict[str, Any]:
-        """The class and its arguments, in JSON's types; `from_config` reads it."""
-        names = list(inspect.signature(type(self)).parameters)
-        class_path = f"{type(self).__module__}.{type(self).__qualname__}"
-        return {"class_path": class_path, "init_args": {name: getattr(self, name) for name in names}}
-
-    @staticmethod
-    def from_config(config: dict[str, Any]) -> "Quantizer":
-        """Builds what `config` described. Only classes that are imported already count: a file cannot name any code.
-
-        Raises:
-            UserError: if there is no such class.
-        """
-        known = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in _subclasses(Quantizer)}
-        if config["class_path"] not in known:
-            raise UserError(
-                f"The quantizer {config['class_path']} is not known: import the module that defines it first. "
-                f"Known are {', '.join(sorted(known))}."
-            )
-        return known[config["class_path"]](**config.get("init_args", {}))
 
 
 class VectorQuantizer(Quantizer):
@@ -282,8 +260,3 @@ def _of_first_rank(codes: Float[Tensor, "k c"]) -> Float[Tensor, "k c"]:
     if _many_ranks():
         dist.broadcast(codes := codes.contiguous(), src=0)
     return codes
-
-
-def _subclasses(kind: type[Any]) -> list[type[Any]]:
-    children = kind.__subclasses__()
-    return children + [each for child in children for each in _subclasses(child)]

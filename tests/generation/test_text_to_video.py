@@ -181,10 +181,10 @@ def rewrite(folder: Path, **changes) -> None:
     ("changes", "message"),
     [
         ({"format": 1}, r"has format 1, written by t2v .*, which reads format 2"),
-        ({"sampler": {"class_path": "subprocess.Popen", "init_args": {"args": "ls"}}}, "subprocess.Popen is no known"),
-        ({"sampler": {"class_path": "t2v.generation.Linear", "init_args": {}}}, "Linear is no known Sampler"),
+        ({"sampler": {"class_path": "subprocess.Popen", "init_args": {"args": "ls"}}}, "subprocess.Popen is not a known"),
+        ({"sampler": {"class_path": "t2v.generation.Linear", "init_args": {}}}, "Linear is not a known Sampler"),
         ({"text_encoder": {"class_path": "t2v.text.TextEncoder"}}, "t2v.text.MiniLMTextEncoder"),
-        ({"guidance": {"class_path": "os.system", "init_args": {"command": "ls"}}}, "os.system is no known Schedule"),
+        ({"guidance": {"class_path": "os.system", "init_args": {"command": "ls"}}}, "os.system is not a known Schedule"),
         ({"guidance": "strong"}, "is damaged"),
         ({"sampler": {"class_path": "t2v.generation.Sampler", "init_args": {"warmth": 1}}}, "is damaged.*warmth"),
         ({"sampler": {"class_path": "t2v.generation.Sampler", "init_args": {"top_p": 2.0}}}, r"top_p=2.0 must lie in"),

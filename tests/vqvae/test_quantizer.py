@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from t2v.checkpoints.config import from_config, to_config
 from t2v.errors import UserError
 from t2v.vqvae.quantizer import FSQuantizer, LFQuantizer, Quantizer, VectorQuantizer
 
@@ -54,14 +55,9 @@ def test_gradients_pass_to_the_vectors(quantizer):
 
 
 def test_a_config_builds_the_same_quantizer(quantizer):
-    rebuilt = Quantizer.from_config(quantizer.config())
-    assert rebuilt.config() == quantizer.config()
+    rebuilt = from_config(to_config(quantizer), Quantizer)
+    assert to_config(rebuilt) == to_config(quantizer)
     assert (rebuilt.codebook_size, rebuilt.dim) == (quantizer.codebook_size, quantizer.dim)
-
-
-def test_a_config_cannot_name_other_code():
-    with pytest.raises(UserError, match=r"os\.system is not known"):
-        Quantizer.from_config({"class_path": "os.system", "init_args": {"command": "true"}})
 
 
 def test_bad_arguments_are_refused():
