@@ -6,26 +6,15 @@ import torch
 from t2v.batch import TextEmbedding
 from t2v.errors import UserError
 from t2v.text import MiniLMTextEncoder, T5TextEncoder, TextEncoder
+from tests.support.tiny_t5 import save_tiny_t5
 
 CAPTIONS = ["a red circle moves left", "", "a small blue square, then a large green triangle, stand still"]
 
 
 @pytest.fixture(scope="module")
 def t5_folder(tmp_path_factory):
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
     folder = tmp_path_factory.mktemp("tiny-t5")
-    words = sorted({word for caption in CAPTIONS for word in caption.replace(",", "").split()})
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    backend.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.T5Config(vocab_size=len(vocabulary), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    transformers.T5EncoderModel(config).save_pretrained(folder)
+    save_tiny_t5(folder, CAPTIONS)
     return folder
 
 

@@ -1,0 +1,57 @@
+import pytest
+from jsonargparse import ArgumentParser
+
+from t2v.errors import UserError
+from t2v.training.recipe import RecipeFile
+
+
+@pytest.fixture
+def parse():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action=RecipeFile)
+    for name in ("a", "b.x", "b.y"):
+        parser.add_argument(f"--{name}", type=int, default=0)
+
+    def parse(*args):
+        parsed = parser.parse_args(list(map(str, args)))
+        return parsed.a, parsed.b.x, parsed.b.y
+
+    return parse
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, content):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+        return path
+
+    return write
+
+
+def test_a_file_overrides_its_base_and_the_bases_base(parse, write):
+    write("general.yaml", "a: 1\nb: {x: 2, y: 3}\n")
+    write("inner/middle.yaml", "base: ../general.yaml\nb: {x: 4}\n")
+    last = write("last.yaml", "base: inner/middle.yaml\na: 5\n")
+    assert parse("--config", last) == (5, 4, 3)
+
+
+def test_flags_and_later_files_override_a_file_with_a_base(parse, write):
+    write("general.yaml", "a: 1\nb: {x: 2, y: 3}\n")
+    recipe, overlay = write("recipe.yaml", "base: general.yaml\nb: {y: 6}\n"), write("overlay.yaml", "b: {x: 7}\n")
+    assert parse("--config", recipe, "--config", overlay, "--a", 9) == (9, 7, 6)
+
+
+def test_a_missing_base_and_a_circle_are_refused(parse, write):
+    lost = write("lost.yaml", "base: nowhere.yaml\n")
+    with pytest.raises(UserError, match=r"lost\.yaml is based on .*nowhere\.yaml, which is not there"):
+        parse("--config", lost)
+    first = write("first.yaml", "base: second.yaml\n")
+    write("second.yaml", "base: first.yaml\n")
+    with pytest.raises(UserError, match="again: remove one `base`"):
+        parse("--config", first)
+
+
+def test_a_config_given_as_text_is_read_as_before(parse):
+    assert parse("--config", '{"a": 3}') == (3, 0, 0)
