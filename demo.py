@@ -145,7 +145,7 @@ def generate(precision: str, folder: Path, frames: int) -> list[str]:
     cli(
         *("predict", "--config", STAGE2, "--ckpt_path", f"{RUN}/transformer/checkpoints/last.ckpt"),
         *("--trainer.precision", precision, "--trainer.default_root_dir", str(folder)),
-        *("--model.tokenizer", f"{RUN}/vqvae/checkpoints/last.ckpt", "--model.frames", str(frames)),
+        *("--model.tokenizer", f"{RUN}/vqvae/checkpoints/last.ckpt", "--model.generation.frames", str(frames)),
         *("--data.prompts", f"{folder}/prompts.txt", "--data.batch_size", str(len(prompts))),
     )
     return sorted(path.name for path in (folder / "videos").glob("*.mp4"))

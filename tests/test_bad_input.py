@@ -152,15 +152,15 @@ def test_fit(stage, flags, sentence, mistaken):
         ("transformer", ("--data.train=runs/demo/shards/train",), "are these the shards of the other stage?"),
         ("vqvae", ("--model.model.image_size=60",), "image_size=60 is not a multiple of 16"),
         ("transformer", ("--model.model.vocab_size=31",), "has 32 codes on a grid of 4×4, but the transformer"),
-        ("transformer", ("--model.model.text_dim=31",), "text_dim=31: they must be equal"),
-        ("transformer", ("--model.model.heads=3",), "heads=3 must divide dim=32"),
+        ("transformer", ("--model.model.text.dim=31",), "text.dim=31: they must be equal"),
+        ("transformer", ("--model.model.attention.heads=3",), "heads=3 must divide dim=32"),
         ("transformer", ("--model.tokenizer=nowhere.ckpt",), "There is no VQ-VAE checkpoint at 'nowhere.ckpt'"),
         ("transformer", ("--model.tokenizer=runs/demo/transformer/checkpoints/last.ckpt",), "of stage 1, the VQ-VAE"),
-        ("transformer", ("--model.sampler.top_p=1.5",), "top_p=1.5 must lie in (0, 1]"),
-        ("transformer", ("--model.sampler.temperature=0",), "temperature=0.0 must be greater than 0"),
-        ("transformer", ("--model.sampler.top_k=0",), "top_k=0 must be at least 1"),
-        ("transformer", ("--model.caption_dropout=2",), "caption_dropout=2.0 must lie in [0, 1]"),
-        ("transformer", ("--model.frames=0",), "model.frames=0 must be at least 1"),
+        ("transformer", ("--model.generation.sampler.top_p=1.5",), "top_p=1.5 must lie in (0, 1]"),
+        ("transformer", ("--model.generation.sampler.temperature=0",), "temperature=0.0 must be greater than 0"),
+        ("transformer", ("--model.generation.sampler.top_k=0",), "top_k=0 must be at least 1"),
+        ("transformer", ("--model.objective.caption_dropout=2",), "caption_dropout=2.0 must lie in [0, 1]"),
+        ("transformer", ("--model.generation.frames=0",), "generation.frames=0 must be at least 1"),
     ],
 )
 def test_fit_of_one_stage(stage, flags, sentence, mistaken):
@@ -183,7 +183,7 @@ def test_the_checkpoint_of_the_other_stage(command, stage, other, mistaken):
         ((*LAST, "--data.prompts=[]"), "There are no prompts in data.prompts"),
         ((*LAST, "--data.prompts=nowhere.txt"), "No prompts in 'nowhere.txt'"),
         ((*LAST, "--data.prompts=empty.txt"), "There are no prompts in data.prompts='empty.txt'"),
-        ((*LAST, PROMPTS, "--model.sampler.min_p=2"), "min_p=2.0 must lie in (0, 1]"),
+        ((*LAST, PROMPTS, "--model.generation.sampler.min_p=2"), "min_p=2.0 must lie in (0, 1]"),
     ],
 )
 def test_generation(flags, sentence, mistaken, trained_pipeline):

@@ -97,7 +97,7 @@ def pipeline(trained_pipeline, tmp_path_factory) -> Pipeline:
 @pytest.fixture(scope="module")
 def runs(pipeline) -> SimpleNamespace:
     """The transformer: one process, two with the whole model each, two that share it."""
-    flags = ["--model.caption_dropout=0", "--model.corruption=0", ADAMW]  # each rank draws for itself what it spoils
+    flags = ["--model.objective.caption_dropout=0", "--model.objective.corruption=0", ADAMW]  # each rank draws for itself what it spoils
     pipeline.main(*command(pipeline, "transformer", "one", *flags, *ONE))
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     ddp = ["-c", str(ROOT / "configs/cluster/ddp.yaml")]

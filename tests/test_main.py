@@ -73,12 +73,13 @@ def test_another_tokenizer_or_text_encoder_than_in_training_is_refused(trained_p
 def test_schedules_come_with_a_checkpoint(trained_pipeline, changed):
     linear = {"class_path": "t2v.generation.Linear", "init_args": {"start": 4.0, "stop": 1.0}}
     sampler = {"class_path": "t2v.generation.Sampler", "init_args": {"temperature": linear, "top_k": 9}}
-    path = changed(hyper_parameters={"guidance": linear, "sampler": sampler})
+    path = changed(hyper_parameters={"generation": {"guidance": linear, "sampler": sampler, "frames": 5}})
     model = TextToVideo.from_checkpoint(path, trained_pipeline.checkpoint("vqvae"))
     assert model.guidance(4, 5) == model.sampler.temperature(4, 5) == 1.0
 
 
 def test_a_class_that_was_never_imported_is_refused(trained_pipeline, changed):
-    path = changed(hyper_parameters={"sampler": {"class_path": "elsewhere.Sampler", "init_args": {}}})
+    sampler = {"class_path": "elsewhere.Sampler", "init_args": {}}
+    path = changed(hyper_parameters={"generation": {"guidance": 1.0, "sampler": sampler, "frames": 5}})
     with pytest.raises(UserError, match=r"elsewhere.Sampler is no known Sampler: import the module"):
         TextToVideo.from_checkpoint(path, trained_pipeline.checkpoint("vqvae"))

@@ -1,10 +1,7 @@
-"""From text to video: the three trained parts, and everything that generation needs to know."""
+"""From text to video: transformer, VQ-VAE and text encoder together, with the settings of generation."""
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -13,10 +10,12 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
+from t2v import __version__
 from t2v.batch import TextEmbedding
 from t2v.checkpoints.config import from_config, to_config
 from t2v.checkpoints.storage import read_checkpoint
 from t2v.errors import UserError
+from t2v.files import atomic_path
 from t2v.generation.decode import generate_frames
 from t2v.generation.quantization import Weights, convert
 from t2v.generation.sampling import Sampler
@@ -26,20 +25,35 @@ from t2v.transformer.model import VideoTransformer
 from t2v.vqvae.loading import load_vqvae
 from t2v.vqvae.model import VQVAE, to_model_range, to_uint8
 
-FORMAT = 2
-"""Of the folder; a change that older code cannot read raises it."""
+FORMAT = 3
+"""Version of the exported folder; raised by changes that older code cannot read."""
 SETTINGS = "text_to_video.json"
-PARTS = ("transformer", "vqvae")
-FILES = (SETTINGS, *(f"{part}/{name}" for part in PARTS for name in ("config.json", "model.safetensors")))
-"""What an exported folder must hold."""
-MADE: dict[str, type] = {"guidance": Schedule, "sampler": Sampler, "text_encoder": TextEncoder}
-"""The settings that may be objects."""
+FILES = (
+    SETTINGS,
+    *(f"{part}/{name}" for part in ("transformer", "vqvae") for name in ("config.json", "model.safetensors")),
+)
+"""Files of an exported folder."""
+OBJECT_SETTINGS: dict[str, type] = {"guidance": Schedule, "sampler": Sampler, "text_encoder": TextEncoder}
+"""Settings that are objects, written as a class path and arguments."""
 
 
 class TextToVideo:
-    """Makes videos from text, with both models and the text encoder in one object.
+    """Generates videos from text: both models and the text encoder in one object.
 
-    Read one with `from_pretrained` or `from_checkpoint`, then call `generate` or `stream`.
+    Load one with `from_pretrained` or `from_checkpoint`, then call `generate` or `stream`.
+
+    Args:
+        transformer: Predicts tokens; put into eval mode.
+        vqvae: Decodes tokens; the one that encoded the transformer's training tokens. Put into eval mode.
+        text_encoder: The one that embedded the captions of the transformer's training set.
+        fps: Frames per second of the videos.
+        sampler: Draws the tokens; by default from the unchanged probabilities.
+        guidance: Guidance scale (classifier-free guidance), a number or a schedule over the frames; 1 is no guidance.
+        frames: Default length of a video.
+        compiled: Whether to compile the transformer's decoding step, which takes a minute or more at the first frame.
+
+    Raises:
+        UserError: If the parts do not fit each other.
     """
 
     def __init__(
@@ -51,34 +65,24 @@ class TextToVideo:
         sampler: Sampler | None = None,
         guidance: float | Schedule = 1.0,
         frames: int = 16,
-    ):
-        """
-        Args:
-            transformer: predicts tokens; it is put into eval mode.
-            vqvae: made the tokens that the transformer was trained on, and decodes them; it is put into eval mode.
-            text_encoder: the one whose embeddings the transformer was trained on.
-            fps: frames a second of the videos.
-            sampler: how tokens are drawn; from the plain probabilities by default.
-            guidance: strength of classifier-free guidance, also a schedule over the frames; 1 is none.
-            frames: length of a video, if a call asks for no other.
-
-        Raises:
-            UserError: if the parts do not fit each other.
-        """
+        compiled: bool = False,
+    ) -> None:
         check_parts(transformer, vqvae, text_encoder)
         self.transformer, self.vqvae, self.text_encoder = transformer.eval(), vqvae.eval(), text_encoder
         self.fps, self.frames = fps, frames
         self.sampler, self.guidance = sampler or Sampler(), guidance
+        self.compiled = compiled
 
     @property
     def device(self) -> torch.device:
-        """Where the models compute."""
+        """Device of the models."""
         return next(self.transformer.parameters()).device
 
     def to(self, device: torch.device | str) -> "TextToVideo":
-        """Moves all three parts there."""
-        for part in (self.transformer, self.vqvae, self.text_encoder):
-            part.to(device)
+        """Move models and text encoder to a device, and return self."""
+        self.transformer.to(device)
+        self.vqvae.to(device)
+        self.text_encoder.to(device)
         return self
 
     def generate(
@@ -86,11 +90,11 @@ class TextToVideo:
         prompts: str | Sequence[str] | TextEmbedding,
         frames: int | None = None,
         seed: int | Sequence[int] = 0,
-        start: UInt8[Tensor, "..."] | None = None,
+        start: UInt8[Tensor, "*batch c height width"] | None = None,
         guidance: float | Schedule | None = None,
         sampler: Sampler | None = None,
-    ) -> UInt8[Tensor, "b t c h w"]:
-        """Makes one video a prompt, whole; the arguments are those of `stream`."""
+    ) -> UInt8[Tensor, "b t c height width"]:
+        """Generate one whole video per prompt; the arguments are those of `stream`."""
         return torch.cat(list(self.stream(prompts, frames, seed, start, guidance, sampler)), dim=1)
 
     def stream(
@@ -98,52 +102,55 @@ class TextToVideo:
         prompts: str | Sequence[str] | TextEmbedding,
         frames: int | None = None,
         seed: int | Sequence[int] = 0,
-        start: UInt8[Tensor, "..."] | None = None,
+        start: UInt8[Tensor, "*batch c height width"] | None = None,
         guidance: float | Schedule | None = None,
         sampler: Sampler | None = None,
-    ) -> Iterator[UInt8[Tensor, "b 1 c h w"]]:
-        """Makes one video a prompt and hands out frame after frame, in the same memory for any length.
+    ) -> Iterator[UInt8[Tensor, "b 1 c height width"]]:
+        """Generate one video per prompt and yield frame after frame, in constant memory for any length.
 
         Args:
-            prompts: one prompt, several, or what `embed` made of some.
-            frames: length of the videos, those of `start` included; `self.frames` by default.
-            seed: prompt number i gets seed + i; or one seed a prompt. The same prompt, seed, length and start make the
-                same video on the same kind of device, whatever else is in the batch.
-            start: frames that the videos begin with: one picture (c, h, w), one clip (t, c, h, w) for all prompts, or
-                one clip a prompt (b, t, c, h, w), uint8, of the VQ-VAE's size. They go through the VQ-VAE too, so that
-                the videos begin with their reconstructions, from which what is new does not stand out.
-            guidance: strength of classifier-free guidance, in place of `self.guidance`.
-            sampler: how tokens are drawn, in place of `self.sampler`.
+            prompts: One prompt, several, or the result of `embed`.
+            frames: Length of the videos, start frames included; `self.frames` by default.
+            seed: Prompt number i uses seed + i; or one seed per prompt. The same prompt, seed, length and start frames
+                give the same video on the same kind of device, whatever else is in the batch.
+            start: Start frames: one picture (c, height, width) or one clip (t, c, height, width) for all prompts, or
+                one clip per prompt (b, t, c, height, width); uint8, of the VQ-VAE's size. The videos begin with their
+                reconstructions by the VQ-VAE, so that the generated frames look alike.
+            guidance: Guidance scale; `self.guidance` by default.
+            sampler: Draws the tokens; `self.sampler` by default.
 
         Returns:
-            The frames in their order, from the first of `start`.
+            The frames in order, start frames included.
 
         Raises:
-            UserError: before anything is made, if an argument is not as said above.
+            UserError: If an argument is invalid, before anything is generated.
         """
         text = prompts if isinstance(prompts, TextEmbedding) else self.embed(prompts)
-        count, frames = len(text.pooled), self.frames if frames is None else frames
-        seeds = [seed + i for i in range(count)] if isinstance(seed, int) else seed
-        given = None if start is None else self._encode(start, count)
+        batch = len(text.pooled)
+        start_tokens = None if start is None else self._encode(start, batch)
         tokens = generate_frames(
             self.transformer,
             text,
-            frames,
+            self.frames if frames is None else frames,
             sampler or self.sampler,
-            seeds,
+            [seed + i for i in range(batch)] if isinstance(seed, int) else seed,
             self.guidance if guidance is None else guidance,
-            given,
+            start_tokens,
+            self.compiled,
         )
-        return self._decode(tokens, given)
+        return self._decode(tokens, start_tokens)
 
     def embed(self, prompts: str | Sequence[str]) -> TextEmbedding:
-        """Embeds prompts as captions were embedded for training: in full precision, whatever the models compute in.
+        """Embed prompts in full precision, as captions were embedded for training.
 
         Args:
-            prompts: one or several.
+            prompts: One or several.
+
+        Returns:
+            The embeddings in the dtype of the transformer.
 
         Raises:
-            UserError: if there is none.
+            UserError: If there are no prompts.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
@@ -154,28 +161,29 @@ class TextToVideo:
         return TextEmbedding(tokens.to(dtype), mask, pooled.to(dtype))
 
     @torch.inference_mode()
-    def _encode(self, start: UInt8[Tensor, "..."], count: int) -> Int[Tensor, "{count} t h w"]:
-        """The tokens of the frames that the videos begin with."""
+    def _encode(self, start: UInt8[Tensor, "*shape"], batch: int) -> Int[Tensor, "{batch} t h w"]:
+        """Return the tokens of the start frames of each video."""
         size = self.vqvae.image_size
         if not 3 <= start.ndim <= 5 or start.dtype != torch.uint8 or start.shape[-3:] != (3, size, size):
             raise UserError(
                 f"start is {str(start.dtype).removeprefix('torch.')} of shape {tuple(start.shape)}, but must be uint8 "
-                f"and end in (3, {size}, {size}): read it with t2v.video.read_clip, or resize it."
+                f"with last dimensions (3, {size}, {size}): read it with t2v.video.read_clip, or resize it."
             )
-        clips = start[(None,) * (5 - start.ndim)].to(self.device)
-        if len(clips) not in (1, count):
-            raise UserError(f"start has {len(clips)} clips for {count} prompts: give one for all, or one a prompt.")
-        if not clips.shape[1]:
+        missing_dims = 5 - start.ndim
+        clips = start[(None,) * missing_dims].to(self.device)
+        if len(clips) not in (1, batch):
+            raise UserError(f"start has {len(clips)} clips for {batch} prompts: give one for all, or one per prompt.")
+        if clips.shape[1] == 0:
             raise UserError("start has no frames: give at least one, or leave start out.")
-        return self.vqvae.encode(to_model_range(clips)).expand(count, -1, -1, -1)
+        return self.vqvae.encode(to_model_range(clips)).expand(batch, -1, -1, -1)
 
     @torch.inference_mode()
     def _decode(
-        self, tokens: Iterator[Int[Tensor, "b 1 h w"]], given: Int[Tensor, "b t h w"] | None
-    ) -> Iterator[UInt8[Tensor, "b 1 c h w"]]:
-        """Frames out of the given tokens and then out of those that are drawn."""
+        self, tokens: Iterator[Int[Tensor, "b 1 h w"]], start: Int[Tensor, "b t h w"] | None
+    ) -> Iterator[UInt8[Tensor, "b 1 c height width"]]:
+        """Decode the start frames, then the generated ones."""
         state = None
-        for frame in () if given is None else given.split(1, dim=1):
+        for frame in () if start is None else start.split(1, dim=1):
             video, state = self.vqvae.decode_stream(frame, state)
             yield to_uint8(video)
         for frame in tokens:
@@ -183,52 +191,50 @@ class TextToVideo:
             yield to_uint8(video)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes everything into a folder of safetensors and JSON, which appears when it is complete.
+        """Write everything into a folder of safetensors and JSON, which appears complete or not at all.
 
         Args:
-            folder: must not exist yet, or be empty.
+            folder: Must not exist yet, or be empty.
 
         Raises:
-            UserError: if it is not so.
+            UserError: If the folder is not empty, or cannot be written.
         """
         folder = Path(folder)
         check_target(folder)
         settings = {
             "format": FORMAT,
-            "t2v_version": version("t2v"),
+            "t2v_version": __version__,
             "fps": self.fps,
             "frames": self.frames,
-            **{name: to_config(getattr(self, name)) for name in MADE},
+            **{name: to_config(getattr(self, name)) for name in OBJECT_SETTINGS},
         }
-        partial = folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}.partial")
         try:
-            partial.mkdir(parents=True)
-            self.transformer.save_pretrained(partial / "transformer")
-            self.vqvae.save_pretrained(partial / "vqvae")
-            (partial / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-            partial.replace(folder)
+            folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(folder.absolute()) as partial:
+                self.transformer.save_pretrained(partial / "transformer")
+                self.vqvae.save_pretrained(partial / "vqvae")
+                (partial / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"Cannot write '{folder}' ({error.strerror or error}): give another folder.") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, weights: Weights = "full") -> "TextToVideo":
-        """Reads what `save_pretrained` or `python -m t2v export` wrote. No code comes from the folder.
+    def from_pretrained(cls, folder: str | Path, weights: Weights = "full", compiled: bool = False) -> "TextToVideo":
+        """Load a folder that `save_pretrained` or `python -m t2v export` wrote. No code is loaded from it.
 
         Args:
-            folder: where it is.
-            weights: how the transformer's are kept: as they were trained, or in 8 or 4 bits (see
-                `t2v.generation.quantization`).
+            folder: Path of the folder.
+            weights: Storage of the transformer's weights: unchanged, or quantized (see `t2v.generation.quantization`).
+            compiled: Whether to compile the decoding step.
 
         Raises:
-            UserError: if something is missing, damaged or of another version, the parts do not fit each other, or there
-                are no such weights.
+            UserError: If a file is missing, damaged or of another version, the parts do not fit each other, or
+                `weights` is not known.
         """
         folder = Path(folder)
-        if missing := [name for name in FILES if not (folder / name).is_file()]:
+        missing = [name for name in FILES if not (folder / name).is_file()]
+        if missing:
             raise UserError(
-                f"'{folder}' is no exported model, since it has no {', '.join(missing)}: give a folder that "
+                f"'{folder}' is not an exported model, it has no {', '.join(missing)}: give a folder that "
                 "`python -m t2v export` wrote."
             )
         part = SETTINGS
@@ -237,10 +243,10 @@ class TextToVideo:
             if settings["format"] != FORMAT:
                 raise UserError(
                     f"'{folder}' has format {settings['format']}, written by t2v {settings['t2v_version']}, but this "
-                    f"is t2v {version('t2v')}, which reads format {FORMAT}: install that version, or export again."
+                    f"is t2v {__version__}, which reads format {FORMAT}: install that version, or export again."
                 )
             fps, frames = float(settings["fps"]), int(settings["frames"])
-            guidance, sampler, encoder = (from_config(settings[key], kind) for key, kind in MADE.items())
+            guidance, sampler, encoder = (from_config(settings[key], kind) for key, kind in OBJECT_SETTINGS.items())
             part = "transformer"
             transformer = VideoTransformer.from_pretrained(folder / part)
             part = "vqvae"
@@ -253,31 +259,38 @@ class TextToVideo:
                 "the model again."
             ) from error
         convert(transformer, weights)
-        return cls(transformer, vqvae, encoder, fps, sampler, guidance, frames)
+        return cls(transformer, vqvae, encoder, fps, sampler, guidance, frames, compiled)
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | Path, tokenizer: str | Path | None = None, weights: Weights = "full"
+        cls,
+        path: str | Path,
+        tokenizer: str | Path | None = None,
+        weights: Weights = "full",
+        compiled: bool = False,
     ) -> "TextToVideo":
-        """Reads a checkpoint of stage 2 and the tokenizer it was trained with.
+        """Load a checkpoint of stage 2 and the VQ-VAE it was trained with.
 
         Args:
-            path: the .ckpt file or folder that `fit` of stage 2 wrote. Where training kept a moving average of the
-                weights, it is what the checkpoint gives.
-            tokenizer: checkpoint or exported folder of the VQ-VAE; by default where it lay in training.
-            weights: how the transformer's are kept, as in `from_pretrained`.
+            path: The .ckpt file or folder that `fit` of stage 2 wrote. If training kept a moving average of the weights,
+                that average is loaded.
+            tokenizer: Checkpoint or exported folder of the VQ-VAE; by default the path used in training.
+            weights: Storage of the transformer's weights, as in `from_pretrained`.
+            compiled: Whether to compile the decoding step.
 
         Raises:
-            UserError: if there is no such file, it is another tokenizer or text encoder than in training, or there are
-                no such weights.
+            UserError: If a file is missing, tokenizer or text encoder are not those of the training run, or `weights`
+                is not known.
         """
         checkpoint = _load_checkpoint(Path(path))
         try:
             arguments, fingerprint = checkpoint["hyper_parameters"], checkpoint["fingerprint"]
             tokenizer = tokenizer or arguments["tokenizer"]
-            fps, frames = float(fingerprint["fps"]), int(arguments["frames"])
-            guidance, sampler, encoder = (from_config(arguments[key], kind) for key, kind in MADE.items())
-            with torch.device("meta"):  # no time or memory for weights that are replaced
+            generation = arguments["generation"]
+            fps, frames = float(fingerprint["fps"]), int(generation["frames"])
+            objects = {**generation, "text_encoder": arguments["text_encoder"]}
+            guidance, sampler, encoder = (from_config(objects[key], kind) for key, kind in OBJECT_SETTINGS.items())
+            with torch.device("meta"):  # takes no time or memory for weights that are replaced
                 transformer = VideoTransformer.from_config({**arguments["model"]["init_args"], "device": None})
             state = {
                 name.removeprefix("model."): value
@@ -295,8 +308,8 @@ class TextToVideo:
             ) from error
         if not Path(tokenizer).exists():
             raise UserError(
-                f"There is no VQ-VAE at '{tokenizer}', with which '{path}' was trained: say with --tokenizer where it "
-                "is."
+                f"There is no VQ-VAE at '{tokenizer}', the path used in training of '{path}': give its path with "
+                "--tokenizer."
             )
         vqvae = load_vqvae(str(tokenizer))
         for key, ours in (("tokenizer", vqvae.fingerprint()), ("text_encoder", encoder.name)):
@@ -306,14 +319,14 @@ class TextToVideo:
                     "it was trained with."
                 )
         convert(transformer, weights)
-        return cls(transformer, vqvae, encoder, fps, sampler, guidance, frames)
+        return cls(transformer, vqvae, encoder, fps, sampler, guidance, frames, compiled)
 
 
 def check_parts(transformer: VideoTransformer, vqvae: VQVAE, text_encoder: TextEncoder) -> None:
-    """Refuses models and a text encoder that do not fit each other.
+    """Check that models and text encoder fit each other.
 
     Raises:
-        UserError: naming the sizes that differ.
+        UserError: If a size differs, with both values.
     """
     if (vqvae.codebook_size, vqvae.grid_size) != (transformer.vocab_size, transformer.grid_size):
         raise UserError(
@@ -321,18 +334,18 @@ def check_parts(transformer: VideoTransformer, vqvae: VQVAE, text_encoder: TextE
             f"transformer has vocab_size={transformer.vocab_size} and grid_size={transformer.grid_size}: they must be "
             "equal."
         )
-    if text_encoder.width != transformer.text_dim:
+    if text_encoder.width != transformer.text.dim:
         raise UserError(
-            f"The text encoder {text_encoder.name} is {text_encoder.width} wide, but the transformer has "
-            f"text_dim={transformer.text_dim}: they must be equal."
+            f"The text encoder {text_encoder.name} has width {text_encoder.width}, but the transformer has "
+            f"text.dim={transformer.text.dim}: they must be equal."
         )
 
 
 def check_target(folder: Path) -> None:
-    """Refuses a folder to write to that holds something.
+    """Check that a folder can be written: it does not exist, or is empty.
 
     Raises:
-        UserError: naming it.
+        UserError: If it is something else.
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"'{folder}' exists already and is not an empty folder: give another, or remove it.")
@@ -355,4 +368,5 @@ def _load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
+    """Return type and message of an error on one line."""
     return shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")

@@ -1,7 +1,7 @@
 """Training with the model, its gradients and the optimizer's state shared among all devices (FSDP2)."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 
 from t2v.checkpoints.storage import MARKER, PARTIAL, is_complete, put, read_checkpoint, read_marker, remove
 from t2v.errors import UserError
+from t2v.training.lightning_private import clear_device_mesh
 
 WEIGHTS = ("state_dict", "current_model_state", "averaging_state")
 """What a checkpoint holds of the model: its weights, or their moving average and the weights beside it."""
@@ -67,7 +68,7 @@ class ShardedStrategy(ModelParallelStrategy):
         module = self.lightning_module
         assert module is not None
         if module.trainer.state.fn == TrainerFn.PREDICTING:
-            module._device_mesh = None
+            clear_device_mesh(module)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
@@ -182,23 +183,6 @@ def shard(parts: list[nn.Module], mesh: DeviceMesh) -> None:
     for part in parts:
         if not isinstance(part, FSDPModule):
             fully_shard(part, mesh=mesh["data_parallel"])
-
-
-def whole(model: nn.Module, made: Iterator[Tensor]) -> Iterator[Tensor]:
-    """What a model makes in other ways than `forward`, its weights being gathered on every device meanwhile.
-
-    Args:
-        model: sharded or not.
-        made: its outputs, made when they are asked for.
-    """
-    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
-    for part in parts:
-        part.unshard()
-    try:
-        yield from made
-    finally:
-        for part in parts:
-            part.reshard()
 
 
 def _shared(values: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from t2v import LitVideoTransformer, TextToVideo
 from t2v.batch import PromptBatch
 from t2v.errors import UserError
 from t2v.generation import Linear, Sampler
+from t2v.generation.settings import GenerationSettings
 from t2v.video import read_frames, write_mp4
 
 PROMPTS = ["a red circle", "one large blue square moves"]
@@ -54,8 +55,8 @@ def tokenizer(vqvae, tmp_path) -> str:
 
 
 def build(model: TextToVideo, tokenizer: str, **changes: Any) -> LitVideoTransformer:
-    arguments = {"sampler": Sampler(), "frames": 6, **changes}
-    lit = LitVideoTransformer(model.transformer, tokenizer, model.text_encoder, **arguments)
+    generation = GenerationSettings(**{"sampler": Sampler(), "frames": 6, **changes})
+    lit = LitVideoTransformer(model.transformer, tokenizer, model.text_encoder, generation)
     lit.fingerprint = {"fps": 8.0}  # comes with a checkpoint
     return lit
 
@@ -100,7 +101,8 @@ def test_videos_begin_with_the_first_frames_of_a_file(model, tokenizer, tmp_path
 
 @pytest.mark.parametrize("start_frames", [0, 6])
 def test_there_is_something_given_and_something_left_to_make(model, tokenizer, start_frames):
-    with pytest.raises(UserError, match=f"start_frames={start_frames} must be at least 1 and less than model.frames=6"):
+    limits = "must be at least 1 and less than generation.frames=6"
+    with pytest.raises(UserError, match=f"start_frames={start_frames} {limits}"):
         build(model, tokenizer, start="picture.png", start_frames=start_frames)
 
 

@@ -53,7 +53,7 @@ TOY = {
                         "hidden_dim": 48,
                     }
                 },
-                "frames": 5,
+                "generation": {"frames": 5},
                 "warmup_steps": 2,
             }
         },
@@ -130,7 +130,7 @@ trainer:
 """
 _RANDOM = {
     "vqvae": ["--data.crop=0.7", "--data.flip=true"],
-    "transformer": ["--model.corruption=0.2", "--data.frames=9"],
+    "transformer": ["--model.objective.corruption=0.2", "--data.frames=9"],
 }
 
 

@@ -20,11 +20,14 @@ from t2v.batch import PromptBatch, TextEmbedding, TokenBatch
 from t2v.checkpoints.storage import read_checkpoint
 from t2v.errors import UserError
 from t2v.generation.sampling import Sampler
+from t2v.generation.settings import GenerationSettings
 from t2v.losses.tokens import token_loss
 from t2v.text import MiniLMTextEncoder
 from t2v.training import Float8Precision
 from t2v.training.float8 import LAYERS, has_float8
+from t2v.training.objective import TokenObjective
 from t2v.vqvae.quantizer import VectorQuantizer
+from t2v.transformer.config import AttentionConfig, TextConfig
 
 ROOT = Path(__file__).parents[2]
 CODES = 32
@@ -34,7 +37,7 @@ QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "enable_ch
 def model(hidden: int = 48, **changes) -> VideoTransformer:
     """A model in which nothing stands at zero, so that every layer has a part in the loss."""
     torch.manual_seed(0)
-    network = VideoTransformer(CODES, 2, 32, 1, 1, 2, 1, hidden, 384, 4, **changes)
+    network = VideoTransformer(CODES, 2, 32, 1, 1, hidden, AttentionConfig(2, 1, window=4), TextConfig(384), **changes)
     for parameter in network.parameters():
         if not parameter.is_meta and not parameter.any():
             nn.init.normal_(parameter, std=0.02)
@@ -73,7 +76,11 @@ class Run:
         VQVAE(16, 8, (1, 2), 1, 3, 1, 1, 2, 2, quantizer=VectorQuantizer(CODES, 4)).save_pretrained(folder / "vqvae")
         torch.manual_seed(0)
         self.module = LitVideoTransformer(
-            network or model(), str(folder / "vqvae"), MiniLMTextEncoder(), Sampler(), frames=3, caption_dropout=0.0
+            network or model(),
+            str(folder / "vqvae"),
+            MiniLMTextEncoder(),
+            GenerationSettings(Sampler(), frames=3),
+            TokenObjective(caption_dropout=0.0),
         )
         self.data = Tokens(
             {

@@ -12,10 +12,11 @@ from t2v import VQVAE, VideoTransformer
 from t2v.batch import TextEmbedding
 from t2v.training.optimization import MuonAdamW, parameter_groups, warmup_cosine
 from t2v.vqvae.quantizer import VectorQuantizer
+from t2v.transformer.config import AttentionConfig, TextConfig
 
 
 def transformer(**changes) -> VideoTransformer:
-    return VideoTransformer(24, 2, 32, 1, 1, 4, 2, 48, 12, 4, **changes)
+    return VideoTransformer(24, 2, 32, 1, 1, 48, AttentionConfig(4, 2, window=4), TextConfig(12), **changes)
 
 
 def vqvae() -> VQVAE:

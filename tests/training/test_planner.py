@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from t2v.batch import TextEmbedding
 from t2v.errors import UserError
 from t2v.generation.sampling import Sampler
+from t2v.generation.settings import GenerationSettings
 from t2v.losses.tokens import token_loss
 from t2v.text import MiniLMTextEncoder
 from t2v.training.optimization import MuonAdamW, parameter_groups
@@ -30,6 +31,7 @@ from t2v.training.planner.budget import (
 )
 from t2v.training.planner.step import Meter
 from t2v.training.transformer import LitVideoTransformer
+from t2v.transformer.decoding import Decoder
 from t2v.transformer.model import VideoTransformer
 from t2v.vqvae.model import VQVAE
 from t2v.vqvae.quantizer import VectorQuantizer
@@ -42,12 +44,12 @@ CLIPS, FRAMES, WORDS = 2, 3, 5
 def shapes(**changes) -> VideoTransformer:
     """The model of the shapes, without memory unless asked for."""
     config = yaml.safe_load((ROOT / "configs/transformer/shapes.yaml").read_text())
-    return VideoTransformer(**config["model"]["init_args"]["model"]["init_args"] | {"device": "meta"} | changes)
+    return VideoTransformer.from_config(config["model"]["init_args"]["model"]["init_args"] | {"device": "meta"} | changes)
 
 
 def inputs(model: VideoTransformer) -> tuple[torch.Tensor, TextEmbedding, torch.Tensor]:
     tokens = torch.randint(model.vocab_size, (CLIPS, FRAMES, model.grid_size, model.grid_size))
-    words = torch.randn(CLIPS, WORDS, model.text_dim)
+    words = torch.randn(CLIPS, WORDS, model.text.dim)
     text = TextEmbedding(words, torch.ones(CLIPS, WORDS, dtype=torch.bool), words.mean(1))
     return tokens, text, torch.zeros(CLIPS, dtype=torch.bool)
 
@@ -55,7 +57,7 @@ def inputs(model: VideoTransformer) -> tuple[torch.Tensor, TextEmbedding, torch.
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_parts_of_every_config_sum_to_its_parameters(path):
     config = yaml.safe_load(path.read_text())["model"]["init_args"]["model"]["init_args"]
-    model = VideoTransformer(**config | {"device": "meta"})
+    model = VideoTransformer.from_config(config | {"device": "meta"})
     counts = parts(model)
     assert sum(counts.values()) == sum(parameter.numel() for parameter in model.parameters())
     mlps = sum(parameter.numel() for block in model.blocks for parameter in block.mlp.parameters())
@@ -177,9 +179,9 @@ def test_fsdp_divides_what_is_sharded_and_ddp_nothing():
 def test_generation_takes_the_weights_and_the_cache_that_decoding_makes(weights):
     made = generate(shapes(), weights, torch.float32, 2, WORDS, guided=True)
     real = shapes(device="cpu").eval()
-    words = torch.randn(4, WORDS, real.text_dim)
-    state = real.start_decoding(TextEmbedding(words, torch.ones(4, WORDS, dtype=torch.bool), words.mean(1)), 2)
-    assert made.cache == size(tensor for cache in state.caches for tensor in (cache.keys, cache.values))
+    words = torch.randn(4, WORDS, real.text.dim)
+    decoder = Decoder(real, TextEmbedding(words, torch.ones(4, WORDS, dtype=torch.bool), words.mean(1)), 2)
+    assert made.cache == size(tensor for cache in decoder.caches for tensor in (cache.keys, cache.values))
     full = size(real.parameters())
     assert made.weights == full if weights == "full" else made.weights < 0.6 * full
 
@@ -195,7 +197,8 @@ def test_a_vqvae_in_groups_of_frames_holds_less():
 
 
 def lit(**changes) -> LitVideoTransformer:
-    return LitVideoTransformer(shapes(**changes), "none", MiniLMTextEncoder(), Sampler(), frames=FRAMES, guidance=2.0)
+    generation = GenerationSettings(Sampler(), frames=FRAMES, guidance=2.0)
+    return LitVideoTransformer(shapes(**changes), "none", MiniLMTextEncoder(), generation)
 
 
 def test_a_report_is_readable_and_names_what_fits():

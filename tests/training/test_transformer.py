@@ -16,9 +16,12 @@ from t2v import VQVAE, LitVideoTransformer, VideoTransformer
 from t2v.batch import TextEmbedding, TokenBatch
 from t2v.errors import UserError
 from t2v.generation.sampling import Sampler
+from t2v.generation.settings import GenerationSettings
 from t2v.losses.tokens import token_loss
 from t2v.text import MiniLMTextEncoder
+from t2v.training.objective import TokenObjective
 from t2v.vqvae.quantizer import VectorQuantizer
+from t2v.transformer.config import AttentionConfig, TextConfig
 
 ROOT = Path(__file__).parents[2]
 CODES = 32
@@ -26,11 +29,12 @@ CODES = 32
 
 def model(**changes) -> VideoTransformer:
     torch.manual_seed(0)
-    return VideoTransformer(CODES, 2, 16, 1, 1, 2, 1, 24, 384, 4, **changes)
+    return VideoTransformer(CODES, 2, 16, 1, 1, 24, AttentionConfig(2, 1, window=4), TextConfig(384), **changes)
 
 
-def module(network: VideoTransformer | None = None, **options) -> LitVideoTransformer:
-    return LitVideoTransformer(network or model(), "none", MiniLMTextEncoder(), Sampler(), frames=3, **options)
+def module(network: VideoTransformer | None = None, **objective) -> LitVideoTransformer:
+    generation = GenerationSettings(Sampler(), frames=3)
+    return LitVideoTransformer(network or model(), "none", MiniLMTextEncoder(), generation, TokenObjective(**objective))
 
 
 def batch(clips: int = 2) -> TokenBatch:
@@ -158,12 +162,12 @@ def test_z_loss_keeps_logits_small_and_smoothing_keeps_them_from_certainty():
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("corruption", 1.0, r"model\.corruption=1\.0 must lie in \[0, 1\)"),
-        ("corruption", -0.1, r"model\.corruption=-0\.1 must lie in \[0, 1\)"),
-        ("label_smoothing", 1.5, r"model\.label_smoothing=1\.5 must lie in \[0, 1\)"),
-        ("label_smoothing", math.nan, r"model\.label_smoothing=nan must lie in \[0, 1\)"),
-        ("z_loss", -1e-4, r"model\.z_loss=-0\.0001 must be a weight of at least 0"),
-        ("z_loss", math.inf, r"model\.z_loss=inf must be a weight of at least 0"),
+        ("corruption", 1.0, r"objective\.corruption=1\.0 must lie in \[0, 1\)"),
+        ("corruption", -0.1, r"objective\.corruption=-0\.1 must lie in \[0, 1\)"),
+        ("label_smoothing", 1.5, r"objective\.label_smoothing=1\.5 must lie in \[0, 1\)"),
+        ("label_smoothing", math.nan, r"objective\.label_smoothing=nan must lie in \[0, 1\)"),
+        ("z_loss", -1e-4, r"objective\.z_loss=-0\.0001 must be a finite weight of at least 0"),
+        ("z_loss", math.inf, r"objective\.z_loss=inf must be a finite weight of at least 0"),
     ],
 )
 def test_options_out_of_range_are_refused(option, value, message):
@@ -228,7 +232,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from t2v import LitVideoTransformer, VideoTransformer
 from t2v.batch import TextEmbedding, TokenBatch
 from t2v.generation.sampling import Sampler
+from t2v.generation.settings import GenerationSettings
 from t2v.text import MiniLMTextEncoder
+from t2v.training.objective import TokenObjective
 
 rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 if ranks > 1:
@@ -238,10 +244,11 @@ clips = torch.randint(32, (4, 3, 2, 2), generator=torch.Generator().manual_seed(
 text = torch.randn(4, 2, 384, generator=torch.Generator().manual_seed(2))
 mine = slice(rank * 4 // ranks, (rank + 1) * 4 // ranks)
 words = TextEmbedding(text[mine], torch.ones(4, 2, dtype=torch.bool)[mine], text.mean(1)[mine])
+objective = TokenObjective(caption_dropout=0.0, z_loss=0.1)
 for device in ("cpu", "meta"):
     torch.manual_seed(0)
-    network = VideoTransformer(32, 2, 16, 1, 1, 2, 1, 24, 384, 4, device=device)
-    built = LitVideoTransformer(network, "none", MiniLMTextEncoder(), Sampler(), 3, caption_dropout=0.0, z_loss=0.1)
+    network = VideoTransformer(32, 2, 16, 1, 1, 24, AttentionConfig(2, 1, window=4), TextConfig(384), device=device)
+    built = LitVideoTransformer(network, "none", MiniLMTextEncoder(), GenerationSettings(Sampler(), 3), objective)
     built._device_mesh = mesh if ranks > 1 else None
     built.configure_model()
     built.training_step(TokenBatch(clips[mine], words, [], []), 0).backward()

@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from torch import nn
 
 from t2v.errors import UserError
+from t2v.generation.settings import GenerationSettings
 from t2v.training.planner.budget import (
     Budget,
     Optimize,
@@ -74,10 +75,11 @@ class Run:
             )
         self.model: VideoTransformer | VQVAE = model
         self.trained: nn.Module = model if isinstance(model, VideoTransformer) else module
+        self.generation: GenerationSettings | None = getattr(module, "generation", None)
         buckets = getattr(datamodule, "buckets", None) or []
         largest = max(buckets, key=lambda bucket: bucket.frames * bucket.batch_size, default=datamodule)
         self.clips: int = getattr(largest, "batch_size", 1)
-        self.frames: int = getattr(largest, "frames", 0) or getattr(module, "frames", 1)
+        self.frames: int = getattr(largest, "frames", 0) or (self.generation.frames if self.generation else 1)
         self.tokens = self.clips * self.frames * model.grid_size**2
         self.words: int = getattr(getattr(module, "text_encoder", None), "max_length", WORDS)
         self.batches = trainer.accumulate_grad_batches if trainer else 1
@@ -273,13 +275,13 @@ def _advice(run: Run, most: dict[Setting, int], memory: float) -> str:
 
 def _generation(model: VideoTransformer, module: LightningModule, run: Run, memory: float) -> str:
     dtype = torch.bfloat16
-    guided = getattr(module, "guidance", 1.0) != 1.0
+    guided = run.generation is not None and run.generation.guidance != 1.0
     kinds: list[tuple[str, Any, torch.dtype]] = [("float32", "full", torch.float32), ("bf16", "full", dtype)]
     kinds += [(name, name, dtype) for name in ("fp8", "int8", "nf4")]
     made = [generate(model, weights, kind, 1, run.words, guided) for _, weights, kind in kinds]
     lines = {
         "weights": [each.weights for each in made],
-        f"keys and values, {model.window} frames{', guided' * guided}": [each.cache for each in made],
+        f"keys and values, {model.attention.window} frames{', guided' * guided}": [each.cache for each in made],
         f"keys and values of {run.words} words": [each.text for each in made],
         "temporaries of a token": [each.temporary for each in made],
     }
