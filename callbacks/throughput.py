@@ -10,8 +10,6 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
@@ -19,15 +17,11 @@ from lightning.fabric.utilities.throughput import Throughput as Rates
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import PassThroughProfiler
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
-from torch.utils.module_tracker import ModuleTracker
 
 from t2v.batch import TokenBatch, VideoBatch
 from t2v.errors import UserError
+from t2v.training.flops import ModelFlopCounter
+from t2v.training.lightning_private import FETCH_ACTION
 
 _TERA = 1e12
 _SIDE = {"cuda": 8192}
@@ -61,7 +55,7 @@ class Throughput(Callback):
         self._fetching = _FetchClock()
         self._met: Counter[tuple[int, ...]] = Counter()
         self._flops: dict[tuple[int, ...], int] = {}
-        self._counting: _ModelFlops | None = None
+        self._counting: ModelFlopCounter | None = None
         self._running_since: tuple[float, float] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -89,7 +83,7 @@ class Throughput(Callback):
         if seen.bit_count() <= 1:
             self._pause(trainer)
         if seen.bit_count() == 1:
-            self._counting = _ModelFlops()
+            self._counting = ModelFlopCounter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -177,72 +171,12 @@ class _FetchClock(PassThroughProfiler):
         self.seconds = self._since = 0.0
 
     def start(self, action_name: str) -> None:
-        if action_name == "[_TrainingEpochLoop].train_dataloader_next":
+        if action_name == FETCH_ACTION:
             self._since = time.perf_counter()
 
     def stop(self, action_name: str) -> None:
-        if action_name == "[_TrainingEpochLoop].train_dataloader_next":
+        if action_name == FETCH_ACTION:
             self.seconds += time.perf_counter() - self._since
-
-
-class _ModelFlops(TorchDispatchMode):
-    """Counts FLOPs from when it is made until it is stopped.
-
-    torch's `FlopCounterMode` takes some operators apart while it counts, and a training step would no longer be bit for
-    bit the same; so this takes its formulas only.
-    """
-
-    supports_higher_order_operators = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
-        self._tracker, self._again = ModuleTracker(), 0
-        self._stack = ExitStack()
-        self._stack.enter_context(torch.compiler.set_stance("force_eager"))  # kernels cannot be looked into
-        enter, leave = register_module_forward_pre_hook, register_module_forward_hook
-        for hook in (enter(self._enter), leave(self._leave, always_call=True)):
-            self._stack.callback(hook.remove)
-        self._stack.enter_context(self)
-
-    def stop(self) -> int:
-        self._stack.close()
-        return self.flops
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if DTensor in types:
-            return NotImplemented  # then it comes here again as what this device does of it
-        out = func(*args, **(kwargs or {}))
-        formula = _FORMULAS.get(getattr(func, "_overloadpacket", func))
-        if formula is not None and not self._again:
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
-        return out
-
-    def _enter(self, module: nn.Module, inputs: Any) -> None:
-        """A module that is called in the backward pass computes again what was not kept."""
-        self._again += self._tracker.is_bw
-
-    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._again -= self._tracker.is_bw
-
-
-def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
-
-
-def _attention_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    """Two products for each of the forward pass; the scores that it computes again do not count."""
-    return 2 * sdpa_flop_count(query.shape, key.shape, value.shape)
-
-
-_FORMULAS: dict[Any, Callable[..., int]] = {
-    **flop_registry,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-    torch.ops.aten._scaled_dot_product_flash_attention_backward: _attention_backward,
-    torch.ops.aten._scaled_dot_product_efficient_attention_backward: _attention_backward,
-    torch.ops.aten._scaled_dot_product_cudnn_attention_backward: _attention_backward,
-}
 
 
 def _shape(batch: VideoBatch | TokenBatch) -> tuple[tuple[int, ...], str]:

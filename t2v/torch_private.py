@@ -1,0 +1,81 @@
+"""Everything of PyTorch's private API that this project uses; `tests/test_private_api.py` fails if it changes."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.graph import _engine_run_backward
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["FakeTensor", "FakeTensorMode", "TorchDispatchMode"]
+
+_aten = torch.ops.aten
+ITEM = _aten._local_scalar_dense.default
+"""The operator of `Tensor.item()`."""
+CPU_ATTENTION = _aten._scaled_dot_product_flash_attention_for_cpu
+CPU_ATTENTION_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu_backward
+GPU_ATTENTION_BACKWARDS = (
+    _aten._scaled_dot_product_flash_attention_backward,
+    _aten._scaled_dot_product_efficient_attention_backward,
+    _aten._scaled_dot_product_cudnn_attention_backward,
+)
+"""The operators of fused attention on the CPU and on GPUs."""
+
+
+def linear_row(x: Float[Tensor, "..."], weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "..."]:
+    """Return `F.linear(x, weight)` for one float32 row on the CPU, computed on all cores."""
+    output: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return output
+
+
+def mark_dynamic(tensor: Tensor, dimension: int) -> None:
+    """Let compiled code take any size of a dimension, where the code itself does not fix it."""
+    torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+
+
+def raise_recompile_limit(limit: int) -> None:
+    """Let a function be compiled for at least `limit` shapes before it runs uncompiled."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, limit)
+
+
+def storage_id(tensor: Tensor) -> int:
+    """Return a number that identifies the tensor's storage while it exists, also without data (meta device)."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+@cache
+def makes_new_storage(operator: Any) -> bool:
+    """Return whether the outputs of an operator share memory with no input, according to its schema."""
+    schema = operator._schema
+    return all(each.alias_info is None for each in (*schema.arguments, *schema.returns))
+
+
+def backward_under_modes(objective: Float[Tensor, ""]) -> None:
+    """Run `objective.backward()` with dispatch and function modes kept on.
+
+    The public functions turn modes off, so that a mode would not see what activation checkpointing computes again.
+    """
+    _engine_run_backward((objective,), (torch.ones_like(objective),), False, False, (), True, True)
+
+
+def fused_rms_norm(*args: Any, **kwargs: Any) -> Tensor:
+    """Compute RMSNorm by the GPU's fused operator, which saves less for the backward pass than the composed one."""
+    output: Tensor = _aten._fused_rms_norm(*args, **kwargs)[0]
+    return output
+
+
+def is_persistent(module: nn.Module, buffer: str) -> bool:
+    """Return whether a module's own buffer is part of its state dict."""
+    return buffer not in module._non_persistent_buffers_set
+
+
+def add_summary(writer: Any, summary: Any, step: int) -> None:
+    """Write a TensorBoard summary that was built elsewhere by a `torch.utils.tensorboard.SummaryWriter`.
+
+    Its public methods build their own summaries, and TensorBoard does not read the file of a second writer.
+    """
+    writer._get_file_writer().add_summary(summary, step)
