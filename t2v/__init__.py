@@ -1,19 +1,25 @@
 """Text-to-video by next-token prediction: a VQ-VAE, and a transformer over its tokens."""
 
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 
-_HOMES = {
+try:
+    __version__ = version("t2v")
+except PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "unknown"
+
+_MODULES = {
     "LitVQVAE": "t2v.training.vqvae",
     "LitVideoTransformer": "t2v.training.transformer",
     "TextToVideo": "t2v.generation.text_to_video",
     "VQVAE": "t2v.vqvae.model",
     "VideoTransformer": "t2v.transformer.model",
 }
-__all__ = sorted(_HOMES)
+__all__ = sorted([*_MODULES, "__version__"])
 
 
 def __getattr__(name: str) -> object:
-    """Loads the public names when they are asked for, so that a data worker does not pay for the models."""
-    if name not in _HOMES:
+    """Import a public name on first use, so that importing `t2v.batch` in a data worker does not import the models."""
+    if name not in _MODULES:
         raise AttributeError(f"module 't2v' has no attribute '{name}'")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

@@ -1,4 +1,4 @@
-"""The decoding loop: tokens of a video, frame by frame."""
+"""The generation loop: tokens of a video, frame by frame."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -7,10 +7,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from t2v.batch import TextEmbedding
+from t2v.batch import TextEmbedding, check_token_range
 from t2v.errors import UserError
 from t2v.generation.sampling import Sampler
 from t2v.generation.schedules import Schedule, value_at
+from t2v.transformer.decoding import Decoder
 from t2v.transformer.model import VideoTransformer
 
 
@@ -21,111 +22,113 @@ def generate_frames(
     sampler: Sampler,
     seeds: Sequence[int],
     guidance: float | Schedule = 1.0,
-    given: Int[Tensor, "b t h w"] | None = None,
+    start: Int[Tensor, "b t h w"] | None = None,
+    compiled: bool = False,
 ) -> Iterator[Int[Tensor, "b 1 h w"]]:
-    """Generates videos, handing out each frame's tokens as soon as they are drawn.
+    """Generate videos and yield the tokens of each frame as soon as they are drawn.
 
-    Time and memory a frame are constant, however long the video. Mistakes are told before the first token is drawn.
+    Time and memory per frame are constant, however long the video is. Arguments are checked before the first token.
 
     Args:
-        model: the transformer, in eval mode.
-        text: one text a video, of any lengths.
-        frames: length of the videos, given frames included, at least 1.
-        sampler: how tokens are drawn.
-        seeds: one seed a video; on one kind of device, a video depends on its own text, seed and given frames alone.
-        guidance: strength of classifier-free guidance (https://arxiv.org/abs/2207.12598); 1 is none, larger follows
-            the text more closely, and a schedule changes it from frame to frame. The guided and the unguided branch
-            run in one batch.
-        given: tokens of the first frames of every video, fewer than `frames`; the videos go on from them.
+        model: The transformer, in eval mode.
+        text: Text embeddings, one text per video, of any lengths.
+        frames: Length of the videos, start frames included, at least 1.
+        sampler: Draws the tokens.
+        seeds: One seed per video. On one kind of device, a video depends only on its own text, seed and start frames.
+        guidance: Guidance scale of classifier-free guidance (https://arxiv.org/abs/2207.12598), a number or a schedule
+            over the frames; 1 is no guidance, larger values follow the text more closely. Other values than 1 double
+            the batch.
+        start: Tokens of the start frames of every video, fewer than `frames`.
+        compiled: Whether to compile the decoding step, see `Decoder`.
 
     Returns:
-        The frames in their order, from the first that is not given.
+        The frames in order, from the first after the start frames.
 
     Raises:
-        UserError: if `frames`, a seed, the guidance, the temperature or the given tokens are not as said above.
+        UserError: If `frames`, a seed, the guidance scale, the temperature or the start frames are invalid.
     """
-    count = len(text.pooled)
+    batch = len(text.pooled)
     if frames < 1:
         raise UserError(f"frames={frames} must be at least 1.")
-    if len(seeds) != count:
-        raise UserError(f"There are {len(seeds)} seeds for {count} texts: give one seed a text.")
-    if given is not None:
-        _check_given(model, given, count, frames)
-    strengths = check_schedules(sampler, guidance, frames)[0 if given is None else given.shape[1] :]
-    return _draw(model, text, frames, sampler, seeds, strengths, given)
+    if len(seeds) != batch:
+        raise UserError(f"There are {len(seeds)} seeds for {batch} texts: give one seed per text.")
+    if start is not None:
+        _check_start(model, start, batch, frames)
+    scales = check_schedules(sampler, guidance, frames)[0 if start is None else start.shape[1] :]
+    return _generate(model, text, frames, sampler, seeds, scales, start, compiled)
 
 
 def check_schedules(sampler: Sampler, guidance: float | Schedule, frames: int) -> list[float]:
-    """Goes through the schedules of videos of a length, and returns the guidance at each frame.
+    """Evaluate the schedules of temperature and guidance scale, and return the guidance scale at each frame.
 
     Raises:
-        UserError: if a temperature or a guidance on the way is impossible.
+        UserError: If the temperature or the guidance scale of a frame is invalid.
     """
     for frame in range(frames):
         sampler.temperature_at(frame, frames)
-    strengths = [value_at(guidance, frame, frames) for frame in range(frames)]
-    if wrong := [strength for strength in strengths if not math.isfinite(strength)]:
-        raise UserError(f"guidance={wrong[0]} must be a finite number; 1 is none, and 2 to 8 are usual.")
-    return strengths
+    scales = [value_at(guidance, frame, frames) for frame in range(frames)]
+    for scale in scales:
+        if not math.isfinite(scale):
+            raise UserError(f"guidance={scale} must be a finite number; 1 is no guidance, and 2 to 8 are usual.")
+    return scales
 
 
 @torch.inference_mode()
-def _draw(
+def _generate(
     model: VideoTransformer,
     text: TextEmbedding,
     frames: int,
     sampler: Sampler,
     seeds: Sequence[int],
-    strengths: Sequence[float],
-    given: Int[Tensor, "b t h w"] | None,
+    scales: Sequence[float],
+    start: Int[Tensor, "b t h w"] | None,
+    compiled: bool,
 ) -> Iterator[Int[Tensor, "b 1 h w"]]:
-    """The loop of `generate_frames`; `strengths` is the guidance at each frame to draw."""
-    count, size, device = len(text.pooled), model.grid_size, text.pooled.device
+    """Run the loop of `generate_frames`; `scales` holds the guidance scale of each frame to generate."""
+    batch, grid, device = len(text.pooled), model.grid_size, text.pooled.device
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-    branches = 2 if any(strength != 1.0 for strength in strengths) else 1
-    drop = torch.arange(branches * count, device=device) >= count if branches > 1 else None
-    state = model.start_decoding(_repeat_text(text, branches), frames, drop)
+    guided = any(scale != 1.0 for scale in scales)
+    branches = 2 if guided else 1  # with text, and without
+    drop = torch.arange(2 * batch, device=device) >= batch if guided else None
+    decoder = Decoder(model, _repeat_text(text, branches), frames, drop, compiled)
     token = None
-    if given is not None:
-        given = given.to(device).repeat(branches, 1, 1, 1)
-        model.prefill(given, state)
-        token = given[:, -1, -1, -1]
+    if start is not None:
+        start = start.to(device).repeat(branches, 1, 1, 1)
+        decoder.prefill(start)
+        token = start[:, -1, -1, -1]
 
-    for frame, strength in enumerate(strengths, start=frames - len(strengths)):
+    for frame, scale in enumerate(scales, start=frames - len(scales)):
         drawn = []
-        for _ in range(size * size):
-            logits = model.step(token, state)
-            if branches > 1:
-                with_text, without = logits.float().chunk(2)
-                logits = without.lerp(with_text, strength)  # without + strength · (with_text − without)
+        for _ in range(grid * grid):
+            logits = decoder.step(token)
+            if guided:
+                with_text, without_text = logits.float().chunk(2)
+                logits = without_text.lerp(with_text, scale)  # without_text + scale · (with_text − without_text)
             drawn.append(sampler(logits, generators, frame, frames))
             token = drawn[-1].repeat(branches)
-        yield torch.stack(drawn, dim=1).view(count, 1, size, size)
+        yield torch.stack(drawn, dim=1).view(batch, 1, grid, grid)
 
 
-def _check_given(model: VideoTransformer, given: Int[Tensor, "b t h w"], count: int, frames: int) -> None:
-    """Refuses given tokens that are no beginning of the videos asked for."""
-    batch, length, *grid = given.shape
+def _check_start(model: VideoTransformer, start: Int[Tensor, "_ t h w"], batch: int, frames: int) -> None:
+    """Check that start frames fit the model, the texts and the length of the videos."""
+    videos, length, height, width = start.shape
     if not 0 < length < frames:
         raise UserError(
-            f"{length} given frames of frames={frames} leave nothing to begin with or nothing to make: give at least "
-            "one frame, and ask for more than are given."
+            f"The number of start frames, {length}, must be at least 1 and less than frames={frames}: change one of "
+            "them."
         )
-    if grid != [model.grid_size] * 2:
+    if (height, width) != (model.grid_size, model.grid_size):
         raise UserError(
-            f"The given tokens lie on a grid of {'×'.join(map(str, grid))}, but the transformer's is {model.grid_size}×"
-            f"{model.grid_size}: were they made by another VQ-VAE?"
+            f"The start frames have a grid of {height}×{width} tokens, but the transformer's is {model.grid_size}×"
+            f"{model.grid_size}: tokenize them with the VQ-VAE that the transformer was trained with."
         )
-    if batch != count:
-        raise UserError(f"Tokens are given for {batch} videos, but there are {count} texts: give one a text.")
-    low, high = int(given.min()), int(given.max())
-    if low < 0 or high >= model.vocab_size:
-        raise UserError(
-            f"Given token {low if low < 0 else high} is outside the vocabulary (0 to {model.vocab_size - 1}): was "
-            "it made by another VQ-VAE?"
-        )
+    if videos != batch:
+        raise UserError(f"There are start frames for {videos} videos, but {batch} texts: give start frames per text.")
+    check_token_range(
+        start, model.vocab_size, "tokenize the start frames with the VQ-VAE that the transformer was trained with."
+    )
 
 
 def _repeat_text(text: TextEmbedding, times: int) -> TextEmbedding:
-    """The batch of texts, `times` times over."""
+    """Return the batch of texts repeated."""
     return TextEmbedding(*(tensor.repeat(times, *[1] * (tensor.ndim - 1)) for tensor in text))

@@ -183,7 +183,7 @@ class TextToVideo:
     ) -> Iterator[UInt8[Tensor, "b 1 c height width"]]:
         """Decode the start frames, then the generated ones."""
         state = None
-        for frame in () if start is None else start.split(1, dim=1):
+        for frame in () if start is None else torch.split(start, 1, dim=1):
             video, state = self.vqvae.decode_stream(frame, state)
             yield to_uint8(video)
         for frame in tokens:
@@ -272,8 +272,8 @@ class TextToVideo:
         """Load a checkpoint of stage 2 and the VQ-VAE it was trained with.
 
         Args:
-            path: The .ckpt file or folder that `fit` of stage 2 wrote. If training kept a moving average of the weights,
-                that average is loaded.
+            path: The .ckpt file or folder that `fit` of stage 2 wrote. The moving average of the weights is loaded if
+                training kept one.
             tokenizer: Checkpoint or exported folder of the VQ-VAE; by default the path used in training.
             weights: Storage of the transformer's weights, as in `from_pretrained`.
             compiled: Whether to compile the decoding step.

@@ -52,7 +52,7 @@ def parallelize(model: VideoTransformer, mesh: DeviceMesh) -> None:
     """
     if isinstance(model.start, DTensor):
         return
-    devices, groups = mesh.size(), model.kv_heads
+    devices, groups = mesh.size(), model.attention.kv_heads
     if groups % devices:
         raise UserError(
             f"trainer.strategy.tensor_parallel_size={devices} must divide the transformer's kv_heads={groups}: each "

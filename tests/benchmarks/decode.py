@@ -10,7 +10,6 @@ Then, on a small model, whether frames far into a video cost more time or memory
 
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 
@@ -20,8 +19,10 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from t2v.batch import TextEmbedding
+from t2v.errors import run_tool
 from t2v.generation.decode import generate_frames
 from t2v.generation.sampling import Sampler
+from t2v.transformer.config import AttentionConfig, TextConfig
 from t2v.transformer.model import VideoTransformer
 
 VOCABULARY, GRID, DIM, LAYERS, HEADS, KV_HEADS = 16384, 16, 768, 12, 12, 4
@@ -42,10 +43,9 @@ def ours() -> VideoTransformer:
         dim=DIM,
         spatial_layers=7,
         temporal_layers=5,
-        heads=HEADS,
-        kv_heads=KV_HEADS,
         hidden_dim=1504,
-        text_dim=384,
+        attention=AttentionConfig(HEADS, KV_HEADS),
+        text=TextConfig(384),
     ).eval()
 
 
@@ -80,23 +80,21 @@ def seconds(job: Callable[[], object]) -> float:
 
 def speed(rounds: int) -> None:
     """The first table."""
-    theirs, eager, compiled = llama(), ours(), ours()
-    compiled.load_state_dict(eager.state_dict())
-    compiled.compile_decoding()
-    caption, floats = text(384), torch.randn(read_a_token(eager))
+    theirs, model = llama(), ours()
+    caption, floats = text(384), torch.randn(read_a_token(model))
     prompt = torch.zeros(1, 1, dtype=torch.long)
     settings = {"do_sample": False, "min_new_tokens": TOKENS, "max_new_tokens": TOKENS, "use_cache": True}
 
-    def decode(model: VideoTransformer) -> None:
-        list(generate_frames(model, caption, 1, Sampler(), [0]))
+    def decode(compiled: bool) -> None:
+        list(generate_frames(model, caption, 1, Sampler(), [0], compiled=compiled))
 
     jobs: dict[str, Callable[[], object]] = {
         "transformers' Llama, generate": lambda: theirs.generate(prompt, **settings),
-        "ours, eager": lambda: decode(eager),
-        "ours, compiled": lambda: decode(compiled),
+        "ours, eager": lambda: decode(compiled=False),
+        "ours, compiled": lambda: decode(compiled=True),
     }
-    weights = dict(zip(jobs, map(read_a_token, (theirs, eager, eager)), strict=True))
-    sizes = dict(zip(jobs, (sum(p.numel() for p in m.parameters()) for m in (theirs, eager, eager)), strict=True))
+    weights = dict(zip(jobs, map(read_a_token, (theirs, model, model)), strict=True))
+    sizes = dict(zip(jobs, (sum(p.numel() for p in m.parameters()) for m in (theirs, model, model)), strict=True))
     with torch.inference_mode():
         for job in jobs.values():
             job()
@@ -124,7 +122,7 @@ def speed(rounds: int) -> None:
 
 def flatness(frames: int = 300, near: int = 8) -> None:
     """The second table: a small model, 4×4 tokens a frame and a window of 16 frames."""
-    model = VideoTransformer(1024, 4, 256, 3, 3, 4, 2, 640, 384, 16).eval()
+    model = VideoTransformer(1024, 4, 256, 3, 3, 640, AttentionConfig(4, 2), TextConfig(384)).eval()
     process, spent, memory = psutil.Process(), [], []
     for _ in range(2):  # the first warms up
         spent, memory, stream = [], [], generate_frames(model, text(384), frames, Sampler(), [0])
@@ -141,7 +139,11 @@ def flatness(frames: int = 300, near: int = 8) -> None:
 
 
 def main(rounds: int = 7) -> None:
-    """Prints both tables."""
+    """Print both tables.
+
+    Args:
+        rounds: Interleaved rounds of the speed.
+    """
     torch.manual_seed(0)
     torch.set_num_threads(psutil.cpu_count(logical=True) or 1)
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, Python ", end="")
@@ -151,4 +153,4 @@ def main(rounds: int = 7) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    run_tool(main)

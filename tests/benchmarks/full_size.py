@@ -16,7 +16,9 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from t2v.batch import TextEmbedding
 from t2v.errors import run_tool
 from t2v.generation.sampling import Sampler
-from t2v.transformer.model import Block, VideoTransformer
+from t2v.transformer.block import Block
+from t2v.transformer.decoding import Decoder
+from t2v.transformer.model import VideoTransformer
 
 CONFIG = Path(__file__).parents[2] / "configs/transformer/8b.yaml"
 
@@ -61,16 +63,16 @@ def generate(tokens: int = 4) -> None:
     print(f"weights made in {time.perf_counter() - began:.0f} s; peak {peak():.2f} GiB", flush=True)
 
     text = TextEmbedding(
-        torch.randn(1, 16, model.text_dim, dtype=torch.bfloat16),
+        torch.randn(1, 16, model.text.dim, dtype=torch.bfloat16),
         torch.ones(1, 16, dtype=torch.bool),
-        torch.randn(1, model.text_dim, dtype=torch.bfloat16),
+        torch.randn(1, model.text.dim, dtype=torch.bfloat16),
     )
     sampler, generator, token, drawn, times = Sampler(), torch.Generator().manual_seed(0), None, [], []
     with torch.inference_mode():
-        state = model.start_decoding(text, frames=1)
+        decoder = Decoder(model, text, frames=1)
         for _ in range(tokens):
             began = time.perf_counter()
-            token = sampler(model.step(token, state), [generator])
+            token = sampler(decoder.step(token), [generator])
             times.append(time.perf_counter() - began)
             drawn.append(int(token))
     print(f"tokens {drawn}; seconds a token {[round(each, 2) for each in times]}; peak {peak():.2f} GiB")

@@ -37,6 +37,7 @@ from t2v.training.planner.budget import (
     transformer_step,
     types,
 )
+from t2v.transformer.config import AttentionConfig, TextConfig
 from t2v.transformer.model import VideoTransformer
 from t2v.vqvae.model import VQVAE
 
@@ -68,11 +69,9 @@ class Point(NamedTuple):
             self.dim,
             self.spatial,
             self.temporal,
-            heads=self.dim // 64,
-            kv_heads=self.dim // 192 or 1,
             hidden_dim=self.dim * 13 // 6 // 32 * 32,
-            text_dim=TEXT,
-            window=16,
+            attention=AttentionConfig(heads=self.dim // 64, kv_heads=self.dim // 192 or 1),
+            text=TextConfig(TEXT),
             tied_head=self.dim >= 768,
             checkpointing=self.checkpointing,  # type: ignore[arg-type]
             device=device,
@@ -224,9 +223,8 @@ def _family(heads: int, fives: int) -> VideoTransformer:
         dim=128 * heads,
         spatial_layers=3 * fives,
         temporal_layers=2 * fives,
-        heads=heads,
-        kv_heads=heads // 4,
         hidden_dim=288 * heads,
+        attention=AttentionConfig(heads, heads // 4),
         device="meta",
     )
 

@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from t2v.batch import TextEmbedding
 from t2v.errors import run_tool
 from t2v.losses.tokens import token_loss
+from t2v.transformer.config import AttentionConfig, TextConfig
 from t2v.transformer.model import VideoTransformer
 
 VOCABULARY, WIDTH, HEADS, KV_HEADS, TEXT = 16384, 768, 12, 4, 384
@@ -43,7 +44,7 @@ def train(
     """
     torch.manual_seed(0)
     ours = VideoTransformer(
-        VOCABULARY, GRID, WIDTH, 7, 5, HEADS, KV_HEADS, hidden, TEXT, window=16, tied_head=True, text_gate=True
+        VOCABULARY, GRID, WIDTH, 7, 5, hidden, AttentionConfig(HEADS, KV_HEADS), TextConfig(TEXT), tied_head=True
     )
     count = sum(p.numel() for p in ours.parameters())
     llama = LlamaForCausalLM(_llama(count))

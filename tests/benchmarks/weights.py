@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from data.examples.oracle import Answer, read
+from data.examples.oracle import Answer, recognize
 from data.examples.shapes import held_out_prompts
 from t2v.batch import TextEmbedding
 from t2v.errors import run_tool
@@ -37,19 +37,18 @@ KINDS: tuple[Weights, ...] = get_args(Weights)
 def speed(rounds: int, branches: int) -> None:
     """Prints tokens a second and bytes of each kind."""
     full, jobs, sizes = ours(), {}, {}
-    caption = text(full.text_dim)
+    caption = text(full.text.dim)
     guidance = 1.0 if branches == 1 else 2.0
 
-    def decode(model: VideoTransformer) -> Callable[[], object]:
-        return lambda: list(generate_frames(model, caption, 1, Sampler(), [0], guidance))
+    def decode(model: VideoTransformer, compiled: bool) -> Callable[[], object]:
+        return lambda: list(generate_frames(model, caption, 1, Sampler(), [0], guidance, compiled=compiled))
 
     for kind in KINDS:
+        model = copy.deepcopy(full)
+        convert(model, kind)
+        sizes[kind] = stored_bytes(model)
         for way in ("eager", "compiled"):
-            model = copy.deepcopy(full)
-            convert(model, kind)
-            if way == "compiled":
-                model.compile_decoding()
-            jobs[kind, way], sizes[kind] = decode(model), stored_bytes(model)
+            jobs[kind, way] = decode(model, way == "compiled")
     with torch.inference_mode():
         for (kind, way), job in jobs.items():
             print(f"{kind}, {way}: the first frame took {seconds(job):.0f} s", flush=True)
@@ -93,7 +92,7 @@ def look(model: TextToVideo, tokens: Int[Tensor, "b t h w"]) -> list[Answer]:
     """What the oracle sees in videos."""
     answers = []
     for one in tokens.split(1):
-        answers.append(read(to_uint8(model.vqvae.decode(one))[0].permute(0, 2, 3, 1).numpy()))
+        answers.append(recognize(to_uint8(model.vqvae.decode(one))[0].permute(0, 2, 3, 1).numpy()))
     return answers
 
 

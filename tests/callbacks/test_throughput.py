@@ -13,6 +13,7 @@ from callbacks.throughput import Throughput
 from t2v.batch import TextEmbedding, TokenBatch, VideoBatch
 from t2v.errors import UserError
 from t2v.losses.tokens import token_loss
+from t2v.transformer.config import AttentionConfig, TextConfig
 from t2v.transformer.model import VideoTransformer
 
 CLIPS, FRAMES, GRID = 4, 3, 2
@@ -44,7 +45,9 @@ class LitToy(LightningModule):
 class LitTransformer(LightningModule):
     def __init__(self, checkpointing: str = "none") -> None:
         super().__init__()
-        self.model = VideoTransformer(32, GRID, 16, 1, 1, 2, 1, 24, 8, 4, checkpointing=checkpointing)
+        self.model = VideoTransformer(
+            32, GRID, 16, 1, 1, 24, AttentionConfig(2, 1, window=4), TextConfig(8), checkpointing=checkpointing
+        )
 
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None: ...
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from t2v.generation.text_to_video import TextToVideo
 from t2v.text import TextEncoder
+from t2v.transformer.config import AttentionConfig, TextConfig
 from t2v.transformer.model import VideoTransformer
 from t2v.vqvae.model import VQVAE
 from t2v.vqvae.quantizer import FSQuantizer
@@ -43,11 +44,9 @@ def transformer() -> VideoTransformer:
         dim=16,
         spatial_layers=1,
         temporal_layers=1,
-        heads=2,
-        kv_heads=1,
         hidden_dim=24,
-        text_dim=8,
-        window=2,
+        attention=AttentionConfig(heads=2, kv_heads=1, window=2),
+        text=TextConfig(dim=8),
     )
     with torch.no_grad():  # tokens that depend on text and on each other
         for parameter in model.parameters():

@@ -26,8 +26,8 @@ from t2v.text import MiniLMTextEncoder
 from t2v.training import Float8Precision
 from t2v.training.float8 import LAYERS, has_float8
 from t2v.training.objective import TokenObjective
-from t2v.vqvae.quantizer import VectorQuantizer
 from t2v.transformer.config import AttentionConfig, TextConfig
+from t2v.vqvae.quantizer import VectorQuantizer
 
 ROOT = Path(__file__).parents[2]
 CODES = 32

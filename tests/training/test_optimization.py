@@ -11,8 +11,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from t2v import VQVAE, VideoTransformer
 from t2v.batch import TextEmbedding
 from t2v.training.optimization import MuonAdamW, parameter_groups, warmup_cosine
-from t2v.vqvae.quantizer import VectorQuantizer
 from t2v.transformer.config import AttentionConfig, TextConfig
+from t2v.vqvae.quantizer import VectorQuantizer
 
 
 def transformer(**changes) -> VideoTransformer:

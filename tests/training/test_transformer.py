@@ -20,8 +20,8 @@ from t2v.generation.settings import GenerationSettings
 from t2v.losses.tokens import token_loss
 from t2v.text import MiniLMTextEncoder
 from t2v.training.objective import TokenObjective
-from t2v.vqvae.quantizer import VectorQuantizer
 from t2v.transformer.config import AttentionConfig, TextConfig
+from t2v.vqvae.quantizer import VectorQuantizer
 
 ROOT = Path(__file__).parents[2]
 CODES = 32

@@ -1,0 +1,268 @@
+"""Self-attention and attention to the text, with grouped queries (https://arxiv.org/abs/2305.13245) and caches.
+
+Queries, keys and values that are projected from the same input come from one matrix. Its rows are ordered by group (a
+key head and the query heads that share it), so that tensor parallelism can split the matrix along groups; the layers
+derive the number of heads from the shapes of their inputs.
+
+Shapes: b batch, n positions in raster order, m keys, d width, l text length.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from t2v.transformer.layers import Linear, RMSNorm
+from t2v.transformer.rope import Rotation
+
+Queries = Float[Tensor, "b heads n head_dim"]
+Keys = Float[Tensor, "b kv_heads m head_dim"]
+TextKeysValues = tuple[Float[Tensor, "b kv_heads l head_dim"], Float[Tensor, "b kv_heads l head_dim"]]
+
+_SHORT_LENGTH = 256
+"""Up to this length a plain matrix product beats the CPU's flash kernel (forward and backward in bfloat16: 7× at 16
+positions, 2× at 256). In bfloat16, chunks of this many queries beat it at any length (2.5× at 512, 1.5× at 4,096)."""
+
+
+class CacheSlots(NamedTuple):
+    """Slots of a `KVCache` that a decoding step writes and reads."""
+
+    write: Int[Tensor, " n"]
+    """Slots for the new positions."""
+    read: int
+    """Number of slots to read, from the first."""
+    mask: Bool[Tensor, "n m"] | None
+    """Slots to attend to among those read; None for all."""
+
+
+class KVCache:
+    """Keys and values of the last `size` positions, as a ring buffer.
+
+    Args:
+        size: Number of positions.
+        like: A tensor with the batch size, heads, head width, dtype and device of the keys.
+    """
+
+    def __init__(self, size: int, like: Float[Tensor, "b kv_heads _ head_dim"]) -> None:
+        self.size = size
+        self.keys = like.new_zeros(*like.shape[:2], size, like.shape[3])
+        self.values = torch.zeros_like(self.keys)
+
+    def write(self, slots: Int[Tensor, " m"], keys: Keys, values: Keys) -> None:
+        """Overwrite slots, which hold the oldest positions."""
+        self.keys.index_copy_(2, slots, keys)
+        self.values.index_copy_(2, slots, values)
+
+    def read_before(self, position: int) -> tuple[Keys, Keys]:
+        """Return the keys and values of the cached positions before `position`, oldest first."""
+        if position < self.size:
+            return self.keys[:, :, :position], self.values[:, :, :position]
+        oldest = position % self.size
+        return torch.roll(self.keys, -oldest, dims=2), torch.roll(self.values, -oldest, dims=2)
+
+
+class SelfAttention(nn.Module):
+    """Causal self-attention with grouped queries, QK-norm (https://arxiv.org/abs/2302.05442) and rotary positions.
+
+    Args:
+        dim: Width of input and output.
+        heads: Query heads.
+        kv_heads: Key and value heads.
+    """
+
+    def __init__(self, dim: int, heads: int, kv_heads: int) -> None:
+        super().__init__()
+        self.head_dim, self.queries_per_key = dim // heads, heads // kv_heads
+        self.query_key_value = Linear(dim, (heads + 2 * kv_heads) * self.head_dim)
+        self.query_norm: nn.Module = RMSNorm(self.head_dim)
+        self.key_norm: nn.Module = RMSNorm(self.head_dim)
+        self.out = Linear(dim, dim)
+
+    def forward(self, x: Float[Tensor, "b n d"], rotate: Rotation, window: int) -> Float[Tensor, "b n d"]:
+        """Attend from each position to itself and the `window` - 1 positions before it."""
+        q, k, v = self._project(x, rotate)
+        return self._merge_heads(causal_attention(q, k, v, window))
+
+    def step(
+        self, x: Float[Tensor, "b 1 d"], rotate: Rotation, cache: KVCache, slots: CacheSlots
+    ) -> Float[Tensor, "b 1 d"]:
+        """Attend from one position to itself and the positions in the cache; add it to the cache."""
+        q, k, v = self._project(x, rotate)
+        cache.write(slots.write, k, v)
+        keys, values = cache.keys[:, :, : slots.read], cache.values[:, :, : slots.read]
+        return self._merge_heads(grouped_query_attention(q, keys, values, slots.mask))
+
+    def extend(
+        self, x: Float[Tensor, "b n d"], rotate: Rotation, cache: KVCache, position: int
+    ) -> Float[Tensor, "b n d"]:
+        """Attend from the positions of one frame to themselves and the cache; add them to the cache.
+
+        Args:
+            x: Inputs of the frame.
+            rotate: Rotation of its positions.
+            cache: A cache of at least one frame; its size is a multiple of a frame.
+            position: Raster position at which the frame begins.
+        """
+        q, k, v = self._project(x, rotate)
+        cached_keys, cached_values = cache.read_before(position)
+        keys, values = torch.cat([cached_keys, k], dim=2), torch.cat([cached_values, v], dim=2)
+        n, known = x.shape[1], cached_keys.shape[2]
+        query, key = torch.arange(known, known + n, device=x.device), torch.arange(known + n, device=x.device)
+        y = grouped_query_attention(q, keys, values, _window_mask(query, key, cache.size))
+        first = position % cache.size
+        cache.write(torch.arange(first, first + n, device=x.device), k, v)
+        return self._merge_heads(y)
+
+    def _project(
+        self, x: Float[Tensor, "b n d"], rotate: Rotation
+    ) -> tuple[Queries, Float[Tensor, "b kv_heads n head_dim"], Float[Tensor, "b kv_heads n head_dim"]]:
+        """Return rotated queries, rotated keys, and values."""
+        size = self.queries_per_key + 2
+        groups = rearrange(self.query_key_value(x), "b n (kv g d) -> b kv g n d", g=size, d=self.head_dim)
+        q, k, v = self.query_norm(groups[:, :, :-2]).flatten(1, 2), self.key_norm(groups[:, :, -2]), groups[:, :, -1]
+        return rotate(q), rotate(k), v
+
+    def _merge_heads(self, y: Queries) -> Float[Tensor, "b n d"]:
+        merged: Tensor = self.out(rearrange(y, "b heads n d -> b n (heads d)"))
+        return merged
+
+
+class CrossAttention(nn.Module):
+    """Attention from every position to the text; the output projection is zero at initialization.
+
+    Args:
+        dim: Width of input and output.
+        text_dim: Width of the text embeddings.
+        heads: Query heads.
+        kv_heads: Key and value heads.
+    """
+
+    def __init__(self, dim: int, text_dim: int, heads: int, kv_heads: int) -> None:
+        super().__init__()
+        self.head_dim = dim // heads
+        self.query = Linear(dim, dim)
+        self.key_value = nn.Linear(text_dim, 2 * kv_heads * self.head_dim, bias=False)
+        self.query_norm = RMSNorm(self.head_dim)
+        self.key_norm = RMSNorm(self.head_dim)
+        self.out = Linear(dim, dim)
+
+    def project_text(self, text: Float[Tensor, "b l text_dim"]) -> TextKeysValues:
+        """Return keys and values of the text, which are the same for all positions."""
+        k, v = rearrange(self.key_value(text), "b l (kv two d) -> two b kv l d", two=2, d=self.head_dim)
+        return self.key_norm(k), v
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        text: TextKeysValues,
+        mask: Bool[Tensor, "b l"] | None,
+        gate: Float[Tensor, "t heads"] | None,
+    ) -> Float[Tensor, "b n d"]:
+        """Attend to the text.
+
+        Args:
+            x: Inputs of t whole frames, or of one position (t = 1).
+            text: Result of `project_text`.
+            mask: True for text tokens, False for padding; None where there is no padding.
+            gate: Scale of each head in each frame; None for 1.
+        """
+        q = self.query_norm(rearrange(self.query(x), "b n (heads d) -> b heads n d", d=self.head_dim))
+        y = grouped_query_attention(q, *text, mask=None if mask is None else mask[:, None, None])
+        y = rearrange(y, "b heads n d -> b n heads d")
+        if gate is not None:
+            y = y * gate.to(y.dtype).repeat_interleave(x.shape[1] // len(gate), dim=0)[..., None]
+        merged: Tensor = self.out(y.flatten(2))
+        return merged
+
+
+def grouped_query_attention(
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    mask: Bool[Tensor, "n m"] | Bool[Tensor, "b 1 1 m"] | None = None,
+    causal: bool = False,
+) -> Queries:
+    """Return scaled dot-product attention in which groups of query heads share a key head.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        mask: True for keys to attend to; None for all.
+        causal: Attend only to keys up to the query's own position (then n = m); excludes `mask`.
+    """
+    n, m = q.shape[2], k.shape[2]
+    if n == 1:  # the query heads of a group can then be treated as positions
+        rows = rearrange(q, "b (kv g) 1 d -> b kv g d", kv=k.shape[1])
+        return rearrange(F.scaled_dot_product_attention(rows, k, v, attn_mask=mask), "b kv g d -> b (kv g) 1 d")
+    if q.is_cpu and (n * m <= _SHORT_LENGTH**2 or q.dtype == torch.bfloat16):
+        groups = q.shape[1] // k.shape[1]
+        rows = rearrange(q * q.shape[-1] ** -0.5, "b (kv g) n d -> b kv (g n) d", g=groups)
+        scores = (rows @ k.transpose(-1, -2)).unflatten(2, (groups, n))
+        if causal:
+            mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~(mask if mask.ndim == 2 else mask[:, :, None]), -torch.inf)
+        y: Tensor = scores.softmax(dim=-1).to(v.dtype).flatten(2, 3) @ v
+        return rearrange(y, "b kv (g n) d -> b (kv g) n d", g=groups)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+
+
+def causal_attention(
+    q: Queries,
+    k: Float[Tensor, "b kv_heads n head_dim"],
+    v: Float[Tensor, "b kv_heads n head_dim"],
+    window: int,
+    chunk: int = 512,
+) -> Queries:
+    """Return causal attention over a sliding window of positions, without a mask as large as n × n.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        window: Positions that a query attends to, its own included.
+        chunk: Queries that are computed at once where there are more positions than `window`.
+    """
+    n, longest = q.shape[2], window
+    if q.is_cpu and q.dtype == torch.bfloat16:
+        chunk = _SHORT_LENGTH
+        longest = min(window, chunk)
+    if n <= longest:
+        return grouped_query_attention(q, k, v, causal=True)
+    if torch.compiler.is_compiling() and q.is_cuda:  # on the CPU, compiled with projections, it is wrong (torch 2.14)
+        return flex_window_attention(q, k, v, window)
+    outputs = []
+    for start in range(0, n, chunk):
+        stop, first = min(start + chunk, n), max(start - window + 1, 0)
+        mask = _window_mask(
+            torch.arange(start, stop, device=q.device), torch.arange(first, stop, device=q.device), window
+        )
+        outputs.append(grouped_query_attention(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], mask))
+    return torch.cat(outputs, dim=2)
+
+
+def flex_window_attention(
+    q: Queries, k: Float[Tensor, "b kv_heads n head_dim"], v: Float[Tensor, "b kv_heads n head_dim"], window: int
+) -> Queries:
+    """Return the same as `causal_attention` by FlexAttention, which skips blocks outside the window.
+
+    It is fast only under `torch.compile`.
+    """
+    n = q.shape[2]
+
+    def in_window(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (query - key < window)
+
+    mask = create_block_mask(in_window, None, None, n, n, q.device)
+    return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
+
+
+def _window_mask(query: Int[Tensor, " n"], key: Int[Tensor, " m"], window: int) -> Bool[Tensor, "n m"]:
+    """Return which keys are among the last `window` positions up to the query."""
+    distance = query[:, None] - key
+    return (distance >= 0) & (distance < window)

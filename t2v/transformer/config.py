@@ -1,0 +1,35 @@
+"""Groups of options of the transformer; the defaults are those of the 8-billion-parameter model."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Options of self-attention.
+
+    Args:
+        heads: Query heads, in text attention too; must divide the width of the model into even parts.
+        kv_heads: Key and value heads, in text attention too; must divide `heads` and the hidden width of SwiGLU.
+        window: Frames that a temporal layer attends to, the current one included.
+        rope_theta: Base of the wavelengths of the rotary embedding, which run from 2π to 2π·`rope_theta` positions.
+    """
+
+    heads: int = 32
+    kv_heads: int = 8
+    window: int = 16
+    rope_theta: float = 10000.0
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Options of text conditioning.
+
+    Args:
+        dim: Width of the text embeddings.
+        gate: Whether the output of text attention is scaled by a learned function of the frame number and the length.
+        pooled: Whether the pooled text embedding is added to every input of the first layer.
+    """
+
+    dim: int = 4096
+    gate: bool = True
+    pooled: bool = True

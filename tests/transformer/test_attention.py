@@ -1,0 +1,78 @@
+"""Attention: windows, chunks and compiled code against plain references; rotary positions."""
+
+import shutil
+
+import pytest
+import torch
+
+from t2v.transformer.attention import SelfAttention, causal_attention, flex_window_attention
+from t2v.transformer.model import VideoTransformer
+from t2v.transformer.rope import raster_positions, rotation_at
+from tests.support.toy_transformer import random_text, random_tokens, toy_transformer
+
+
+def positions_with_gradient(model: VideoTransformer, frames: int, query: int) -> list[int]:
+    """Return the positions whose input to the first layer has a gradient from the logits at `query`."""
+    inputs = []
+
+    def keep(_, args):
+        args[0].requires_grad_().retain_grad()
+        inputs.append(args[0])
+
+    model.blocks[0].register_forward_pre_hook(keep)
+    model(random_tokens(1, frames), random_text()).flatten(1, 3)[0, query].sum().backward()
+    return inputs[0].grad.flatten(1, 2)[0].abs().sum(-1).nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_a_temporal_layer_attends_to_its_window_only(window):
+    model = toy_transformer(window, spatial_layers=0, temporal_layers=1)
+    assert positions_with_gradient(model, frames=5, query=17) == list(range(17 - 4 * window + 1, 18))
+
+
+def test_a_spatial_layer_attends_to_its_own_frame_only():
+    model = toy_transformer(spatial_layers=1, temporal_layers=0)
+    assert positions_with_gradient(model, frames=4, query=10) == [8, 9, 10]
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_attention_in_chunks_equals_eager_attention(dtype):
+    attention = SelfAttention(32, heads=4, kv_heads=2)
+    rotate = rotation_at(raster_positions(0, 320, 8, 8, torch.device("cpu")), (8, 0, 0), 100.0)
+    x = torch.randn(2, 320, 32)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        compiled = torch.compile(attention, dynamic=False)(x, rotate, 300)
+        eager = attention(x, rotate, 300)
+    torch.testing.assert_close(compiled, eager, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=0)
+
+
+def test_flex_attention_equals_chunks():
+    q, k, v = (torch.randn(1, heads, 160, 16) for heads in (4, 2, 2))
+    with torch.inference_mode():
+        flex = flex_window_attention(q, k, v, 48)
+    torch.testing.assert_close(flex, causal_attention(q, k, v, 48, chunk=32))
+
+
+@pytest.mark.parametrize("window", [300, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_in_chunks_equals_attention_with_a_full_mask(dtype, window):
+    q, k, v = (torch.randn(1, heads, 700, 16).to(dtype) for heads in (4, 2, 2))
+    distance = torch.arange(700)[:, None] - torch.arange(700)
+    mask = (distance >= 0) & (distance < window)
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), attn_mask=mask, enable_gqa=True
+    )
+    chunked = causal_attention(q, k, v, window)
+    assert (chunked - exact).abs().max() < (0.03 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_attention_scores_depend_only_on_differences_of_frame_numbers():
+    q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
+
+    def score(frame: int) -> torch.Tensor:
+        positions = torch.tensor([[frame, 1, 0], [frame + 5, 0, 1]])
+        rotate = rotation_at(positions, (4, 2, 2), 100.0)
+        return (rotate.at(slice(1))(q) * rotate.at(slice(1, None))(k)).sum()
+
+    torch.testing.assert_close(score(0), score(295), atol=1e-4, rtol=1e-4)
