@@ -1,0 +1,113 @@
+"""Decoding with caches gives what the forward pass gives, and how fast it is."""
+
+import time
+
+import pytest
+import torch
+import yaml
+
+from t2v.batch import TextEmbedding
+from t2v.generation.decode import generate_frames
+from t2v.generation.quantization import convert, stored_bytes
+from t2v.generation.sampling import Sampler
+from t2v.transformer.config import AttentionConfig, TextConfig
+from t2v.transformer.decoding import Decoder
+from t2v.transformer.model import VideoTransformer
+from tests.support.pipeline import ROOT
+
+
+def text_for(model: VideoTransformer, videos: int, tokens: int = 7) -> TextEmbedding:
+    weight = model.start
+    options = {"device": weight.device, "dtype": weight.dtype}
+    mask = torch.ones(videos, tokens, dtype=torch.bool, device=weight.device)
+    return TextEmbedding(
+        torch.randn(videos, tokens, model.text.dim, **options), mask, torch.randn(videos, model.text.dim, **options)
+    )
+
+
+@pytest.fixture
+def model(device) -> VideoTransformer:
+    model = VideoTransformer(
+        vocab_size=64,
+        grid_size=4,
+        dim=128,
+        spatial_layers=2,
+        temporal_layers=2,
+        hidden_dim=256,
+        attention=AttentionConfig(heads=4, kv_heads=2, window=3),
+        text=TextConfig(dim=32),
+    )
+    with torch.no_grad():  # weights for which the logits depend on the text and on each other
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.1)
+    return model.eval().requires_grad_(False).to(device)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_decoding_equals_the_forward_pass(device, record, model, dtype, compiled):
+    frames, tolerance = 5, {torch.float32: 5e-3, torch.bfloat16: 0.1}[dtype]
+    model = model.to(dtype)
+    text = text_for(model, 2)
+    tokens = torch.randint(64, (2, frames, 4, 4), device=device)
+    with torch.inference_mode():
+        expected = model(tokens, text).flatten(1, 3).float()
+        decoder = Decoder(model, text, frames, compiled=compiled)
+        flat = tokens.flatten(1)
+        steps = [decoder.step(None if i == 0 else flat[:, i - 1]) for i in range(flat.shape[1])]
+    error = ((torch.stack(steps, 1).float() - expected).abs().max() / expected.std()).item()
+    record("decoding equals forward", **{f"{str(dtype)[6:]} {'compiled' if compiled else 'eager'}": error})
+    assert error < tolerance
+
+
+@pytest.mark.parametrize("weights", ["full", "fp8", "int8", "nf4"])
+def test_quantized_weights_generate_under_autocast(device, model, weights):
+    convert(model, weights)
+    with torch.autocast(device.type, torch.bfloat16):
+        frames = list(generate_frames(model, text_for(model, 2), 3, Sampler(top_p=0.9), [0, 1], guidance=2.0))
+    tokens = torch.cat(frames, 1)
+    assert tokens.shape == (2, 3, 4, 4)
+    assert tokens.min() >= 0
+    assert tokens.max() < 64
+
+
+@pytest.mark.parametrize("weights", ["full", "fp8", "int8", "nf4"])
+@pytest.mark.parametrize("size", ["300m", "1b"])
+@pytest.mark.usefixtures("needs_gpu")
+def test_speed_of_decoding(device, record, size, weights):
+    """Tokens per second of one video, and the share of the memory bandwidth that reading the weights takes."""
+    config = yaml.safe_load((ROOT / f"configs/transformer/{size}.yaml").read_text())
+    arguments = config["model"]["init_args"]["model"]["init_args"] | {"device": "meta"}
+    model = VideoTransformer.from_config(arguments).to(torch.bfloat16).to_empty(device=device)
+    model.reset_parameters()
+    model.eval().requires_grad_(False)
+    convert(model, weights)
+    steps = 64
+    with torch.inference_mode():
+        decoder = Decoder(model, text_for(model, 1), 2, compiled=True)
+        token = None
+        for _ in range(8 + 2):  # compiles
+            token = decoder.step(token).argmax(-1)
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(steps):
+            token = decoder.step(token).argmax(-1)
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+    rate = steps / seconds
+    share = rate * stored_bytes(model) / memory_bandwidth(device)
+    record("decoding speed", **{f"{size} {weights}": {"tokens_per_second": rate, "bandwidth": share}})
+
+
+def memory_bandwidth(device: torch.device) -> float:
+    """Bytes per second that the device copies, reads and writes counted."""
+    source = torch.empty(2**30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(20):
+        target.copy_(source)
+    torch.cuda.synchronize()
+    return 20 * 2 * source.numel() / (time.perf_counter() - began)
