@@ -1,4 +1,4 @@
-"""The planner: what it says is what a real step does, and what it recommends follows from that."""
+"""The planner: its figures are those of real steps, and its recommendation follows from them."""
 
 from functools import partial
 from pathlib import Path
@@ -16,17 +16,18 @@ from t2v.generation.sampling import Sampler
 from t2v.generation.settings import GenerationSettings
 from t2v.losses.tokens import token_loss
 from t2v.text import MiniLMTextEncoder
+from t2v.torch_private import storage_id
 from t2v.training.optimization import MuonAdamW, parameter_groups
 from t2v.training.planner import report
 from t2v.training.planner.budget import (
-    decode,
-    gathered,
-    generate,
+    decoding_bytes,
+    generation_budget,
     optimizer_bytes,
-    parts,
-    size,
-    train,
+    parameter_counts,
+    tensor_bytes,
+    training_budget,
     transformer_step,
+    unsharded_parameters,
     vqvae_step,
 )
 from t2v.training.planner.step import Meter
@@ -38,27 +39,29 @@ from t2v.vqvae.quantizer import VectorQuantizer
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(ROOT.glob("configs/transformer/*.yaml"))
-CLIPS, FRAMES, WORDS = 2, 3, 5
+CLIPS, FRAMES, TEXT_LENGTH = 2, 3, 5
 
 
 def shapes(**changes) -> VideoTransformer:
-    """The model of the shapes, without memory unless asked for."""
+    """The model of `configs/transformer/shapes.yaml`, on the meta device by default."""
     config = yaml.safe_load((ROOT / "configs/transformer/shapes.yaml").read_text())
-    return VideoTransformer.from_config(config["model"]["init_args"]["model"]["init_args"] | {"device": "meta"} | changes)
+    return VideoTransformer.from_config(
+        config["model"]["init_args"]["model"]["init_args"] | {"device": "meta"} | changes
+    )
 
 
 def inputs(model: VideoTransformer) -> tuple[torch.Tensor, TextEmbedding, torch.Tensor]:
     tokens = torch.randint(model.vocab_size, (CLIPS, FRAMES, model.grid_size, model.grid_size))
-    words = torch.randn(CLIPS, WORDS, model.text.dim)
-    text = TextEmbedding(words, torch.ones(CLIPS, WORDS, dtype=torch.bool), words.mean(1))
+    embedded = torch.randn(CLIPS, TEXT_LENGTH, model.text.dim)
+    text = TextEmbedding(embedded, torch.ones(CLIPS, TEXT_LENGTH, dtype=torch.bool), embedded.mean(1))
     return tokens, text, torch.zeros(CLIPS, dtype=torch.bool)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_the_parts_of_every_config_sum_to_its_parameters(path):
+def test_the_parameter_counts_of_every_config_sum_to_its_parameters(path):
     config = yaml.safe_load(path.read_text())["model"]["init_args"]["model"]["init_args"]
     model = VideoTransformer.from_config(config | {"device": "meta"})
-    counts = parts(model)
+    counts = parameter_counts(model)
     assert sum(counts.values()) == sum(parameter.numel() for parameter in model.parameters())
     mlps = sum(parameter.numel() for block in model.blocks for parameter in block.mlp.parameters())
     assert counts["feed-forward"] == mlps
@@ -66,26 +69,26 @@ def test_the_parts_of_every_config_sum_to_its_parameters(path):
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_what_a_step_keeps_for_its_backward_pass_is_what_a_real_one_keeps(precision):
+def test_planned_saved_activations_equal_those_of_a_real_step(precision):
     model = shapes(device="cpu")
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        kept[storage_id(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
     tokens, text, drop = inputs(model)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"), saved_tensors_hooks(keep, keep):
         loss = token_loss(model(tokens, text, drop), tokens, z_loss=1e-4).objective
-    own = {tensor.untyped_storage()._cdata for tensor in model.parameters()}
-    planned = transformer_step(model, CLIPS, FRAMES, WORDS, precision, "none", "cpu")
+    own = {storage_id(tensor) for tensor in model.parameters()}
+    planned = transformer_step(model, CLIPS, FRAMES, TEXT_LENGTH, precision, "none", "cpu")
     assert loss.isfinite()
     assert planned.saved == pytest.approx(sum(size for key, size in kept.items() if key not in own), rel=0.02)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "attention", "full"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
-def test_a_step_without_memory_is_at_its_fullest_where_a_real_one_is(precision, checkpointing):
+def test_planned_peaks_and_flops_equal_those_of_a_real_step(precision, checkpointing):
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     model = shapes(device="cpu", checkpointing=checkpointing).to(dtype)
     tokens, text, drop = inputs(model)
@@ -96,24 +99,26 @@ def test_a_step_without_memory_is_at_its_fullest_where_a_real_one_is(precision, 
         saved, forward = meter.live, meter.peak
         meter.restart()
         loss.backward()
-    planned = transformer_step(model, CLIPS, FRAMES, WORDS, precision, checkpointing, "cpu")
+    planned = transformer_step(model, CLIPS, FRAMES, TEXT_LENGTH, precision, checkpointing, "cpu")
     assert planned[:3] == pytest.approx((saved, forward, meter.peak), rel=0.02)
     assert planned.flops == pytest.approx(meter.flops, rel=0.02)
 
 
-def test_computing_again_holds_less_and_works_more():
-    levels = [transformer_step(shapes(), 4, 8, WORDS, "bf16-mixed", level) for level in ("none", "attention", "full")]
+def test_activation_checkpointing_saves_memory_and_adds_flops():
+    levels = [
+        transformer_step(shapes(), 4, 8, TEXT_LENGTH, "bf16-mixed", level) for level in ("none", "attention", "full")
+    ]
     assert [step.saved for step in levels] == sorted((step.saved for step in levels), reverse=True)
     assert [step.flops for step in levels] == sorted(step.flops for step in levels)
     assert levels[2].flops < 4 / 3 * levels[0].flops
 
 
-def test_the_work_of_a_step_is_what_torch_counts_in_a_real_one():
+def test_planned_flops_equal_those_that_torch_counts():
     model = shapes(device="cpu")
     tokens, text, drop = inputs(model)
     with FlopCounterMode(display=False) as counter:
         token_loss(model(tokens, text, drop), tokens).objective.backward()
-    planned = transformer_step(model, CLIPS, FRAMES, WORDS, "32-true", "none", "cpu")
+    planned = transformer_step(model, CLIPS, FRAMES, TEXT_LENGTH, "32-true", "none", "cpu")
     assert planned.flops == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
@@ -128,7 +133,7 @@ def test_the_work_of_a_step_is_what_torch_counts_in_a_real_one():
     ],
     ids=["AdamW", "fused", "SGD", "Muon", "8bit"],
 )
-def test_the_state_of_an_optimizer_is_that_of_a_real_step(build):
+def test_planned_optimizer_state_equals_that_of_a_real_step(build):
     model = shapes(device="cpu")
     planned = optimizer_bytes(model, build, "32-true", "cpu")
     optimizer = build(parameter_groups(model))
@@ -136,64 +141,67 @@ def test_the_state_of_an_optimizer_is_that_of_a_real_step(build):
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     states = (value for state in optimizer.state.values() for value in state.values())
-    assert planned.state == size(value for value in states if isinstance(value, torch.Tensor))
+    assert planned.state == tensor_bytes(value for value in states if isinstance(value, torch.Tensor))
 
 
-def test_an_optimizer_that_takes_all_parameters_at_once_takes_more_than_a_fused_one():
+def test_an_optimizer_that_updates_all_parameters_at_once_takes_more_than_a_fused_one():
     model = shapes()
     one, fused = (optimizer_bytes(model, partial(torch.optim.AdamW, fused=how), "32-true") for how in (None, True))
     assert one.state == fused.state
     assert fused.temporary == 0
-    assert one.temporary > 0.4 * size(model.parameters())
+    assert one.temporary > 0.4 * tensor_bytes(model.parameters())
 
 
-def test_devices_that_share_a_clip_share_the_layers_alone():
+def test_tensor_parallelism_divides_only_the_layers():
     model = shapes()
-    step, optimizer = transformer_step(model, 1, 2, WORDS), optimizer_bytes(model, torch.optim.AdamW, "32-true")
-    planned = train(model, step, optimizer, "32-true", "FSDP2", 4, 2)
+    step, optimizer = transformer_step(model, 1, 2, TEXT_LENGTH), optimizer_bytes(model, torch.optim.AdamW, "32-true")
+    planned = training_budget(model, step, optimizer, "32-true", "FSDP2", 4, 2)
     total = sum(parameter.numel() for parameter in model.parameters())
     layers = sum(parameter.numel() for parameter in model.blocks.parameters())
     assert planned.weights == pytest.approx(4 * (layers / 4 + (total - layers) / 2), abs=8)
-    assert gathered(model, 2) < gathered(model)
+    assert unsharded_parameters(model, 2) < unsharded_parameters(model)
 
 
-def test_fsdp_divides_what_is_sharded_and_ddp_nothing():
+def test_fsdp_divides_weights_gradients_and_state_and_ddp_nothing():
     model = shapes()
-    step, optimizer = transformer_step(model, 1, 2, WORDS), optimizer_bytes(model, torch.optim.AdamW, "bf16-mixed")
-    alone = train(model, step, optimizer, "bf16-mixed")
-    shared = train(model, step, optimizer, "bf16-mixed", "FSDP2", 8)
-    copied = train(model, step, optimizer, "bf16-mixed", "DDP", 8)
+    step, optimizer = (
+        transformer_step(model, 1, 2, TEXT_LENGTH),
+        optimizer_bytes(model, torch.optim.AdamW, "bf16-mixed"),
+    )
+    alone = training_budget(model, step, optimizer, "bf16-mixed")
+    sharded = training_budget(model, step, optimizer, "bf16-mixed", "FSDP2", 8)
+    replicated = training_budget(model, step, optimizer, "bf16-mixed", "DDP", 8)
     count = sum(parameter.numel() for parameter in model.parameters())
     assert alone[:3] == (4 * count, 4 * count, pytest.approx(8 * count, rel=1e-3))
-    assert [8 * each for each in shared[:3]] == [pytest.approx(each, abs=8) for each in alone[:3]]
-    assert shared.exchange == 8 * gathered(model)
-    assert gathered(model) < count
-    assert copied[:3] == alone[:3]
-    assert copied.exchange == alone.gradients
+    assert [8 * each for each in sharded[:3]] == [pytest.approx(each, abs=8) for each in alone[:3]]
+    assert sharded.communication == 8 * unsharded_parameters(model)
+    assert unsharded_parameters(model) < count
+    assert replicated[:3] == alone[:3]
+    assert replicated.communication == alone.gradients
     assert alone.peak == sum(alone[:3]) + alone.activations
-    averaged = train(model, step, optimizer, "bf16-mixed", averaged=True)
+    averaged = training_budget(model, step, optimizer, "bf16-mixed", averaged=True)
     assert averaged.peak == alone.peak + alone.weights
 
 
 @pytest.mark.parametrize("weights", ["full", "fp8", "int8", "nf4"])
-def test_generation_takes_the_weights_and_the_cache_that_decoding_makes(weights):
-    made = generate(shapes(), weights, torch.float32, 2, WORDS, guided=True)
+def test_planned_generation_has_the_weights_and_caches_of_real_decoding(weights):
+    planned = generation_budget(shapes(), weights, torch.float32, 2, TEXT_LENGTH, guided=True)
     real = shapes(device="cpu").eval()
-    words = torch.randn(4, WORDS, real.text.dim)
-    decoder = Decoder(real, TextEmbedding(words, torch.ones(4, WORDS, dtype=torch.bool), words.mean(1)), 2)
-    assert made.cache == size(tensor for cache in decoder.caches for tensor in (cache.keys, cache.values))
-    full = size(real.parameters())
-    assert made.weights == full if weights == "full" else made.weights < 0.6 * full
+    embedded = torch.randn(4, TEXT_LENGTH, real.text.dim)
+    decoder = Decoder(real, TextEmbedding(embedded, torch.ones(4, TEXT_LENGTH, dtype=torch.bool), embedded.mean(1)), 2)
+    assert planned.cache == tensor_bytes(tensor for cache in decoder.caches for tensor in (cache.keys, cache.values))
+    full = tensor_bytes(real.parameters())
+    assert planned.weights == full if weights == "full" else planned.weights < 0.6 * full
 
 
-def test_a_vqvae_in_groups_of_frames_holds_less():
+def test_a_vqvae_step_in_groups_of_frames_saves_less():
     model = VQVAE(32, 16, (1, 2), 1, 3, 1, 1, 2, 2, quantizer=VectorQuantizer(16, 4))
-    whole, groups = (vqvae_step(model, 1, 8, frames_at_once=at_once) for at_once in (None, 1))
-    assert groups.saved < whole.saved / 3
-    assert sum(parts(model).values()) == sum(parameter.numel() for parameter in model.parameters())
-    weights, temporary = decode(model, torch.float32, 1)
-    assert weights == size([*model.parameters(), *model.buffers()])
-    assert 0 < temporary < whole.saved
+    at_once, groups = (vqvae_step(model, 1, 8, frames_at_once=size) for size in (None, 1))
+    assert groups.saved < at_once.saved / 3
+    assert sum(parameter_counts(model).values()) == sum(parameter.numel() for parameter in model.parameters())
+    weights, temporary = decoding_bytes(model, torch.float32, 1)
+    assert weights == tensor_bytes([*model.parameters(), *model.buffers()])
+    assert 0 < temporary < at_once.saved
 
 
 def lit(**changes) -> LitVideoTransformer:
@@ -201,19 +209,19 @@ def lit(**changes) -> LitVideoTransformer:
     return LitVideoTransformer(shapes(**changes), "none", MiniLMTextEncoder(), generation)
 
 
-def test_a_report_is_readable_and_names_what_fits():
+def test_a_report_has_all_sections_and_a_recommendation():
     text = report(lit(), memory=8.0, tflops=100.0)
     assert max(map(len, text.splitlines())) <= 100
-    for word in ("feed-forward", "state of AdamW", "TFLOP a step", "seconds a step", "recommended", "nf4"):
+    for word in ("feed-forward", "optimizer state (AdamW)", "TFLOP per step", "seconds per step", "nf4"):
         assert word in text
-    assert "recommended  32-true, AdamW, one device, recomputing none" in text
+    assert "recommended  32-true, AdamW, one device, activation checkpointing none" in text
 
 
-def test_a_report_says_what_is_missing_where_nothing_fits():
+def test_a_report_recommends_more_memory_if_nothing_fits():
     assert "recommended  more devices or memory" in report(lit(), memory=0.001)
 
 
-def test_a_plan_for_no_memory_is_refused():
+def test_a_plan_for_zero_memory_is_rejected():
     with pytest.raises(UserError, match=r"memory=0.*must be greater than 0"):
         report(lit(), memory=0)
 
@@ -225,11 +233,11 @@ def test_the_command_prints_the_plan(capsys):
     assert "recommended" in capsys.readouterr().out
 
 
-def test_the_command_plans_for_devices_that_are_not_there(capsys):
+def test_the_command_plans_for_devices_that_this_machine_lacks(capsys):
     import cli
 
     files = [f"--config={ROOT}/configs/{name}.yaml" for name in ("transformer/shapes", "cluster/fsdp")]
     cli.main(["plan", *files, "--trainer.devices=8", "--trainer.strategy.tensor_parallel_size=2"])
-    told = capsys.readouterr().out
-    assert "FSDP2 × 8, 2 together" in told
-    assert "a step       1 batches × 4 times 2 devices = 24,576 tokens" in told
+    printed = capsys.readouterr().out
+    assert "FSDP2 × 8, tensor-parallel size 2" in printed
+    assert "step         1 batches × data-parallel size 4 = 24,576 tokens" in printed

@@ -1,4 +1,4 @@
-"""What a run will take in memory, work and time, told without making its model."""
+"""Memory, FLOPs and time of a run, without building its model or reading its data."""
 
 from t2v.training.planner.report import report
 

@@ -1,4 +1,4 @@
-"""What each part of a model, of training it and of generating with it takes, in bytes."""
+"""Bytes that models, training and generation take on a device, by part."""
 
 import math
 from collections import Counter
@@ -7,51 +7,66 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from t2v.batch import TextEmbedding
 from t2v.generation.quantization import Weights, convert, stored_bytes
 from t2v.losses.tokens import token_loss
+from t2v.torch_private import FakeTensorMode, storage_id
 from t2v.training.optimization import parameter_groups
-from t2v.training.planner.step import Device, Meter, Step, measure, without_data
-from t2v.transformer.model import Block, VideoTransformer
+from t2v.training.planner.step import Device, Meter, Step, measure_step, without_data
+from t2v.transformer.block import Block
+from t2v.transformer.decoding import Decoder
+from t2v.transformer.model import VideoTransformer
 from t2v.vqvae.model import VQVAE
 
-Precision = Literal["32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true"]
 Strategy = Literal["one device", "DDP", "FSDP2"]
-Optimize = Callable[[Any], torch.optim.Optimizer]
+OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
+"""Builds an optimizer from parameter groups."""
 
 
 class OptimizerBytes(NamedTuple):
-    """What an optimizer takes."""
+    """Bytes that an optimizer takes."""
 
     state: int
     temporary: int
-    """Most that a step holds beside its state."""
+    """Peak of a step in addition to the state."""
 
 
-class Budget(NamedTuple):
-    """Bytes on one device of a training run at its fullest; all but `logits` and `saved` sum to `peak`."""
+class TrainingBudget(NamedTuple):
+    """Bytes on one device at the peak of a training step; all but `saved` sum to `peak`."""
 
     weights: int
     gradients: int
-    optimizer: int
-    average: int
-    """A moving average of the weights."""
-    exchange: int
-    """Buckets of gradients of DDP; layers that FSDP2 has gathered."""
+    optimizer_state: int
+    ema: int
+    """The moving average of the weights."""
+    communication: int
+    """Gradient buckets of DDP; unsharded layers of FSDP2."""
     activations: int
-    """And temporaries: what else is there when most is."""
+    """Activations and temporaries at the moment of the peak."""
     saved: int
-    """Of which the forward pass leaves to the backward pass."""
+    """Activations that the forward pass saves for the backward pass, which are part of `activations`."""
 
     @property
     def peak(self) -> int:
+        """All bytes at the peak."""
         return sum(self) - self.saved
 
 
-def parts(model: nn.Module) -> dict[str, int]:
-    """Parameters of each part; every parameter is counted once."""
+class GenerationBudget(NamedTuple):
+    """Bytes of the transformer in generation."""
+
+    weights: int
+    cache: int
+    """Keys and values of the video: one frame for spatial layers, the window for temporal layers."""
+    text_cache: int
+    """Keys and values of the text tokens, in every layer."""
+    temporary: int
+    """Peak of the step of one token in addition to the rest."""
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """Return the number of parameters of each part, the largest part first; shared parameters count once."""
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         counts[_part(model, name)] += parameter.numel()
@@ -70,14 +85,14 @@ def _part(model: nn.Module, name: str) -> str:
     return {"attention": f"{kind} attention", "text_attention": "text attention", "mlp": "feed-forward"}[layer]
 
 
-def size(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors, those that share memory counted once."""
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of tensors; those that share memory count once."""
+    storages = {storage_id(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
 
-def types(precision: str) -> tuple[torch.dtype, torch.dtype | None]:
-    """Of weights, and what autocast casts to, by the name of Lightning's precision."""
+def precision_dtypes(precision: str) -> tuple[torch.dtype, torch.dtype | None]:
+    """Return the type of the weights and the type that autocast casts to, for the name of a Lightning precision."""
     if precision.endswith("-mixed"):
         return torch.float32, torch.bfloat16
     return (torch.float32, None) if precision == "32-true" else (torch.bfloat16, None)
@@ -87,39 +102,37 @@ def transformer_step(
     model: VideoTransformer,
     clips: int,
     frames: int,
-    words: int,
+    text_length: int,
     precision: str = "bf16-mixed",
     checkpointing: str = "none",
     device: Device = "cuda",
 ) -> Step:
-    """A training step of the transformer.
+    """Measure a training step of the transformer.
 
     Args:
-        model: with weights or without.
-        clips: batch size.
-        frames: length of a clip.
-        words: length of the longest caption.
-        precision: as Lightning names it.
-        checkpointing: as `VideoTransformer` names it.
-        device: the kind of device to plan for.
+        model: With or without data.
+        clips: Batch size.
+        frames: Length of a clip.
+        text_length: Text tokens of the longest caption.
+        precision: Name of a Lightning precision.
+        checkpointing: Activation checkpointing, as in `VideoTransformer`.
+        device: The kind of device to plan for.
     """
-    dtype, half = types(precision)
+    dtype, autocast_dtype = precision_dtypes(precision)
     model = without_data(model, dtype)
     model.checkpointing = checkpointing  # type: ignore[assignment]
     for block in model.modules():
         if isinstance(block, Block):
             block.recompute_attention = checkpointing == "attention"
-    dims, grid = model.text_dim, model.grid_size
 
     def loss() -> Tensor:
-        def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.empty(*shape, dtype=dtype, device="meta")
+        shape = (clips, frames, model.grid_size, model.grid_size)
+        tokens = torch.empty(shape, dtype=torch.long, device="meta")
+        text = _empty_text(clips, text_length, model.text.dim, dtype)
+        drop = torch.empty(clips, dtype=torch.bool, device="meta")
+        return token_loss(model(tokens, text, drop), tokens, z_loss=1e-4).objective
 
-        tokens = empty(clips, frames, grid, grid, dtype=torch.long)
-        text = TextEmbedding(empty(clips, words, dims), empty(clips, words, dtype=torch.bool), empty(clips, dims))
-        return token_loss(model(tokens, text, empty(clips, dtype=torch.bool)), tokens, z_loss=1e-4).objective
-
-    return measure(model, loss, device, half)
+    return measure_step(model, loss, device, autocast_dtype)
 
 
 def vqvae_step(
@@ -130,170 +143,198 @@ def vqvae_step(
     frames_at_once: int | None = None,
     device: Device = "cuda",
 ) -> Step:
-    """A training step of the VQ-VAE: reconstruction by L1, without quantization, perceptual terms or discriminators."""
-    dtype, half = types(precision)
+    """Measure a training step of the VQ-VAE, with L1 reconstruction and without quantizer and other loss terms.
+
+    Args:
+        model: With or without data.
+        clips: Batch size.
+        frames: Length of a clip.
+        precision: Name of a Lightning precision.
+        frames_at_once: Activation checkpointing, as in `VQVAE`.
+        device: The kind of device to plan for.
+    """
+    dtype, autocast_dtype = precision_dtypes(precision)
     model = without_data(model, dtype).train()
     model.frames_at_once = frames_at_once
 
     def loss() -> Tensor:
         video = torch.empty(clips, frames, 3, model.image_size, model.image_size, dtype=dtype, device="meta")
-        return (model(video, quantize=False).reconstruction.float() - video).abs().mean()
+        reconstruction: Tensor = model(video, quantize=False).reconstruction
+        return (reconstruction.float() - video).abs().mean()
 
-    return measure(model, loss, device, half)
+    return measure_step(model, loss, device, autocast_dtype)
 
 
-def optimizer_bytes(model: nn.Module, optimize: Optimize, precision: str, device: Device = "cuda") -> OptimizerBytes:
-    """What an optimizer keeps, and what a step of it takes meanwhile; both by taking a step without memory.
+def optimizer_bytes(
+    model: nn.Module, factory: OptimizerFactory, precision: str, device: Device = "cuda"
+) -> OptimizerBytes:
+    """Return the bytes of an optimizer's state and of a step, measured by a step without memory.
 
     Args:
-        model: what is trained.
-        optimize: builds the optimizer from parameter groups.
-        precision: as Lightning names it.
-        device: on "cuda" PyTorch's own optimizers go through all parameters at once, which takes more.
+        model: The trained modules.
+        factory: Builds the optimizer.
+        precision: Name of a Lightning precision.
+        device: On "cuda" PyTorch's own optimizers update all parameters at once, which takes more.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)  # without memory, on a device that optimizers know
-    with mode:
-        model = without_data(model, types(precision)[0], "cpu")
-    optimizer, own = build(model, optimize)
-    make_state = getattr(optimizer, "init_state", None)  # of bitsandbytes, whose kernels need data
-    with mode:
-        for index, group in enumerate(optimizer.param_groups):
+    fake = FakeTensorMode(allow_non_fake_inputs=True)  # without memory, on a device that optimizers support
+    with fake:
+        model = without_data(model, precision_dtypes(precision)[0], "cpu")
+    optimizer, parameter_of = build_optimizer(model, factory)
+    init_state = getattr(optimizer, "init_state", None)  # of bitsandbytes, whose kernels need data
+    with fake:
+        for group_index, group in enumerate(optimizer.param_groups):
             if device == "cuda" and group.get("foreach", False) is None and not group.get("fused"):
                 group["foreach"] = True
-            group["params"] = [own[id(small)] for small in group["params"]]
-            for place, parameter in enumerate(group["params"]):
+            group["params"] = [parameter_of[id(scalar)] for scalar in group["params"]]
+            for index, parameter in enumerate(group["params"]):
                 parameter.grad = torch.empty_like(parameter)
-                if make_state is not None:
-                    make_state(group, parameter, index, place)
-        if make_state is not None:
-            return OptimizerBytes(_state(optimizer), 0)
+                if init_state is not None:
+                    init_state(group, parameter, group_index, index)
+        if init_state is not None:
+            return OptimizerBytes(_state_bytes(optimizer), 0)
         with Meter(model) as meter:
-            optimizer.step()  # makes the state
-            kept = meter.live
+            optimizer.step()  # creates the state
+            state = meter.live
             meter.restart()
             optimizer.step()
-    return OptimizerBytes(_state(optimizer), meter.peak - kept)
+    return OptimizerBytes(_state_bytes(optimizer), meter.peak - state)
 
 
-def build(model: nn.Module, optimize: Optimize) -> tuple[torch.optim.Optimizer, dict[int, nn.Parameter]]:
-    """An optimizer of parameters of one number each, since some look at them, and whose place each of these takes."""
-    own: dict[int, nn.Parameter] = {}
+def build_optimizer(
+    model: nn.Module, factory: OptimizerFactory
+) -> tuple[torch.optim.Optimizer, dict[int, nn.Parameter]]:
+    """Build an optimizer on parameters with one element each, since some optimizers read the data.
+
+    Returns:
+        The optimizer, and for the `id` of each of its parameters the model's parameter that it stands for.
+    """
+    parameter_of: dict[int, nn.Parameter] = {}
     groups = parameter_groups(model)
     for group in groups:
-        small = [nn.Parameter(torch.zeros([1] * parameter.ndim, device="cpu")) for parameter in group["params"]]
-        own |= {id(one): parameter for one, parameter in zip(small, group["params"], strict=True)}
-        group["params"] = small
-    return optimize(groups), own
+        scalars = [nn.Parameter(torch.zeros([1] * parameter.ndim, device="cpu")) for parameter in group["params"]]
+        parameter_of |= {id(scalar): own for scalar, own in zip(scalars, group["params"], strict=True)}
+        group["params"] = scalars
+    return factory(groups), parameter_of
 
 
-def _state(optimizer: torch.optim.Optimizer) -> int:
-    return size(value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor))
+def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    values = (value for state in optimizer.state.values() for value in state.values())
+    return tensor_bytes(value for value in values if isinstance(value, Tensor))
 
 
-def train(
+def training_budget(
     model: nn.Module,
     step: Step,
     optimizer: OptimizerBytes,
     precision: str,
     strategy: Strategy = "one device",
-    devices: int = 1,
-    together: int = 1,
+    world_size: int = 1,
+    tp_size: int = 1,
     averaged: bool = False,
-) -> Budget:
-    """What one device holds at the fullest moment of a step.
+) -> TrainingBudget:
+    """Return the bytes on one device at the peak of a training step.
 
     Args:
-        model: all that is trained.
-        step: measured at its batch size on each device.
-        optimizer: of the whole model.
-        precision: as Lightning names it.
-        strategy: how devices share the work.
-        devices: how many.
-        together: how many of them share the work on a clip. Activations are told as if each did all of it.
-        averaged: whether a moving average of the weights is kept, as by `callbacks.EMA`.
+        model: The trained modules.
+        step: Measured at the batch size of a device.
+        optimizer: Of the unsharded model.
+        precision: Name of a Lightning precision.
+        strategy: How devices share the work.
+        world_size: Number of devices.
+        tp_size: Tensor-parallel size. Activations are an upper bound: they are those without tensor parallelism.
+        averaged: Whether a moving average of the weights is kept, as by `callbacks.EMA`.
     """
-    width = types(precision)[0].itemsize
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) * width
-    weights = size(without_data(model, types(precision)[0]).state_dict().values())
-    share = devices if strategy == "FSDP2" else 1
-    layers, total = sum(_layers(model)), max(sum(parameter.numel() for parameter in model.parameters()), 1)
-    repeated = 1 + (together - 1) * (total - layers) / total  # those that share a clip all have what is in no layer
-    weights, gradients, state = (math.ceil(each * repeated / share) for each in (weights, trained, optimizer.state))
-    average = weights if averaged else 0
-    exchange = 0
-    if strategy == "DDP" and devices > 1:
-        exchange = trained
-    elif share > 1:
-        exchange = 2 * gathered(model, together) * width
-    backward = step.backward_alone + gradients if share > 1 else step.backward
-    most = max(gradients + step.forward, backward, gradients - (-optimizer.temporary // share))
-    return Budget(weights, gradients, state, average, exchange, most - gradients, step.saved)
+    dtype = precision_dtypes(precision)[0]
+    shards = world_size if strategy == "FSDP2" else 1
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    outside_layers = parameters - sum(_layer_parameters(model))
+    # Tensor parallelism divides the layers only; each of its devices has all other parameters.
+    replication = 1 + (tp_size - 1) * outside_layers / max(parameters, 1)
+
+    def sharded(size: int) -> int:
+        return math.ceil(size * replication / shards)
+
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) * dtype.itemsize
+    weights = sharded(tensor_bytes(without_data(model, dtype).state_dict().values()))
+    gradients = sharded(trained)
+    communication = 0
+    if strategy == "DDP" and world_size > 1:
+        communication = trained
+    elif shards > 1:
+        communication = 2 * unsharded_parameters(model, tp_size) * dtype.itemsize
+    peak = max(
+        gradients + step.forward,
+        step.backward_activations + gradients if shards > 1 else step.backward,
+        gradients + math.ceil(optimizer.temporary / shards),
+    )
+    return TrainingBudget(
+        weights,
+        gradients,
+        sharded(optimizer.state),
+        weights if averaged else 0,
+        communication,
+        peak - gradients,
+        step.saved,
+    )
 
 
-def gathered(model: nn.Module, together: int = 1) -> int:
-    """Parameters that FSDP2 has whole at a time: what is in no layer, the layer at work and the next one.
+def unsharded_parameters(model: nn.Module, tp_size: int = 1) -> int:
+    """Return the number of parameters that FSDP2 gathers at a time: two layers, and all that is outside of layers.
 
     Args:
-        model: with weights or without.
-        together: how many devices share the work on a clip, and so a layer.
+        model: With or without data.
+        tp_size: Tensor-parallel size, which divides the layers.
     """
-    layers = _layers(model)
-    rest = sum(parameter.numel() for parameter in model.parameters()) - sum(layers)
-    return rest + sum(sorted(layers)[-2:]) // together
+    layers = _layer_parameters(model)
+    outside = sum(parameter.numel() for parameter in model.parameters()) - sum(layers)
+    return outside + sum(sorted(layers)[-2:]) // tp_size
 
 
-def _layers(model: nn.Module) -> list[int]:
-    """Parameters of each layer."""
+def _layer_parameters(model: nn.Module) -> list[int]:
+    """Return the number of parameters of each transformer layer."""
     return [sum(p.numel() for p in block.parameters()) for block in model.modules() if isinstance(block, Block)]
 
 
-class Generation(NamedTuple):
-    """Bytes that generation takes."""
-
-    weights: int
-    cache: int
-    """Keys and values: a frame for spatial layers, the window for temporal ones."""
-    text: int
-    """Keys and values of the words, which every layer has."""
-    temporary: int
-    """Most that a step of one token takes meanwhile."""
-
-
-def generate(
-    model: VideoTransformer, weights: Weights, dtype: torch.dtype, videos: int, words: int, guided: bool
-) -> Generation:
-    """What the transformer takes to generate.
+def generation_budget(
+    model: VideoTransformer, weights: Weights, dtype: torch.dtype, videos: int, text_length: int, guided: bool
+) -> GenerationBudget:
+    """Return the bytes that the transformer takes to generate.
 
     Args:
-        model: with weights or without.
-        weights: how the large layers are stored.
-        dtype: of everything else, the cache included.
-        videos: made together.
-        words: length of the longest prompt.
-        guided: whether classifier-free guidance runs a second branch.
+        model: With or without data.
+        weights: How the weights of the large layers are stored.
+        dtype: Type of everything else, the caches included.
+        videos: Batch size.
+        text_length: Text tokens of the longest prompt.
+        guided: Whether classifier-free guidance doubles the batch.
     """
     model = without_data(model, dtype).eval().requires_grad_(False)
-    rows = videos * (1 + guided)
+    batch = 2 * videos if guided else videos
     convert(model, weights)
-    text = TextEmbedding(
-        torch.empty(rows, words, model.text_dim, dtype=dtype, device="meta"),
-        torch.empty(rows, words, dtype=torch.bool, device="meta"),
-        torch.empty(rows, model.text_dim, dtype=dtype, device="meta"),
-    )
+    text = _empty_text(batch, text_length, model.text.dim, dtype)
     with torch.no_grad(), Meter(model) as meter:
-        state = model.start_decoding(text, 2)
+        decoder = Decoder(model, text, frames=2)
         kept = meter.live
         meter.restart()
-        model.step(torch.empty(rows, dtype=torch.long, device="meta"), state)
-    cache = size(tensor for each in state.caches for tensor in (each.keys, each.values))
-    words_read = size(tensor for pair in state.text for tensor in pair)
-    return Generation(stored_bytes(model), cache, words_read, meter.peak - kept)
+        decoder.step(torch.empty(batch, dtype=torch.long, device="meta"))
+    cache = tensor_bytes(tensor for each in decoder.caches for tensor in (each.keys, each.values))
+    text_cache = tensor_bytes(tensor for keys_and_values in decoder.text for tensor in keys_and_values)
+    return GenerationBudget(stored_bytes(model), cache, text_cache, meter.peak - kept)
 
 
-def decode(model: VQVAE, dtype: torch.dtype, videos: int) -> tuple[int, int]:
-    """Weights of the VQ-VAE, and the most that decoding a frame of each video takes meanwhile."""
+def decoding_bytes(model: VQVAE, dtype: torch.dtype, videos: int) -> tuple[int, int]:
+    """Return the bytes of the VQ-VAE's weights, and the peak of decoding one frame of each video."""
     model = without_data(model, dtype).eval().requires_grad_(False)
-    grid = model.grid_size
+    tokens = torch.empty(videos, 1, model.grid_size, model.grid_size, dtype=torch.long, device="meta")
     with torch.no_grad(), Meter(model) as meter:
-        model._decode(torch.empty(videos, 1, grid, grid, model.quantizer.dim, dtype=dtype, device="meta"))
+        model.decode_stream(tokens)
     return stored_bytes(model), meter.peak
+
+
+def _empty_text(batch: int, length: int, dim: int, dtype: torch.dtype) -> TextEmbedding:
+    """Return text embeddings without data."""
+    return TextEmbedding(
+        torch.empty(batch, length, dim, dtype=dtype, device="meta"),
+        torch.empty(batch, length, dtype=torch.bool, device="meta"),
+        torch.empty(batch, dim, dtype=dtype, device="meta"),
+    )

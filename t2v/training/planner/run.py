@@ -1,0 +1,184 @@
+"""A training run as the planner sees it: what it trains, its settings, and their measured steps."""
+
+from collections.abc import Iterable
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import nn
+
+from t2v.errors import UserError
+from t2v.generation.settings import GenerationSettings
+from t2v.training.planner.budget import (
+    OptimizerBytes,
+    OptimizerFactory,
+    Strategy,
+    TrainingBudget,
+    build_optimizer,
+    optimizer_bytes,
+    training_budget,
+    transformer_step,
+    vqvae_step,
+)
+from t2v.training.planner.step import Device, Step
+from t2v.transformer.model import VideoTransformer
+from t2v.vqvae.model import VQVAE
+
+DEFAULT_TEXT_LENGTH = 256
+"""Text tokens of the longest caption, if the text encoder has no limit."""
+
+
+class Layout(NamedTuple):
+    """How devices share the work."""
+
+    strategy: Strategy
+    world_size: int
+    tp_size: int = 1
+    """Tensor-parallel size."""
+
+
+class Setting(NamedTuple):
+    """The settings that decide how much memory a training run takes."""
+
+    precision: str
+    checkpointing: str
+    """Activation checkpointing: "none", "attention" or "full" of `VideoTransformer`; "none" or "frames" of `VQVAE`."""
+    optimizer: str
+    layout: Layout
+
+    @property
+    def dp_size(self) -> int:
+        """Data-parallel size: the number of batches that are computed at the same time."""
+        return self.layout.world_size // self.layout.tp_size
+
+
+class PlannedRun:
+    """What a run trains, with the budgets of any setting.
+
+    Args:
+        module: The LightningModule of either stage, its model on the meta device or with data.
+        datamodule: Sets batch size and frames; one clip without it.
+        trainer: Sets precision, strategy and devices; 32-true on one device without it.
+        device: The kind of device to plan for.
+
+    Raises:
+        UserError: If the model is none of the two stages.
+    """
+
+    def __init__(
+        self, module: LightningModule, datamodule: LightningDataModule | None, trainer: Trainer | None, device: Device
+    ) -> None:
+        model = module.model
+        if not isinstance(model, VideoTransformer | VQVAE):
+            raise UserError(
+                f"A plan can be made for a VideoTransformer or a VQVAE, but model.model is a {type(model).__name__}."
+            )
+        self.module = module
+        self.model: VideoTransformer | VQVAE = model
+        self.trained: nn.Module = model if isinstance(model, VideoTransformer) else module
+        self.device = device
+        self.generation: GenerationSettings | None = getattr(module, "generation", None)
+        buckets = getattr(datamodule, "buckets", None) or []
+        largest = max(buckets, key=lambda bucket: bucket.frames * bucket.batch_size, default=datamodule)
+        default_frames = self.generation.frames if self.generation else 1
+        self.clips: int = getattr(largest, "batch_size", 1)
+        self.frames: int = getattr(largest, "frames", 0) or default_frames
+        self.tokens = self.clips * self.frames * model.grid_size**2
+        """Tokens of a batch."""
+        self.text_length: int = getattr(getattr(module, "text_encoder", None), "max_length", DEFAULT_TEXT_LENGTH)
+        self.batches = trainer.accumulate_grad_batches if trainer else 1
+        """Batches of a step on each device."""
+        callbacks: list[Any] = trainer.callbacks if trainer else []  # type: ignore[attr-defined]
+        self.averaged = any(isinstance(callback, WeightAveraging) for callback in callbacks)
+        self.plugin = _precision_plugin(trainer)
+        self.optimizers = _optimizers(module, self.trained)
+        self.levels: tuple[str, ...]
+        if isinstance(model, VideoTransformer):
+            self.levels, level = ("none", "attention", "full"), str(model.checkpointing)
+        else:
+            self.levels, level = ("none", "frames"), "none" if model.frames_at_once is None else "frames"
+        precision = str(trainer.precision) if trainer else "32-true"
+        self.setting = Setting(precision, level, next(iter(self.optimizers)), _layout(trainer))
+        self.step = cache(self._step)
+        self.optimizer = cache(self._optimizer)
+
+    def budget(self, setting: Setting, clips: int) -> TrainingBudget:
+        """Return the bytes on one device at a batch size."""
+        return training_budget(
+            self.trained,
+            self.step(setting.precision, setting.checkpointing, clips),
+            self.optimizer(setting.optimizer, setting.precision),
+            setting.precision,
+            *setting.layout,
+            averaged=self.averaged,
+        )
+
+    def largest_batch(self, setting: Setting, memory: float) -> int:
+        """Return the largest batch size of a device that fits, since bytes are linear in it.
+
+        Args:
+            setting: The setting.
+            memory: Bytes of one device.
+        """
+        clips = max(self.clips, 2)
+        first, last = self.budget(setting, 1).peak, self.budget(setting, clips).peak
+        if first > memory:
+            return 0
+        per_clip = max(last - first, 1) / (clips - 1)
+        return 1 + int((memory - first) / per_clip)
+
+    def layouts(self) -> list[Layout]:
+        """Return the run's own layout, one device, and FSDP2 over at least eight devices."""
+        own = self.setting.layout
+        eight = Layout("FSDP2", max(own.world_size, 8), own.tp_size)
+        return _unique([own, Layout("one device", 1), eight])
+
+    def _step(self, precision: str, checkpointing: str, clips: int) -> Step:
+        if isinstance(self.model, VideoTransformer):
+            return transformer_step(
+                self.model, clips, self.frames, self.text_length, precision, checkpointing, self.device
+            )
+        frames_at_once = None if checkpointing == "none" else self.model.frames_at_once or 1
+        return vqvae_step(self.model, clips, self.frames, precision, frames_at_once, self.device)
+
+    def _optimizer(self, name: str, precision: str) -> OptimizerBytes:
+        return optimizer_bytes(self.trained, self.optimizers[name], precision, self.device)
+
+
+def _unique(layouts: Iterable[Layout]) -> list[Layout]:
+    return list(dict.fromkeys(layouts))
+
+
+def _optimizers(module: LightningModule, trained: nn.Module) -> dict[str, OptimizerFactory]:
+    """Return the run's own optimizer first, then alternatives."""
+    own: OptimizerFactory = module.optimizer  # type: ignore[assignment]
+    found: dict[str, OptimizerFactory] = {type(build_optimizer(trained, own)[0]).__name__: own}
+    found.setdefault("AdamW", torch.optim.AdamW)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        pass
+    else:
+        found.setdefault("AdamW8bit", AdamW8bit)
+    found.setdefault("SGD", partial(torch.optim.SGD, momentum=0.9))
+    return found
+
+
+def _precision_plugin(trainer: Trainer | None) -> str:
+    """Return the name of a precision plugin that is more than Lightning's mixed precision, as for FP8, or ""."""
+    plugin = trainer.precision_plugin if trainer else None
+    is_own = isinstance(plugin, MixedPrecision) and type(plugin) is not MixedPrecision
+    return type(plugin).__name__ if is_own else ""
+
+
+def _layout(trainer: Trainer | None) -> Layout:
+    world_size = trainer.num_devices * trainer.num_nodes if trainer else 1
+    if trainer is None or world_size == 1:
+        return Layout("one device", 1)
+    if isinstance(trainer.strategy, ModelParallelStrategy | FSDPStrategy):
+        return Layout("FSDP2", world_size, getattr(trainer.strategy, "tensor_parallel_size", 1))
+    return Layout("DDP", world_size) if isinstance(trainer.strategy, DDPStrategy) else Layout("one device", 1)
