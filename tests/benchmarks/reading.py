@@ -9,7 +9,6 @@ converts pixels beside the thread that decodes: processor time tells what as man
 import io
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import UInt8
 from torch import Tensor
 
+from t2v.errors import run_tool
 from t2v.video import encode_mp4, read_frames
 from t2v.video import reading as video
 
@@ -64,7 +64,11 @@ def seconds(reader: Callable[[bytes, Sequence[int]], object], content: bytes, in
 
 
 def main(rounds: int = 15) -> None:
-    """Print the table."""
+    """Print the table.
+
+    Args:
+        rounds: Interleaved rounds of the readers.
+    """
     torch.set_num_threads(1)
     order = np.random.default_rng(0)
     video._decord()  # as it is set up for `read_frames`
@@ -92,4 +96,4 @@ def main(rounds: int = 15) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    run_tool(main)
