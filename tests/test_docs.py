@@ -9,6 +9,7 @@ import runpy
 import shlex
 import sys
 import tomllib
+from functools import cache
 from operator import attrgetter
 from pathlib import Path
 from pkgutil import resolve_name
@@ -93,7 +94,8 @@ def test_python_blocks_use_names_that_exist(path):
 
 @pytest.fixture(scope="module")
 def toy_model() -> TextToVideo:
-    transformer = toy_transformer(text=TextConfig(384), vocab_size=16)
+    layers = {"spatial_layers": 1, "temporal_layers": 1}
+    transformer = toy_transformer(text=TextConfig(384), vocab_size=16, **layers)
     vqvae = VQVAE(
         image_size=16,
         base_channels=8,
@@ -123,7 +125,7 @@ def test_python_blocks_run_on_an_exported_model(name, toy_model, tmp_path, monke
     assert (tmp_path / "circle.mp4").stat().st_size > 0
 
 
-class _ParserBuilt(Exception):  # noqa: N818
+class _ParserBuiltError(Exception):
     pass
 
 
@@ -131,12 +133,12 @@ class _ParserOnly(cli.T2VCLI):
     """The command line, up to the parser."""
 
     def parse_arguments(self, parser, args):
-        raise _ParserBuilt(parser)
+        raise _ParserBuiltError(parser)
 
 
 @pytest.fixture(scope="module")
 def parser():
-    with pytest.raises(_ParserBuilt) as built:
+    with pytest.raises(_ParserBuiltError) as built:
         _ParserOnly(["fit"])
     return built.value.args[0]
 
@@ -167,6 +169,7 @@ def test_yaml_blocks_are_yaml(path):
         assert yaml.safe_load(block)
 
 
+@cache
 def _help(module: str, *subcommand: str) -> str:
     """Return the help of a module's command, which is run in this process."""
     output, argv = io.StringIO(), sys.argv
