@@ -1,4 +1,4 @@
-"""Parameter groups and the learning-rate schedule that both stages share, and Muon beside AdamW."""
+"""Parameter groups and learning-rate schedule of both stages, and the combination of Muon and AdamW."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 def warmup_cosine(step: int, warmup_steps: int, total_steps: int, floor: float = 0.02) -> float:
-    """Share of the full learning rate at `step`: linear warm-up, then half a cosine down to `floor`."""
+    """Return the factor of the learning rate at a step: linear warm-up, then cosine decay.
+
+    Args:
+        step: Optimizer step, from 0.
+        warmup_steps: Length of the warm-up; the factor is 1 at its end.
+        total_steps: Step at which the decay ends.
+        floor: Factor from `total_steps` on.
+    """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
@@ -22,37 +29,44 @@ def warmup_cosine(step: int, warmup_steps: int, total_steps: int, floor: float =
 
 
 def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
-    """Every trained parameter once: matrices and kernels decay; embeddings, norms, biases and other vectors do not.
+    """Return three groups of the trained parameters, each parameter once.
 
-    A head tied to an embedding is the embedding. The first group holds the hidden layers' matrices: weights of `Linear`
-    in a `ModuleList`.
+    1. Weights of the hidden layers (`Linear` modules in a `ModuleList`), marked by `"hidden": True`.
+    2. Other matrices and kernels.
+    3. Embeddings, a head tied to one included, norms, biases and other vectors, with a weight decay of 0.
     """
-    embeddings = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}
-    stacks = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
-    linear = {id(m.weight) for stack in stacks for m in stack.modules() if isinstance(m, nn.Linear)}
+    modules = list(network.modules())
+    embeddings = {id(module.weight) for module in modules if isinstance(module, nn.Embedding)}
+    stacks = [module for module in modules if isinstance(module, nn.ModuleList)]
+    linear = {id(layer.weight) for stack in stacks for layer in stack.modules() if isinstance(layer, nn.Linear)}
     hidden: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
+    not_decayed: list[nn.Parameter] = []
     for parameter in network.parameters():
-        if parameter.requires_grad:
-            decays = parameter.ndim > 1 and id(parameter) not in embeddings
-            (hidden if id(parameter) in linear else decayed if decays else kept).append(parameter)
-    return [{"params": hidden, "hidden": True}, {"params": decayed}, {"params": kept, "weight_decay": 0.0}]
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in linear:
+            hidden.append(parameter)
+        elif parameter.ndim > 1 and id(parameter) not in embeddings:
+            decayed.append(parameter)
+        else:
+            not_decayed.append(parameter)
+    return [{"params": hidden, "hidden": True}, {"params": decayed}, {"params": not_decayed, "weight_decay": 0.0}]
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon for the hidden layers' matrices, AdamW for everything else.
+    """Muon for the weights of the hidden layers, AdamW for all other parameters.
 
-    Both are torch's own. Muon makes the update of a matrix nearly orthogonal; it is scaled to the size of AdamW's
-    (https://arxiv.org/abs/2502.16982), so that one learning rate and one weight decay serve both. Muon is
-    https://kellerjordan.github.io/posts/muon.
+    Both are torch's. Muon (https://kellerjordan.github.io/posts/muon) makes the update of a matrix nearly orthogonal.
+    The update is scaled to the size of AdamW's (https://arxiv.org/abs/2502.16982), so that both use the same learning
+    rate and weight decay.
 
     Args:
-        params: groups as `parameter_groups` makes them.
-        lr: learning rate.
-        betas: of AdamW.
-        momentum: of Muon, in [0, 1).
-        weight_decay: of the groups that decay.
+        params: Groups from `parameter_groups`.
+        lr: Learning rate.
+        betas: Decay rates of AdamW's moments.
+        momentum: Momentum of Muon, in [0, 1).
+        weight_decay: Weight decay of the groups that set none.
     """
 
     def __init__(
@@ -63,16 +77,16 @@ class MuonAdamW(torch.optim.Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.1,
     ) -> None:
-        hidden, others = ([group for group in params if group.get("hidden", False) == which] for which in (True, False))
+        hidden, others = _split(params)
         self.parts: list[torch.optim.Optimizer] = [
             torch.optim.Muon(hidden, lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr, betas=betas, weight_decay=weight_decay),
         ]
         super().__init__([group for part in self.parts for group in part.param_groups], {})
-        self._share()
+        self._share_state()
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step of both."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters by both optimizers."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -82,24 +96,37 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of both."""
+        """Load the state of both optimizers."""
         super().load_state_dict(state_dict)
-        self._share()
+        self._share_state()
 
-    def _share(self) -> None:
-        """Let both work on the groups and the state that schedules and checkpoints see."""
-        for part, which in zip(self.parts, (True, False), strict=True):
+    def _share_state(self) -> None:
+        """Let both optimizers use the groups and the state of this one, which schedules and checkpoints access."""
+        for part, groups in zip(self.parts, _split(self.param_groups), strict=True):
             part.state = self.state
-            part.param_groups = [group for group in self.param_groups if group.get("hidden", False) == which]
+            part.param_groups = groups
+
+
+def _split(groups: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the groups of the hidden layers and the others."""
+    hidden = [group for group in groups if group.get("hidden", False)]
+    return hidden, [group for group in groups if not group.get("hidden", False)]
 
 
 def configure_optimization(
     module: LightningModule, network: nn.Module, optimizer: OptimizerCallable, warmup_steps: int
 ) -> OptimizerLRScheduler:
-    """What `configure_optimizers` returns: `parameter_groups`, and `warmup_cosine` over the whole run."""
+    """Build the optimizer of a run and its learning-rate schedule, for `configure_optimizers`.
+
+    Args:
+        module: The LightningModule, attached to its trainer.
+        network: The modules to train.
+        optimizer: Builds the optimizer from parameter groups.
+        warmup_steps: Steps of linear warm-up.
+    """
     built = optimizer(parameter_groups(network))
     if type(built).__module__.startswith("bitsandbytes"):
-        # It does so itself in its first step; then a resumed run, whose weights are channels-last again, would differ.
+        # bitsandbytes does so in its first step, so a resumed run, whose weights are channels-last again, would differ.
         network.to(memory_format=torch.contiguous_format)
     total_steps = int(module.trainer.estimated_stepping_batches)
     schedule = LambdaLR(built, partial(warmup_cosine, warmup_steps=warmup_steps, total_steps=total_steps))

@@ -1,4 +1,4 @@
-"""Training with the model, its gradients and the optimizer's state shared among all devices (FSDP2)."""
+"""Training with weights, gradients and optimizer state sharded over all devices (FSDP2), and sharded checkpoints."""
 
 import os
 from collections.abc import Mapping
@@ -28,17 +28,22 @@ from torch.optim import Optimizer
 
 from t2v.checkpoints.storage import MARKER, PARTIAL, is_complete, put, read_checkpoint, read_marker, remove
 from t2v.errors import UserError
-from t2v.training.lightning_private import clear_device_mesh
+from t2v.training.lightning_private import clear_device_mesh, set_data_parallel_size
 
-WEIGHTS = ("state_dict", "current_model_state", "averaging_state")
-"""What a checkpoint holds of the model: its weights, or their moving average and the weights beside it."""
+WEIGHT_KEYS = ("state_dict", "current_model_state", "averaging_state")
+"""Keys of a checkpoint that hold tensors of the model: its weights, or their moving average and the trained weights."""
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Lightning's `ModelParallelStrategy` over all devices, with sharded checkpoints that are complete or not there.
+    """Lightning's `ModelParallelStrategy` over all devices, with sharded checkpoints that are written atomically.
 
-    - The LightningModule's `configure_model` shards the model; in `predict` every device has it whole.
-    - A checkpoint is a folder. A run goes on from one with any number of devices, and from a file as well.
+    - The LightningModule's `configure_model` shards the model. In `predict` every device has the unsharded model.
+    - A checkpoint is a folder. A run can resume from one with any number of devices, and from a single file too.
+
+    Args:
+        tensor_parallel_size: Tensor-parallel size; must divide the world size.
+        process_group_backend: Backend of torch.distributed; by default NCCL for GPUs and gloo for the CPU.
+        timeout: How long a device waits for the others.
     """
 
     def __init__(
@@ -46,24 +51,22 @@ class ShardedStrategy(ModelParallelStrategy):
         tensor_parallel_size: int = 1,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
-    ):
-        """
-        Args:
-            tensor_parallel_size: so many devices share the work on the same clips; it divides their number.
-            process_group_backend: how devices talk; by default NCCL for GPUs and gloo for the CPU.
-            timeout: how long a device waits for the others.
-        """
+    ) -> None:
         super().__init__(1, tensor_parallel_size, True, process_group_backend, timeout)
         self.tensor_parallel_size = tensor_parallel_size
 
     def setup_environment(self) -> None:
-        devices, together = self.num_nodes * self.num_processes, self.tensor_parallel_size
-        if together < 1 or devices % together:
+        """Set the data-parallel size from the world size.
+
+        Raises:
+            UserError: If the tensor-parallel size does not divide the world size.
+        """
+        world_size, tp_size = self.num_nodes * self.num_processes, self.tensor_parallel_size
+        if tp_size < 1 or world_size % tp_size:
             raise UserError(
-                f"trainer.strategy.tensor_parallel_size={together} must divide the number of devices, {devices}: so "
-                "many of them share the work on the same clips."
+                f"trainer.strategy.tensor_parallel_size={tp_size} must divide the number of devices, {world_size}."
             )
-        self._data_parallel_size = devices // together
+        set_data_parallel_size(self, world_size // tp_size)
         super().setup_environment()
         module = self.lightning_module
         assert module is not None
@@ -73,15 +76,16 @@ class ShardedStrategy(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
+        """Write a checkpoint folder, each rank its own shards; the folder appears when it is complete."""
         path = Path(self.broadcast(filepath))
         partial = path.with_name(path.name + PARTIAL)
         if self.is_global_zero:
-            remove(partial)  # of a run that was killed
+            remove(partial)  # from a run that was killed
         self.barrier()
-        tensors = {name: checkpoint.pop(name) for name in WEIGHTS if name in checkpoint}
-        for number, state in enumerate(checkpoint.pop("optimizer_states", [])):
-            tensors[f"optimizer_{number}"] = state
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial, single_file_per_rank=True))
+        tensors = {name: checkpoint.pop(name) for name in WEIGHT_KEYS if name in checkpoint}
+        for index, state in enumerate(checkpoint.pop("optimizer_states", [])):
+            tensors[f"optimizer_{index}"] = state
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial, single_file_per_rank=True))  # type: ignore[attr-defined]
         if self.is_global_zero:
             with (partial / MARKER).open("wb") as file:
                 torch.save(checkpoint, file)
@@ -91,10 +95,16 @@ class ShardedStrategy(ModelParallelStrategy):
         self.barrier()
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
+        """Remove a checkpoint, a folder or a file."""
         if self.is_global_zero:
             remove(Path(filepath))
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load a checkpoint, a folder or a file, into the model and the optimizers.
+
+        Raises:
+            UserError: If a folder is incomplete or does not fit the model.
+        """
         path = Path(self.broadcast(checkpoint_path))
         assert self.model is not None
         if not any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
@@ -106,26 +116,30 @@ class ShardedStrategy(ModelParallelStrategy):
     def _load_folder(self, path: Path) -> dict[str, Any]:
         checkpoint, model = read_marker(path), self.model
         assert model is not None
-        reader = dcp.FileSystemReader(path)
-        stored = reader.read_metadata()
-        averaged = any(place[0] == "current_model_state" for place in stored.planner_data.values())
-        weights: dict[str, Any] = {"state_dict": get_model_state_dict(model)}  # these are the model's own
+        reader = dcp.FileSystemReader(path)  # type: ignore[attr-defined]
+        keys: dict[str, tuple[Any, ...]] = reader.read_metadata().planner_data
+        averaged = any(key[0] == "current_model_state" for key in keys.values())
+        if averaged:
+            checkpoint["current_model_state"] = {}
+        weights: dict[str, Any] = {
+            "state_dict": get_model_state_dict(model)
+        }  # the model's own tensors, loaded in place
         if self.optimizers and averaged:
-            copies = {name: value.clone() for name, value in weights["state_dict"].items()}
-            weights |= {"current_model_state": copies, "averaging_state": {"n_averaged": torch.tensor(0)}}
+            weights["current_model_state"] = {name: value.clone() for name, value in weights["state_dict"].items()}
+            weights["averaging_state"] = {"n_averaged": torch.tensor(0)}
         try:
-            dcp.load(weights, storage_reader=reader)
-            for number, optimizer in enumerate(self.optimizers):
-                state = {f"optimizer_{number}": get_optimizer_state_dict(model, optimizer)}
-                dcp.load(state, storage_reader=reader)
-                set_optimizer_state_dict(model, optimizer, optim_state_dict=state[f"optimizer_{number}"])
+            dcp.load(weights, storage_reader=reader)  # type: ignore[attr-defined]
+            for index, optimizer in enumerate(self.optimizers):
+                state = {f"optimizer_{index}": get_optimizer_state_dict(model, optimizer)}
+                dcp.load(state, storage_reader=reader)  # type: ignore[attr-defined]
+                set_optimizer_state_dict(model, optimizer, optim_state_dict=state[f"optimizer_{index}"])
         except CheckpointException as error:
             reason = next(iter(error.failures.values()))[0]
             raise UserError(
-                f"The sharded checkpoint {path} does not fit the model that the config describes, or files of it are "
-                f"missing ({type(reason).__name__}: {reason}): give the config it was trained with."
+                f"The sharded checkpoint {path} does not fit the model of the config, or some of its files are missing "
+                f"({type(reason).__name__}: {reason}): use the config that it was trained with."
             ) from error
-        return checkpoint | ({"current_model_state": {}} if averaged else {}) | weights
+        return checkpoint | weights
 
     def _load_file(self, path: Path) -> dict[str, Any]:
         checkpoint, model = read_checkpoint(path), self.model
@@ -133,74 +147,82 @@ class ShardedStrategy(ModelParallelStrategy):
         options = StateDictOptions(full_state_dict=True)
         set_model_state_dict(model, checkpoint["state_dict"], options=options)
         if self.optimizers:
-            ours = get_model_state_dict(model)
-            for name in WEIGHTS[:2]:
-                checkpoint |= {name: _shared(checkpoint[name], ours)} if name in checkpoint else {}
+            like = get_model_state_dict(model)
+            for key in ("state_dict", "current_model_state"):
+                if key in checkpoint:
+                    checkpoint[key] = _distribute(checkpoint[key], like)
             for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-                named = _by_name(state, model, optimizer)
-                set_optimizer_state_dict(model, optimizer, optim_state_dict=named, options=options)
+                state = _with_parameter_names(state, model, optimizer)
+                set_optimizer_state_dict(model, optimizer, optim_state_dict=state, options=options)
         return checkpoint
 
 
 class FolderCheckpointIO(TorchCheckpointIO):
-    """Lightning's reading and writing of checkpoints, for models that are whole: it reads sharded ones too."""
+    """Lightning's reading and writing of checkpoints for unsharded models, which reads sharded checkpoints too.
 
-    def __init__(self, optimizers: bool = True):
-        """
-        Args:
-            optimizers: whether the optimizers' state of a sharded checkpoint is wanted.
-        """
+    Args:
+        optimizers: Whether to read the optimizer state of sharded checkpoints.
+    """
+
+    def __init__(self, optimizers: bool = True) -> None:
         super().__init__()
         self.optimizers = optimizers
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read a checkpoint, a folder or a file."""
         if Path(path).is_dir():
             return read_checkpoint(path, self.optimizers)
         return super().load_checkpoint(path, *args, **kwargs)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        if not Path(path).is_dir():
-            return super().save_checkpoint(checkpoint, path, storage_options)
-        partial = Path(path).with_name(Path(path).name + PARTIAL)
+        """Write a file, which may replace a folder."""
+        path = Path(path)
+        if not path.is_dir():
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        partial = path.with_name(path.name + PARTIAL)
         remove(partial)
         super().save_checkpoint(checkpoint, partial, storage_options)
-        return put(partial, Path(path))
+        put(partial, path)
 
     def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a checkpoint, a folder or a file."""
         if is_complete(path):
             remove(Path(path))
         else:
             super().remove_checkpoint(path)
 
 
-def shard(parts: list[nn.Module], mesh: DeviceMesh) -> None:
-    """Shares out the weights of a model's parts, which are gathered one part at a time; once is enough.
+def shard(modules: list[nn.Module], mesh: DeviceMesh) -> None:
+    """Shard parameters in place by FSDP2, which gathers them one module at a time; sharded modules stay unchanged.
 
     Args:
-        parts: the layers, and the model itself last.
-        mesh: of Lightning's strategy.
+        modules: The layers, and the model itself last.
+        mesh: The mesh of Lightning's strategy, with a dimension "data_parallel".
     """
-    for part in parts:
-        if not isinstance(part, FSDPModule):
-            fully_shard(part, mesh=mesh["data_parallel"])
+    for module in modules:
+        if not isinstance(module, FSDPModule):
+            fully_shard(module, mesh=mesh["data_parallel"])
 
 
-def _shared(values: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
-    """Whole tensors in shares such as the model has of them."""
-    shares = {name: like for name, like in ours.items() if isinstance(like, DTensor)}
-    return {
-        name: distribute_tensor(value, shares[name].device_mesh, shares[name].placements) if name in shares else value
-        for name, value in values.items()
-    }
+def _distribute(state: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict whose tensors are sharded as those of `like`."""
+    distributed = dict(state)
+    for name, tensor in like.items():
+        if isinstance(tensor, DTensor) and name in state:
+            distributed[name] = distribute_tensor(state[name], tensor.device_mesh, tensor.placements)
+    return distributed
 
 
-def _by_name(state: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """An optimizer's state by the parameters' names, where it was by their numbers in the order of the groups."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
-    groups = state["param_groups"]
-    renamed = dict(zip(chain.from_iterable(group["params"] for group in groups), order, strict=True))
+def _with_parameter_names(state: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Return an optimizer's state dict with the names of the parameters in place of their numbers."""
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = [name_of[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = chain.from_iterable(group["params"] for group in state["param_groups"])
+    renamed = dict(zip(numbers, names, strict=True))
     return {
         "state": {renamed[number]: value for number, value in state["state"].items()},
-        "param_groups": [{**group, "params": [renamed[number] for number in group["params"]]} for group in groups],
+        "param_groups": [
+            {**group, "params": [renamed[number] for number in group["params"]]} for group in state["param_groups"]
+        ],
     }

@@ -1,4 +1,4 @@
-"""Training, validation and tokenising of the VQ-VAE."""
+"""Training, validation and tokenization with the VQ-VAE (stage 1)."""
 
 from typing import Any
 
@@ -20,7 +20,22 @@ from t2v.vqvae.model import VQVAE, to_model_range, to_uint8
 
 
 class LitVQVAE(LightningModule):
-    """Stage 1: trains a VQ-VAE on video, and turns video into tokens."""
+    """Stage 1: trains a VQ-VAE on video, and tokenizes video.
+
+    Args:
+        model: The VQ-VAE.
+        losses: Terms of the loss.
+        adversarial: Discriminators that are trained together with the VQ-VAE, and their loss term.
+        metrics: Validation metrics in addition to PSNR, SSIM, flicker and codebook usage.
+        quantize_from_step: Train as an autoencoder without quantization until this step, then initialize the codebook
+            by k-means.
+        compiled: Compile the encoder and the decoder; slower on the CPUs where it was measured.
+        optimizer: Builds the optimizer from parameter groups.
+        warmup_steps: Steps of linear learning-rate warm-up; a cosine decay follows.
+
+    Raises:
+        UserError: If two metrics have the same name.
+    """
 
     def __init__(
         self,
@@ -32,27 +47,17 @@ class LitVQVAE(LightningModule):
         compiled: bool = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         warmup_steps: int = 0,
-    ):
-        """
-        Args:
-            model: the VQ-VAE.
-            losses: terms of the loss.
-            adversarial: discriminators to train beside the VQ-VAE, and their term.
-            metrics: what `validate` measures beside PSNR, SSIM, flicker and the use of the codebook.
-            quantize_from_step: train as a plain autoencoder until this step, then start the codebook by k-means.
-            compiled: compile the encoder and the decoder; on the CPU where it was measured it is slower.
-            optimizer: builds the optimizer from parameter groups.
-            warmup_steps: steps over which the learning rate rises; then it follows a cosine.
-        """
+    ) -> None:
         super().__init__()
         self.model = model
         self.adversarial = adversarial
-        # Not registered: their frozen networks stay out of checkpoints and averages.
+        # In tuples, so that their frozen networks are not in checkpoints and averages.
         self.losses = tuple(losses)
         self.metrics = (Flicker(), *(metrics or []))
         names = [metric.name for metric in self.metrics]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise UserError(f"model.metrics has {', '.join(sorted(twice))} twice, and only one could be logged.")
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise UserError(f"model.metrics has {', '.join(repeated)} twice, but only one could be logged: remove one.")
         self.quantize_from_step = quantize_from_step
         self.compiled = compiled
         self.optimizer = optimizer
@@ -62,35 +67,43 @@ class LitVQVAE(LightningModule):
         self.codebook = CodebookUsage(model.codebook_size)
 
     def setup(self, stage: str) -> None:
-        if self.compiled:  # in place, so that the names of the weights stay as they are
+        """Compile the encoder and the decoder if asked for."""
+        if self.compiled:  # in place: the names of the weights do not change
             self.model.encoder.compile(dynamic=False)
             self.model.decoder.compile(dynamic=False)
 
     def configure_model(self) -> None:
-        """Shards the model where the strategy asks for it."""
-        if (mesh := self.device_mesh) is None:
+        """Shard the model if the strategy asks for it.
+
+        Raises:
+            UserError: If the strategy does not fit a VQ-VAE with these options.
+        """
+        mesh = self.device_mesh
+        if mesh is None:
             return
         if self.adversarial is not None:
             raise UserError(
-                "model.adversarial has discriminators, which are not trained with a sharded model: take "
-                "configs/cluster/ddp.yaml in place of configs/cluster/fsdp.yaml, or leave model.adversarial out."
+                "model.adversarial cannot be trained with a sharded model: use configs/cluster/ddp.yaml in place of "
+                "configs/cluster/fsdp.yaml, or remove model.adversarial."
             )
-        if (size := mesh["tensor_parallel"].size()) > 1:
+        tp_size = mesh["tensor_parallel"].size()
+        if tp_size > 1:
             raise UserError(
-                f"trainer.strategy.tensor_parallel_size={size} would have {size} devices do the same work, since a "
-                "VQ-VAE has nothing that they could share: leave it out."
+                f"trainer.strategy.tensor_parallel_size={tp_size} must be 1, since a VQ-VAE has no tensor parallelism: "
+                "remove it."
             )
-        self.model.to(memory_format=torch.contiguous_format)  # the only one that can be shared out
+        self.model.to(memory_format=torch.contiguous_format)  # FSDP2 shards no channels-last weights
         shard([self.model.encoder, self.model.decoder, self.model], mesh)
 
     def training_step(self, batch: VideoBatch, batch_idx: int) -> Float[Tensor, ""]:
+        """Compute the loss of a batch and log its terms under `train/`."""
         video = to_model_range(batch.video)
         reconstruction, _, quantizer_loss = self.model(video, quantize=self.global_step >= self.quantize_from_step)
         reconstruction = reconstruction.float()
         terms = {term.name: term(reconstruction, video) for term in self.losses if self.global_step >= term.start_step}
         loss = sum((term.weight * terms[term.name] for term in self.losses if term.name in terms), video.new_zeros(()))
         terms["quantizer"] = quantizer_loss
-        total = loss + quantizer_loss
+        total: Tensor = loss + quantizer_loss
         if self.adversarial is not None and self.global_step < self.adversarial.start_step:
             total = total + self.adversarial.idle()
         elif self.adversarial is not None:
@@ -102,10 +115,12 @@ class LitVQVAE(LightningModule):
         return total
 
     def on_validation_epoch_start(self) -> None:
+        """Move the metrics to the device, since they are no submodules."""
         for metric in self.metrics:
             metric.to(self.device)
 
     def validation_step(self, batch: VideoBatch, batch_idx: int) -> None:
+        """Log the loss and update the metrics."""
         video = to_model_range(batch.video)
         reconstruction, tokens, _ = self.model(video)
         reconstruction = reconstruction.float().clamp(-1, 1)
@@ -120,10 +135,11 @@ class LitVQVAE(LightningModule):
             self.codebook.update(tokens)
 
     def on_validation_epoch_end(self) -> None:
+        """Log the metrics over the whole epoch."""
         values: dict[str, Tensor] = {}
         named = {metric.name: metric for metric in self.metrics}
         for name, metric in {"psnr": self.psnr, "ssim": self.ssim, "codebook": self.codebook, **named}.items():
-            if not metric.update_called:  # the codebook, before it is started
+            if not metric.update_called:  # the codebook usage, before quantization begins
                 continue
             result = metric.compute()
             values |= {f"{name}_{key}": x for key, x in result.items()} if isinstance(result, dict) else {name: result}
@@ -141,15 +157,15 @@ class LitVQVAE(LightningModule):
         self.on_validation_epoch_end()
 
     def predict_step(self, batch: VideoBatch, batch_idx: int, dataloader_idx: int = 0) -> Int[Tensor, "b t h w"]:
-        """Tokenises clips."""
+        """Tokenize clips."""
         return self.model.encode(to_model_range(batch.video))
 
-    def reconstruct(self, video: UInt8[Tensor, "b t c h w"]) -> UInt8[Tensor, "b t c h w"]:
-        """Clips after a way through the tokens and back."""
+    def reconstruct(self, video: UInt8[Tensor, "b t c height width"]) -> UInt8[Tensor, "b t c height width"]:
+        """Encode clips to tokens and decode them again."""
         return to_uint8(self.model(to_model_range(video)).reconstruction)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tokens made by this model depend on; token shards carry it."""
+        """Return what the tokens of this model depend on; token shards store it."""
         return {
             "tokenizer": self.model.fingerprint(),
             "codebook_size": self.model.codebook_size,

@@ -159,7 +159,7 @@ def _optimizers(module: LightningModule, trained: nn.Module) -> dict[str, Optimi
     found: dict[str, OptimizerFactory] = {type(build_optimizer(trained, own)[0]).__name__: own}
     found.setdefault("AdamW", torch.optim.AdamW)
     try:
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim import AdamW8bit  # type: ignore[attr-defined]
     except ImportError:
         pass
     else:
