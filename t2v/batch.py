@@ -11,6 +11,9 @@ from torch import Tensor
 
 from t2v.errors import UserError
 
+Video = Float[Tensor, "b t c height width"]
+"""RGB frames in [-1, 1], as models, losses and metrics take them."""
+
 
 class TextEmbedding(NamedTuple):
     """Embeddings of captions or prompts, from a text encoder."""

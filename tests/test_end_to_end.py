@@ -141,5 +141,5 @@ def test_two_processes_train_the_vqvae_with_discriminators(trained_pipeline, tmp
     assert made.returncode == 0, made.stderr
     checkpoint = torch.load(tmp_path / "runs/demo/vqvae/checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 6
-    assert checkpoint["state_dict"]["model.quantizer.started"]
+    assert checkpoint["state_dict"]["model.quantizer.initialized"]
     assert checkpoint["state_dict"]["adversarial.clips.0.bias"].isfinite().all()

@@ -1,4 +1,4 @@
-"""The layers of the VQ-VAE: spatial residual blocks and causal mixing over time."""
+"""Layers of the VQ-VAE: spatial residual blocks, resizing, and causal blocks over time."""
 
 import torch
 import torch.nn.functional as F
@@ -8,14 +8,17 @@ from torch import Tensor, nn
 
 
 class ChannelNorm(nn.LayerNorm):
-    """Layer normalisation over the channels at every place alone.
+    """Layer normalization over the channels, separately at every position.
 
-    Statistics over the whole frame, as group normalisation takes them, would tell every token what the rest of the
-    frame shows: the tokens of a plain background would change with the object in front of it, and stage 2 would have
-    to predict that.
+    Group normalization would compute its statistics over the whole frame, so every token would depend on the entire
+    frame: the tokens of a plain background would change with the object in front of it, which makes them harder for
+    stage 2 to predict.
+
+    Args:
+        channels: Number of channels.
     """
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=1e-6)
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
@@ -24,9 +27,15 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), frame by frame; a 1×1 convolution carries x to a new width."""
+    """Residual block on single frames: x + conv(silu(norm(conv(silu(norm(x)))))).
 
-    def __init__(self, channels_in: int, channels_out: int, kernel_size: int = 3):
+    Args:
+        channels_in: Channels of the input.
+        channels_out: Channels of the output; a 1×1 convolution on the skip connection changes the number if needed.
+        kernel_size: Height and width of the convolutions, odd.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, kernel_size: int = 3) -> None:
         super().__init__()
         padding = kernel_size // 2
         self.norm1 = ChannelNorm(channels_in)
@@ -35,34 +44,47 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels_out, channels_out, kernel_size, padding=padding)
         self.skip = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
 
-    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d h w"]:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.skip(x) + h
+    def forward(self, x: Float[Tensor, "n c_in h w"]) -> Float[Tensor, "n c_out h w"]:
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        residual: Tensor = self.conv2(F.silu(self.norm2(hidden)))
+        return residual + self.skip(x)
 
 
 class Downsample(nn.Conv2d):
-    """Halves height and width by a 3×3 convolution."""
+    """Convolution of 3×3 with stride 2, which halves height and width.
 
-    def __init__(self, channels: int):
+    Args:
+        channels: Number of channels.
+    """
+
+    def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 3, stride=2, padding=1)
 
 
 class Upsample(nn.Upsample):
-    """Doubles height and width by repeating pixels; the residual block that follows smooths them."""
+    """Nearest-neighbour upsampling, which doubles height and width; a residual block should follow it.
 
-    def __init__(self, channels: int):
+    Args:
+        channels: Not used; `Downsample` takes the same argument.
+    """
+
+    def __init__(self, channels: int) -> None:
         super().__init__(scale_factor=2.0, mode="nearest")
 
 
 class CausalTemporalBlock(nn.Module):
-    """x + conv(silu(norm(x))) over time at every place of the grid; a frame sees itself and the frames before it.
+    """Residual block over time at every grid position: x + conv(silu(norm(x))).
 
-    Before the first frame stand zeros. What the next frame needs of the past is the `state` that `forward` returns, so
-    a clip can be decoded in pieces of any length with the same result as whole.
+    A frame depends on itself and on earlier frames; zeros are padded before the first frame. `forward` returns a
+    `state` with the frames that the next call needs, so a clip can be processed in pieces of any length with the same
+    result as at once. The block starts as the identity, because the weights of its convolution start at zero.
+
+    Args:
+        channels: Number of channels.
+        kernel_size: Frames that the convolution covers.
     """
 
-    def __init__(self, channels: int, kernel_size: int = 3):
+    def __init__(self, channels: int, kernel_size: int = 3) -> None:
         super().__init__()
         self.norm = ChannelNorm(channels)
         self.conv = nn.Conv1d(channels, channels, kernel_size)
@@ -70,14 +92,23 @@ class CausalTemporalBlock(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(
-        self, x: Float[Tensor, "b t c h w"], state: Float[Tensor, "b k c h w"] | None = None
-    ) -> tuple[Float[Tensor, "b t c h w"], Float[Tensor, "b k c h w"]]:
-        b, _, c, height, width = x.shape
+        self, x: Float[Tensor, "b t c h w"], state: Float[Tensor, "b past c h w"] | None = None
+    ) -> tuple[Float[Tensor, "b t c h w"], Float[Tensor, "b past c h w"]]:
+        """Process the next frames.
+
+        Args:
+            x: The frames.
+            state: The state returned for the frames before these; None at the start of a clip.
+
+        Returns:
+            The output, and the state for the frames that follow; it covers `kernel_size` - 1 frames.
+        """
+        b, t, c, h, w = x.shape
         past = self.conv.kernel_size[0] - 1
         if state is None:
-            state = x.new_zeros(b, past, c, height, width)
-        h = F.silu(self.norm(x.flatten(0, 1))).unflatten(0, x.shape[:2])
-        h = torch.cat([state.to(h.dtype), h], dim=1)
-        state = h[:, h.shape[1] - past :]
-        h = self.conv(rearrange(h, "b t c h w -> (b h w) c t"))
-        return x + rearrange(h, "(b h w) c t -> b t c h w", b=b, h=height), state
+            state = x.new_zeros(b, past, c, h, w)
+        hidden = rearrange(F.silu(self.norm(x.flatten(0, 1))), "(b t) c h w -> b t c h w", b=b)
+        hidden = torch.cat([state.to(hidden.dtype), hidden], dim=1)
+        new_state = hidden[:, t:]
+        residual = self.conv(rearrange(hidden, "b t c h w -> (b h w) c t"))
+        return x + rearrange(residual, "(b h w) c t -> b t c h w", b=b, h=h), new_state

@@ -1,4 +1,4 @@
-"""Loading a trained VQ-VAE, out of a checkpoint of stage 1 or an exported folder."""
+"""Loading a trained VQ-VAE from a checkpoint of stage 1 or from an exported folder."""
 
 from pathlib import Path
 
@@ -8,14 +8,14 @@ from t2v.vqvae.model import VQVAE
 
 
 def load_vqvae(path: str) -> VQVAE:
-    """A trained VQ-VAE, in eval mode and frozen.
+    """Load a trained VQ-VAE, in eval mode and frozen.
 
     Args:
-        path: the .ckpt file or folder that `fit` of stage 1 wrote, or the folder that `VQVAE.save_pretrained` wrote.
-            Where training kept a moving average of the weights, it is what the checkpoint gives.
+        path: The .ckpt file or folder that `fit` of stage 1 wrote, or a folder that `VQVAE.save_pretrained` wrote. If
+            training kept a moving average of the weights, the average is loaded.
 
     Raises:
-        UserError: if there is no such file, or it is no checkpoint of stage 1.
+        UserError: If the path does not exist or is not a checkpoint of stage 1.
     """
     if Path(path).is_dir() and not is_sharded(path):
         return VQVAE.from_pretrained(path)

@@ -1,11 +1,12 @@
-"""The VQ-VAE: frames to tokens and back.
+"""The VQ-VAE: from frames to tokens and back.
 
-- The encoder works frame by frame, so a picture is a clip of one frame and every length tokenises the same way.
-- `patch_size` pixels are folded into channels first (cheap), residual blocks and strided convolutions follow, and
-  `latent_patch_size` latents are folded into one token: 512×512 pixels → 64×64 latents → 16×16 tokens at full size.
-- The decoder mixes time causally at the token grid, where it is cheap, and mirrors the encoder frame by frame. Decoding
-  in pieces, with the state handed on, equals decoding whole.
-- Both networks work frame by frame, so `frames_at_once` bounds their memory without changing what they compute.
+- The encoder works on single frames, so a picture is a clip of one frame and a clip of any length can be tokenized.
+- Each block of `patch_size` × `patch_size` pixels is first folded into channels, which is cheap; residual blocks and
+  strided convolutions follow; then `latent_patch_size` × `latent_patch_size` latents become one token. At full size:
+  512×512 pixels → 64×64 latents → 16×16 tokens.
+- The decoder mixes frames causally at the token grid, where this is cheap, and then mirrors the encoder on single
+  frames. Decoding a clip in pieces, with the state passed on, gives the same result as decoding it at once.
+- `frames_at_once` limits the memory of both networks without changing their output.
 
 VQ-VAE: https://arxiv.org/abs/1711.00937; VQGAN: https://arxiv.org/abs/2012.09841.
 """
@@ -18,26 +19,27 @@ from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from t2v.batch import check_token_range
+from t2v.batch import Video, check_token_range
 from t2v.checkpoints.config import from_config, to_config
 from t2v.checkpoints.hub import HubModel
 from t2v.errors import UserError
 from t2v.vqvae.layers import CausalTemporalBlock, ChannelNorm, Downsample, ResBlock, Upsample
 from t2v.vqvae.quantizer import Quantizer, VectorQuantizer
 
-DecoderState = list[Float[Tensor, "b k c h w"]]
+DecoderState = list[Float[Tensor, "b past channels h w"]]
+"""The earlier frames that each temporal block still needs."""
 
 
 class VQVAEOutput(NamedTuple):
-    """What a training step needs of the VQ-VAE."""
+    """The output of `VQVAE.forward`."""
 
-    reconstruction: Float[Tensor, "b t c h w"]
+    reconstruction: Video
     indices: Int[Tensor, "b t h w"] | None
-    """None in a pass that did not quantize."""
+    """The tokens; None if the latents were not quantized."""
     quantizer_loss: Float[Tensor, ""]
 
 
@@ -47,14 +49,32 @@ class VQVAE(
     library_name="t2v",
     coders={Quantizer: (to_config, partial(from_config, base_class=Quantizer))},
 ):
-    """Vector-quantised autoencoder for video.
+    """Vector-quantized autoencoder for video.
 
     `save_pretrained` writes a folder of safetensors and JSON, which `from_pretrained` reads.
 
+    Args:
+        image_size: Height and width of a frame in pixels, a multiple of the stride.
+        base_channels: Channels of the first level.
+        channel_multipliers: Channels of each level in units of `base_channels`; between levels the size is halved.
+        encoder_blocks: Residual blocks per level of the encoder.
+        encoder_kernel_size: Kernel size of the encoder's residual blocks, odd. With 1, a token depends on few pixels
+            outside its own, which makes it easier to predict.
+        decoder_blocks: Residual blocks per level of the decoder.
+        temporal_blocks: Causal blocks over time in the decoder.
+        patch_size: Side in pixels of the blocks that are folded into channels before the first level.
+        latent_patch_size: Side in latents of the blocks that become one token.
+        quantizer: The quantizer; by default a `VectorQuantizer` with 16,384 codes.
+        frames_at_once: Number of frames that the networks process at a time; by default all. In training, the
+            activations of each group are recomputed in the backward pass, which takes about a third more time.
+
     Attributes:
-        stride: height and width of a token in pixels.
-        grid_size: height and width of the token grid of a frame.
-        codebook_size: number of codes.
+        stride: Height and width in pixels of the area that one token covers.
+        grid_size: Height and width of a frame's token grid.
+        codebook_size: Number of codes.
+
+    Raises:
+        UserError: If `image_size` is not a multiple of the stride or `frames_at_once` is below 1.
     """
 
     def __init__(
@@ -70,23 +90,7 @@ class VQVAE(
         latent_patch_size: int = 4,
         quantizer: Quantizer | None = None,
         frames_at_once: int | None = None,
-    ):
-        """
-        Args:
-            image_size: height and width of a frame in pixels, a multiple of the stride.
-            base_channels: width of the first level.
-            channel_multipliers: width of each level in units of `base_channels`; between levels the size halves.
-            encoder_blocks: residual blocks a level in the encoder.
-            encoder_kernel_size: of the residual blocks in the encoder, odd; 1 keeps what a token says close to its
-                place, which makes it easier to predict.
-            decoder_blocks: residual blocks a level in the decoder.
-            temporal_blocks: causal blocks over time in the decoder.
-            patch_size: pixels a side that are folded into channels before the first level.
-            latent_patch_size: latents a side that become one token.
-            quantizer: chooses the codes; a `VectorQuantizer` of 16,384 codes by default.
-            frames_at_once: frames that go through the networks together, all by default. In training, activations of
-                a group are computed again in the backward pass, which bounds memory for about a third more time.
-        """
+    ) -> None:
         super().__init__()
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
         self.image_size = image_size
@@ -124,61 +128,70 @@ class VQVAE(
         )
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, video: Float[Tensor, "b t c h w"], quantize: bool = True) -> VQVAEOutput:
-        """Reconstructs a video in [-1, 1].
+    def forward(self, video: Video, quantize: bool = True) -> VQVAEOutput:
+        """Reconstruct a video.
 
-        Latents go through unquantised where `quantize` is False, and in evaluation as long as training has not started
-        the codebook.
+        Args:
+            video: RGB frames in [-1, 1].
+            quantize: Whether to quantize the latents. In evaluation they are not quantized either way as long as the
+                codebook is not initialized.
         """
-        vectors = self._encode(video)
-        b, _, h, _, _ = vectors.shape
-        flat = rearrange(vectors, "b t h w c -> (b t) (h w) c")
+        latents = self._encode(video)
+        b, _, h, _, _ = latents.shape
+        flat = rearrange(latents, "b t h w d -> (b t) (h w) d")
         if quantize and (self.training or self.quantizer.ready):
             codes, indices, loss = self.quantizer(flat)
             indices = rearrange(indices, "(b t) (h w) -> b t h w", b=b, h=h)
         else:
             codes, indices, loss = self.quantizer.relax(flat), None, flat.new_zeros(())
-        codes = rearrange(codes, "(b t) (h w) c -> b t h w c", b=b, h=h)
+        codes = rearrange(codes, "(b t) (h w) d -> b t h w d", b=b, h=h)
         return VQVAEOutput(self._decode(codes)[0], indices, loss)
 
-    def encode(self, video: Float[Tensor, "b t c height width"]) -> Int[Tensor, "b t h w"]:
-        """Tokenises a video in [-1, 1], in whatever mode the module is (call `eval()` to leave the codebook alone)."""
+    def encode(self, video: Video) -> Int[Tensor, "b t h w"]:
+        """Tokenize a video; call `eval()` first, because in training mode this also updates the codebook.
+
+        Args:
+            video: RGB frames in [-1, 1]; height and width are multiples of the stride.
+
+        Raises:
+            UserError: If the codebook is not initialized, or the frames have another size.
+        """
         if not (self.training or self.quantizer.ready):
             raise UserError(
-                "The codebook of this VQ-VAE was never trained, so it has no tokens: load a checkpoint, of a run that "
+                "The codebook of this VQ-VAE was never trained, so it has no tokens: load a checkpoint of a run that "
                 "went beyond model.quantize_from_step."
             )
-        vectors = self._encode(video)
-        indices = self.quantizer(rearrange(vectors, "b t h w c -> (b t) (h w) c")).indices
-        return rearrange(indices, "(b t) (h w) -> b t h w", b=len(video), h=vectors.shape[2])
+        latents = self._encode(video)
+        indices: Tensor = self.quantizer(rearrange(latents, "b t h w d -> (b t) (h w) d")).indices
+        return rearrange(indices, "(b t) (h w) -> b t h w", b=len(video), h=latents.shape[2])
 
-    def decode(self, tokens: Int[Tensor, "b t h w"]) -> Float[Tensor, "b t c height width"]:
-        """Turns tokens into a video in [-1, 1]."""
+    def decode(self, tokens: Int[Tensor, "b t h w"]) -> Video:
+        """Decode tokens to a video in [-1, 1]."""
         return self.decode_stream(tokens)[0]
 
     def decode_stream(
         self, tokens: Int[Tensor, "b t h w"], state: DecoderState | None = None
-    ) -> tuple[Float[Tensor, "b t c height width"], DecoderState]:
-        """Decodes the next frames of a video.
+    ) -> tuple[Video, DecoderState]:
+        """Decode the next frames of a video.
 
         Args:
-            tokens: of any number of frames.
-            state: what the call for the frames before these returned; None at the beginning.
+            tokens: Tokens of one or more frames.
+            state: The state returned for the frames before these; None at the start of a video.
 
         Returns:
-            The frames in [-1, 1], and the state for the frames after these.
+            The frames in [-1, 1], and the state for the frames that follow.
 
         Raises:
-            UserError: if a token is outside the codebook.
+            UserError: If a token is outside the codebook.
         """
         check_token_range(tokens, self.codebook_size, "decode them with the VQ-VAE that they were encoded with.")
         codes = self.quantizer.lookup(rearrange(tokens, "b t h w -> (b t) (h w)"))
-        codes = rearrange(codes, "(b t) (h w) c -> b t h w c", b=len(tokens), h=tokens.shape[2])
+        codes = rearrange(codes, "(b t) (h w) d -> b t h w d", b=len(tokens), h=tokens.shape[2])
         video, state = self._decode(codes, state)
         return video.clamp(-1, 1), state
 
     def fingerprint(self) -> str:
-        """A hash of the weights that decide which tokens a frame becomes and what they decode to."""
+        """Return a hash of all weights and of the codebook, 16 hexadecimal digits."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
@@ -187,49 +200,52 @@ class VQVAE(
 
     @classmethod
     def from_config(cls, arguments: dict[str, Any]) -> "VQVAE":
-        """Builds the network that a saved config describes, with fresh weights.
+        """Build the network that a saved config describes, with new weights.
 
         Args:
-            arguments: those of `__init__` in JSON's types, the quantizer as `to_config` writes it.
+            arguments: Arguments of the class in JSON's types, with the quantizer as `to_config` writes it.
         """
         quantizer = arguments.get("quantizer")
         return cls(**{**arguments, "quantizer": quantizer and from_config(quantizer, Quantizer)})
 
-    def _encode(self, video: Float[Tensor, "b t c height width"]) -> Float[Tensor, "b t h w c"]:
+    def _encode(self, video: Video) -> Float[Tensor, "b t h w d"]:
         if video.shape[-2] % self.stride or video.shape[-1] % self.stride:
             raise UserError(
                 f"Frames of {video.shape[-2]}×{video.shape[-1]} pixels do not divide into tokens of {self.stride}×"
                 f"{self.stride}: resize them to a multiple of {self.stride}."
             )
-        vectors = self._in_groups(self.encoder, video.flatten(0, 1))
-        return rearrange(vectors, "(b t) c h w -> b t h w c", b=len(video))
+        latents = self._in_groups(self.encoder, video.flatten(0, 1))
+        return rearrange(latents, "(b t) d h w -> b t h w d", b=len(video))
 
     def _decode(
-        self, codes: Float[Tensor, "b t h w c"], state: DecoderState | None = None
-    ) -> tuple[Float[Tensor, "b t c height width"], DecoderState]:
-        x = rearrange(self.expand(codes), "b t h w d -> b t d h w")
-        states = []
+        self, codes: Float[Tensor, "b t h w d"], state: DecoderState | None = None
+    ) -> tuple[Video, DecoderState]:
+        x = rearrange(self.expand(codes), "b t h w channels -> b t channels h w")
+        new_states = []
         for i, block in enumerate(self.temporal):
             x, new_state = block(x, None if state is None else state[i])
-            states.append(new_state)
+            new_states.append(new_state)
         frames = self._in_groups(self.decoder, x.flatten(0, 1))
-        return frames.unflatten(0, codes.shape[:2]), states
+        return rearrange(frames, "(b t) c height width -> b t c height width", b=len(codes)), new_states
 
-    def _in_groups(self, network: nn.Module, frames: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d height width"]:
-        """The network on `frames_at_once` frames at a time, its activations computed again for gradients."""
+    def _in_groups(
+        self, network: nn.Module, frames: Float[Tensor, "n c_in h_in w_in"]
+    ) -> Float[Tensor, "n c_out h_out w_out"]:
+        """Apply a network to `frames_at_once` frames at a time, with activation checkpointing."""
         frames = frames.contiguous(memory_format=torch.channels_last)
         if self.frames_at_once is None or len(frames) <= self.frames_at_once:
-            return network(frames)
+            output: Tensor = network(frames)
+            return output
         groups = frames.split(self.frames_at_once)
         if torch.is_grad_enabled():
-            return torch.cat([checkpoint(network, group, use_reentrant=False) for group in groups])  # type: ignore[misc]
+            return torch.cat([checkpoint(network, group, use_reentrant=False) for group in groups])
         return torch.cat([network(group) for group in groups])
 
 
 def _levels(
     widths: Sequence[int], blocks: int, kernel_size: int, resize: type[Downsample] | type[Upsample]
 ) -> list[nn.Module]:
-    """Residual blocks at each width, with halving (or doubling) of the size from one width to the next."""
+    """Return residual blocks for each width, with a resizing layer before each new width."""
     layers: list[nn.Module] = [ResBlock(widths[0], widths[0], kernel_size) for _ in range(blocks)]
     for before, after in pairwise(widths):
         layers.append(resize(before))
@@ -237,11 +253,11 @@ def _levels(
     return layers
 
 
-def to_model_range(video: Tensor) -> Float[Tensor, "..."]:
-    """uint8 pixels to floats in [-1, 1]."""
+def to_model_range(video: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Convert uint8 pixels to floats in [-1, 1]."""
     return video.float() / 127.5 - 1
 
 
-def to_uint8(video: Float[Tensor, "..."]) -> Tensor:
-    """Floats in [-1, 1] to uint8 pixels."""
+def to_uint8(video: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
+    """Convert floats in [-1, 1] to uint8 pixels; values outside the range are clipped."""
     return ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -1,4 +1,4 @@
-"""The VQ-VAE: shapes, causality, streaming, the codebook through a checkpoint."""
+"""The VQ-VAE: shapes, causality, streaming, and saving the codebook."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ def tiny(**changes) -> VQVAE:
 
 
 def trained(model: VQVAE) -> VQVAE:
-    """One training pass, which starts the codebook, and temporal weights that are not zero."""
+    """Initialize the codebook in one training pass, and the temporal weights at random instead of zero."""
     for block in model.temporal:
         torch.nn.init.normal_(block.conv.weight, std=0.1)
     model.train()(torch.rand(4, 4, 3, 16, 16) * 2 - 1)
@@ -37,26 +37,26 @@ def trained(model: VQVAE) -> VQVAE:
 @pytest.mark.parametrize(
     ("batch", "frames", "height", "width"), [(2, 1, 16, 16), (1, 3, 24, 16), (1, 1, 8, 8), (3, 5, 8, 40)]
 )
-def test_any_multiple_of_the_stride_goes_there_and_back(batch, frames, height, width):
+def test_sizes_that_are_multiples_of_the_stride_are_encoded_and_decoded(batch, frames, height, width):
     model = trained(tiny())
     tokens = model.encode(torch.rand(batch, frames, 3, height, width))
     assert tokens.shape == (batch, frames, height // 8, width // 8)
     assert model.decode(tokens).shape == (batch, frames, 3, height, width)
 
 
-def test_other_sizes_are_refused_by_name():
+def test_other_sizes_are_refused():
     with pytest.raises(UserError, match=r"20×16 .* multiple of 8"):
         tiny().encode(torch.rand(1, 1, 3, 20, 16))
     with pytest.raises(UserError, match="image_size=20 is not a multiple of 8"):
         tiny(image_size=20)
 
 
-def test_a_foreign_token_is_refused():
+def test_a_token_outside_the_codebook_is_refused():
     with pytest.raises(UserError, match="Token 32 is outside"):
         tiny().decode(torch.full((1, 1, 2, 2), 32))
 
 
-def test_encoding_looks_at_one_frame_alone():
+def test_frames_are_encoded_independently():
     model, video = trained(tiny()), torch.rand(1, 4, 3, 16, 16)
     one_by_one = torch.cat([model.encode(video[:, t : t + 1]) for t in range(4)], dim=1)
     assert torch.equal(model.encode(video), one_by_one)
@@ -72,7 +72,7 @@ def test_decoding_is_causal_in_time():
     assert not torch.equal(before[:, 3], after[:, 3])
 
 
-def test_the_past_reaches_later_frames():
+def test_later_frames_depend_on_earlier_frames():
     model = trained(tiny())
     tokens = torch.randint(0, 32, (1, 3, 2, 2))
     changed = tokens.clone()
@@ -81,7 +81,7 @@ def test_the_past_reaches_later_frames():
 
 
 @pytest.mark.parametrize("pieces", [[1] * 7, [3, 1, 3], [5, 2]])
-def test_decoding_in_pieces_equals_decoding_whole(pieces):
+def test_decoding_in_pieces_equals_decoding_at_once(pieces):
     model = trained(tiny())
     tokens = torch.randint(0, 32, (2, 7, 2, 2))
     state, parts = None, []
@@ -91,8 +91,8 @@ def test_decoding_in_pieces_equals_decoding_whole(pieces):
     torch.testing.assert_close(torch.cat(parts, dim=1), model.decode(tokens), atol=1e-5, rtol=0)
 
 
-def test_a_loaded_codebook_moves_as_if_never_stopped():
-    """Other codebooks forget that they were initialised, and start anew at the first step after a resume."""
+def test_a_loaded_codebook_trains_as_the_saved_one_does():
+    """Its state includes that it is initialized; otherwise the first step after a resume would run k-means again."""
     model = trained(tiny())
     loaded = tiny()
     loaded.load_state_dict(copy.deepcopy(model.state_dict()))
@@ -104,14 +104,14 @@ def test_a_loaded_codebook_moves_as_if_never_stopped():
         assert torch.equal(value, loaded.state_dict()[name]), name
 
 
-def test_evaluation_leaves_the_codebook_alone():
+def test_evaluation_does_not_change_the_codebook():
     model = trained(tiny())
     before = model.fingerprint()
     model(torch.rand(2, 2, 3, 16, 16))
     assert model.fingerprint() == before
 
 
-def test_the_fingerprint_tells_weights_apart():
+def test_the_fingerprint_differs_between_weights():
     model, other = tiny(), tiny()
     assert model.fingerprint() == other.fingerprint()
     with torch.no_grad():
@@ -119,12 +119,12 @@ def test_the_fingerprint_tells_weights_apart():
     assert model.fingerprint() != other.fingerprint()
 
 
-def test_pixels_survive_the_change_of_range():
+def test_uint8_pixels_survive_conversion_to_floats_and_back():
     pixels = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_uint8(to_model_range(pixels)), pixels)
 
 
-def test_a_single_frame_is_a_picture():
+def test_a_picture_is_a_clip_of_one_frame():
     model = trained(tiny())
     tokens = model.encode(torch.rand(1, 1, 3, 16, 16))
     picture = model.decode(tokens)
@@ -142,8 +142,8 @@ def test_groups_of_frames_change_neither_tokens_nor_gradients(frames_at_once):
         torch.manual_seed(1)
         (model(video).reconstruction - video).abs().mean().backward()
         gradients.append([tokens, *(parameter.grad for parameter in model.parameters())])
-    for whole, grouped in zip(*gradients, strict=True):
-        torch.testing.assert_close(whole, grouped, atol=1e-5, rtol=1e-4)
+    for expected, grouped in zip(*gradients, strict=True):
+        torch.testing.assert_close(expected, grouped, atol=1e-5, rtol=1e-4)
 
 
 def test_groups_of_frames_keep_fewer_activations():
@@ -157,7 +157,7 @@ def test_groups_of_frames_keep_fewer_activations():
     assert kept[1] < kept[None] / 4
 
 
-def test_bfloat16_keeps_the_shapes_and_most_tokens():
+def test_bfloat16_changes_few_tokens():
     model, video = trained(tiny()), torch.rand(2, 3, 3, 16, 16) * 2 - 1
     with torch.autocast("cpu", torch.bfloat16):
         tokens = model.encode(video)
@@ -167,7 +167,7 @@ def test_bfloat16_keeps_the_shapes_and_most_tokens():
 
 
 @pytest.mark.parametrize("quantizer", [VectorQuantizer(32, 4), FSQuantizer([4, 4, 4]), LFQuantizer(32)])
-def test_an_exported_folder_gives_back_the_model(tmp_path, quantizer):
+def test_an_exported_folder_restores_the_model(tmp_path, quantizer):
     model = trained(tiny(quantizer=quantizer))
     model.save_pretrained(tmp_path)
     loaded = VQVAE.from_pretrained(tmp_path)
@@ -177,7 +177,7 @@ def test_an_exported_folder_gives_back_the_model(tmp_path, quantizer):
     assert torch.equal(loaded.decode(tokens), model.decode(tokens))
 
 
-def test_an_exported_folder_that_does_not_fit_is_refused(tmp_path):
+def test_an_exported_folder_with_other_or_missing_weights_is_refused(tmp_path):
     trained(tiny()).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "decoder_blocks": 2}))
@@ -188,7 +188,7 @@ def test_an_exported_folder_that_does_not_fit_is_refused(tmp_path):
         VQVAE.from_pretrained(tmp_path)
 
 
-def test_the_full_size_makes_256_tokens_of_a_frame():
+def test_the_full_size_has_256_tokens_per_frame():
     with torch.device("meta"):
         for image_size, latent_patch_size in ((512, 4), (256, 2), (128, 1)):
             model = VQVAE(image_size, latent_patch_size=latent_patch_size)

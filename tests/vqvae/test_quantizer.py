@@ -1,4 +1,4 @@
-"""Quantizers: round trips, the loss, and one codebook on all ranks."""
+"""Quantizers: round trips, losses, and the same codebook on all ranks."""
 
 import subprocess
 import sys
@@ -26,14 +26,14 @@ def quantizer(request) -> Quantizer:
     return built.eval()
 
 
-def test_indices_give_back_the_codes(quantizer):
+def test_lookup_of_the_indices_returns_the_codes(quantizer):
     codes, indices, _ = quantizer(torch.randn(3, 50, quantizer.dim))
     assert indices.shape == (3, 50)
     assert indices.dtype == torch.long
     torch.testing.assert_close(quantizer.lookup(indices), codes)
 
 
-def test_every_index_has_a_code_of_its_own(quantizer):
+def test_all_codes_differ(quantizer):
     codes = quantizer.lookup(torch.arange(quantizer.codebook_size)[None])[0]
     assert codes.shape == (quantizer.codebook_size, quantizer.dim)
     assert len(codes.unique(dim=0)) == quantizer.codebook_size
@@ -60,26 +60,26 @@ def test_a_config_builds_the_same_quantizer(quantizer):
     assert (rebuilt.codebook_size, rebuilt.dim) == (quantizer.codebook_size, quantizer.dim)
 
 
-def test_bad_arguments_are_refused():
+def test_invalid_arguments_are_refused():
     with pytest.raises(UserError, match="codebook_size=100 of LFQuantizer must be a power of two"):
         LFQuantizer(codebook_size=100)
     with pytest.raises(UserError, match="none below 3"):
         FSQuantizer([8, 2])
 
 
-def test_the_entropy_term_rewards_an_even_use_of_the_codes():
+def test_the_entropy_term_is_lower_for_evenly_used_codes():
     quantizer = VectorQuantizer(codebook_size=16, dim=4, entropy_weight=1.0).train()
     even = torch.randn(1, 512, 4)
     quantizer(even)
-    one_place = torch.ones(1, 512, 4) + 0.01 * torch.randn(1, 512, 4)
-    assert quantizer(even).loss < quantizer(one_place).loss
-    one_place.requires_grad_()
-    quantizer(one_place).loss.backward()
-    assert one_place.grad.abs().sum() > 0
+    clustered = torch.ones(1, 512, 4) + 0.01 * torch.randn(1, 512, 4)
+    assert quantizer(even).loss < quantizer(clustered).loss
+    clustered.requires_grad_()
+    quantizer(clustered).loss.backward()
+    assert clustered.grad.abs().sum() > 0
 
 
-def test_codes_do_not_pile_up_on_a_plain_background():
-    """Nine in ten latents are alike; codes drawn evenly would mostly be copies of that one vector."""
+def test_few_codes_are_spent_on_a_plain_background():
+    """Nine of ten latents are nearly equal; with uniform draws, most codes would be copies of that one vector."""
     quantizer = VectorQuantizer(codebook_size=32, dim=8, decay=0.9).train()
     background = torch.randn(8).expand(1, 900, 8) + 1e-3 * torch.randn(1, 900, 8)
     for _ in range(20):
@@ -94,7 +94,7 @@ import sys, torch, torch.distributed as dist
 from t2v.vqvae.quantizer import VectorQuantizer
 
 rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-quantizer = VectorQuantizer(codebook_size=48, dim=4, decay=0.5, restart_below=1.5).train()  # before the ranks meet
+quantizer = VectorQuantizer(codebook_size=48, dim=4, decay=0.5, restart_below=1.5).train()  # before the process group exists
 if ranks > 1:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
 data = torch.randn(12, 2, 60, 4, generator=torch.Generator().manual_seed(0)).cumsum(0)
@@ -105,8 +105,8 @@ torch.save(quantizer.state_dict(), f"{folder}/{rank}-of-{ranks}.pt")
 """
 
 
-def test_two_ranks_hold_the_codebook_of_one_process_with_both_batches(tmp_path):
-    """Over twelve steps with restarts in all of them, although the ranks see different vectors."""
+def test_two_ranks_train_the_codebook_of_one_process_with_both_batches(tmp_path):
+    """Twelve steps, each with replaced codes, although the ranks have different vectors."""
     runs = [
         subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(ranks), tmp_path], cwd=ROOT)
         for rank, ranks in ((0, 2), (1, 2), (0, 1))
