@@ -64,6 +64,22 @@ def test_names_that_are_mentioned_exist(path):
         resolve_name(name)
 
 
+@pytest.fixture(scope="module")
+def source() -> str:
+    """The text of all code and configs."""
+    folders = ("t2v", "data", "callbacks", "configs", "tests/benchmarks")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".yaml")]
+    return "\n".join(path.read_text() for path in [*paths, ROOT / "cli.py", ROOT / "demo.py", ROOT / "pyproject.toml"])
+
+
+@each_document
+def test_identifiers_in_code_font_occur_in_the_code(path, source):
+    inline = [text for text in re.findall(r"`([^`\n]+)`", prose(path)) if "/" not in text]
+    identifiers = [word for text in inline for word in re.findall(r"\b[a-z]+(?:_[a-z0-9]+)+\b|\b\w+\.jsonl\b", text)]
+    composed = {"frechet_mobilenet"}  # "frechet_" and the network's name
+    assert [name for name in identifiers if name not in source and name not in composed] == []
+
+
 def test_the_tree_in_the_readme_lists_what_exists():
     tree = next(block for block in blocks(ROOT / "README.md", "") if block.startswith("cli.py"))
     folder, listed = "", set()
