@@ -25,7 +25,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from cli import main
-from data.examples.oracle import Answer, read, read_clip
+from data.examples.oracle import Answer, recognize, recognize_file
 from data.examples.shapes import FRAMES, held_out_prompts
 from t2v.generation.compilation import compile_error
 from t2v.video import read_frames
@@ -162,21 +162,21 @@ def judge_real() -> dict[str, float]:
     with (RUN / "clips/val/captions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     truths = [Answer(row["colour"], row["shape"], row["direction"]) for row in rows]
-    return accuracy([read_clip(RUN / "clips/val" / row["path"]) for row in rows], truths)
+    return accuracy([recognize_file(RUN / "clips/val" / row["path"]) for row in rows], truths)
 
 
 def judge_generated(videos: list[str]) -> dict[str, float]:
     """How often the generated videos show what their prompts say."""
     clips = [clip for clip, _ in held_out_prompts(PROMPTS_PER_COMBINATION)]
     truths = [Answer(clip.colour, clip.shape, clip.direction) for clip in clips]
-    return accuracy([read_clip(RUN / "videos" / name) for name in videos], truths)
+    return accuracy([recognize_file(RUN / "videos" / name) for name in videos], truths)
 
 
 def judge_long(videos: list[str]) -> float:
     """How often the end of a long video, as long as a training clip, still shows the prompt's colour and shape."""
     kept = 0
     for (clip, _), name in zip(held_out_prompts(PROMPTS_PER_COMBINATION), videos, strict=True):
-        end = read(
+        end = recognize(
             read_frames(LONG / "videos" / name, range(LONG_FRAMES - FRAMES, LONG_FRAMES)).permute(0, 2, 3, 1).numpy()
         )
         kept += (end.colour, end.shape) == (clip.colour, clip.shape)

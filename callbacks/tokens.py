@@ -122,12 +122,12 @@ class TokenShardWriter(BasePredictionWriter):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave nothing that looks complete."""
         if self._writers:
-            self._close(type(exception))
+            self._close(exception)
             shutil.rmtree(self.partial, ignore_errors=True)
 
-    def _close(self, kind: type[BaseException] | None) -> None:
+    def _close(self, error: BaseException | None) -> None:
         while self._writers:
-            self._writers.popitem()[1].__exit__(kind, None, None)
+            self._writers.popitem()[1].__exit__(type(error) if error else None, error, None)
 
 
 class _Embeddings:

@@ -1,4 +1,4 @@
-"""Everything that turns footage and captions into batches."""
+"""Preparing videos and captions, shards, and loading them in batches."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ __all__ = ["TokenDataModule", "VideoDataModule"]
 
 
 def __getattr__(name: str) -> Any:
-    """Load the DataModules on first use: the tools beside them do not need Lightning."""
+    """Import the DataModules on first use, since the other tools do not need Lightning."""
     if name in __all__:
         return getattr(import_module("data.modules"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,8 @@
-"""The loaders: batches on their way from the processes that make them to the trainer.
+"""The loaders: batches of clips, made by worker processes and copied through shared memory.
 
-A tensor that a worker hands over costs new pages of shared memory and a handshake of the two processes, which can take
-as long as decoding a clip or two. So every worker has a few slots of shared memory for all of a run, and a batch is
-copied into one and, in the trainer's process, out of it.
+A tensor that a worker sends the usual way needs new pages of shared memory and a handshake of the two processes, which
+can take as long as decoding a clip or two. Therefore every worker has a few slots of shared memory for the whole run; a
+batch is copied into one and, in the trainer's process, out of it.
 """
 
 import math
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
+from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, get_worker_info
 
 from data.datasets import Clips
@@ -19,143 +20,150 @@ from t2v.batch import TextEmbedding, TokenBatch, VideoBatch
 from t2v.errors import UserError
 
 
-class NonEmptyLoader(DataLoader):
-    """A loader that passes over batches in which every clip is broken."""
+class NonEmptyLoader(DataLoader[Any]):
+    """A loader that leaves out batches that are None, in which every clip is corrupt."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         return (batch for batch in super().__iter__() if batch is not None)
 
 
-class Loader(DataLoader):
-    """Batches of clips, as a sampler names them, as long as not too many clips are broken.
+class Loader(DataLoader[Any]):
+    """Batches of clips in the order of a sampler.
 
     Args:
-        clips: the clips.
-        sampler: which batches this rank takes.
-        max_bad_fraction: more samples than this share of an epoch's that cannot be used stop the run.
-        num_workers: processes that make batches; with 0, this one does.
+        clips: The clips.
+        sampler: Batches of this rank.
+        max_skipped_fraction: Fraction of an epoch's samples that cannot be used above which the run stops.
+        num_workers: Processes that load batches; 0 to load them in this process.
 
     Raises:
-        UserError: where too many clips are broken.
+        UserError: If too many samples cannot be used.
     """
 
-    def __init__(self, clips: Clips, sampler: DistributedSampler, max_bad_fraction: float, num_workers: int) -> None:
+    def __init__(
+        self, clips: Clips, sampler: DistributedSampler[Any], max_skipped_fraction: float, num_workers: int
+    ) -> None:
         super().__init__(
             clips,
             batch_size=None,
             sampler=sampler,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
-            pin_memory=torch.cuda.is_available() and not num_workers,  # else it is pinned as it leaves its slot
+            pin_memory=torch.cuda.is_available() and not num_workers,  # with workers, `_SharedSlots.read` pins it
         )
-        self.clips, self.max_bad_fraction = clips, max_bad_fraction
-        self.slots: _Slots | None = None
-        self.share = math.ceil(len(clips) / sampler.num_replicas)
-        self._require_few(len(clips.bad), len(clips.bad) + len(clips))
+        self.clips, self.max_skipped_fraction = clips, max_skipped_fraction
+        self.slots: _SharedSlots | None = None
+        self.clips_per_rank = math.ceil(len(clips) / sampler.num_replicas)
+        self._check_skipped(len(clips.skipped), len(clips.skipped) + len(clips))
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self.clips.failures.zero_()
         if self.num_workers and self.slots is None:
-            # A worker is at most `prefetch_factor` batches ahead, and at work on another while one is copied.
-            self.slots = _Slots(self.num_workers, (self.prefetch_factor or 0) + 1, self.clips.batch_bytes)
-            self.collate_fn = self.slots.put
+            # A worker is at most `prefetch_factor` batches ahead, and loads another while one is copied.
+            self.slots = _SharedSlots(self.num_workers, (self.prefetch_factor or 0) + 1, self.clips.batch_bytes)
+            self.collate_fn = self.slots.write
         for batch in super().__iter__():
-            self._require_few(int(self.clips.failures), self.share)
-            yield self.slots.take(batch) if self.slots and isinstance(batch, _Parcel) else batch
+            self._check_skipped(int(self.clips.failures), self.clips_per_rank)
+            yield self.slots.read(batch) if self.slots and isinstance(batch, _SharedBatch) else batch
 
-    def _require_few(self, bad: int, clips: int) -> None:
-        if bad > self.max_bad_fraction * clips:
+    def _check_skipped(self, skipped: int, clips: int) -> None:
+        if skipped > self.max_skipped_fraction * clips:
             raise UserError(
-                f"{bad} of {clips} clips in '{self.clips.shards.path}' cannot be used, more than "
-                f"data.max_bad_fraction={self.max_bad_fraction:g}; {self.clips.bad_samples} names them: "
-                "mend the footage, or raise data.max_bad_fraction."
+                f"{skipped} of {clips} clips in '{self.clips.shards.path}' cannot be used, more than "
+                f"data.max_skipped_fraction={self.max_skipped_fraction:g}; they are listed in "
+                f"{self.clips.skipped_samples}: repair or remove them, or raise data.max_skipped_fraction."
             )
 
 
 class TrainLoader(Loader):
-    """A loader whose epoch begins where training stands.
+    """A loader whose epoch starts at the current step of training.
 
-    Lightning counts the batches of a running epoch, in checkpoints too, but makes the iterator of a resumed epoch
-    before it knows the epoch, and its `set_epoch` is one too high after some resumes. So nothing is decided before the
-    first batch is asked for.
+    Lightning counts the batches of the current epoch, also in checkpoints, but creates the iterator of a resumed epoch
+    before it restores the epoch, and after some resumes its `set_epoch` gets a number that is one too high. So the
+    progress is asked for when the first batch is.
 
     Args:
-        clips: the clips.
-        sampler: this rank's view of the plan.
-        place: the epoch, and how many of its batches are trained on.
-        args: see `Loader`.
+        clips: The clips.
+        sampler: Batches of this rank in the plan.
+        progress: Returns the current epoch and the number of its batches that are trained on.
+        args: Other arguments of `Loader`.
     """
 
-    def __init__(self, clips: Clips, sampler: TrainSampler, place: Callable[[], tuple[int, int]], *args: Any) -> None:
+    def __init__(
+        self, clips: Clips, sampler: TrainSampler, progress: Callable[[], tuple[int, int]], *args: Any
+    ) -> None:
         super().__init__(clips, sampler, *args)
-        self.train_sampler, self.place = sampler, place
+        self.train_sampler, self.progress = sampler, progress
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self.train_sampler.epoch, self.train_sampler.steps = self.place()
+        self.train_sampler.epoch, self.train_sampler.steps = self.progress()
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty; that it exists tells Lightning that the loader can resume."""
+        """Return an empty state; the method tells Lightning that the loader can resume."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to load."""
+        """Do nothing; there is no state."""
 
 
-class _Parcel(NamedTuple):
-    """A batch whose tensors are in a slot."""
+class _SharedBatch(NamedTuple):
+    """A batch whose tensors are in a slot of shared memory."""
 
     worker: int
     slot: int
-    parts: list[tuple[torch.Size, torch.dtype]]
+    tensors: list[tuple[torch.Size, torch.dtype]]
     """Shape and type of each tensor."""
     batch: Any
-    """All else."""
+    """The batch without its tensors."""
 
 
-class _Slots:
-    """Shared memory of the workers. Each has its copy of this object, which knows where that worker's next batch goes.
+class _SharedSlots:
+    """Slots of shared memory for the batches of each worker. Every worker has a copy of this object with its own state.
 
     Args:
-        workers: number of workers.
-        slots: batches of one worker that may be on their way.
-        size: of a slot in bytes.
+        workers: Number of workers.
+        slots: Number of batches of one worker that may wait to be read.
+        size: Size of a slot in bytes.
     """
 
     def __init__(self, workers: int, slots: int, size: int) -> None:
-        self.memory = torch.empty(workers, slots, -(-size // 8) * 8, dtype=torch.uint8).share_memory_()
-        self.turn = 0
+        aligned = math.ceil(size / 8) * 8
+        self.memory = torch.empty(workers, slots, aligned, dtype=torch.uint8).share_memory_()
+        self.next_slot = 0
 
-    def put(self, batch: Any) -> Any:
-        """Put a batch into the next slot; one that is too large for it takes the slow way."""
+    def write(self, batch: Any) -> Any:
+        """Copy a batch into the worker's next slot; return the batch itself if it is larger than a slot."""
         if isinstance(batch, VideoBatch):
-            tensors, others = [rearrange(batch.video, "b t c h w -> b t h w c")], {"video": None}
+            tensors: list[Tensor] = [rearrange(batch.video, "b t c h w -> b t h w c")]
+            rest: Any = batch._replace(video=None)  # type: ignore[arg-type]
         else:
             tensors = [batch.tokens, batch.text.tokens, batch.text.pooled, batch.text.mask]
-            others = {"tokens": None, "text": None}
+            rest = batch._replace(tokens=None, text=None)
         sizes = [tensor.numel() * tensor.itemsize for tensor in tensors]
         if sum(sizes) > self.memory.shape[-1]:
             return batch
         info: Any = get_worker_info()
-        worker, slot = info.id, self.turn
-        self.turn = (slot + 1) % self.memory.shape[1]
-        for piece, tensor in zip(self.memory[worker, slot, : sum(sizes)].split(sizes), tensors, strict=True):
-            piece.view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        return _Parcel(worker, slot, [(tensor.shape, tensor.dtype) for tensor in tensors], batch._replace(**others))
+        slot = self.next_slot
+        self.next_slot = (slot + 1) % self.memory.shape[1]
+        for part, tensor in zip(self.memory[info.id, slot, : sum(sizes)].split(sizes), tensors, strict=True):
+            part.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        return _SharedBatch(info.id, slot, [(tensor.shape, tensor.dtype) for tensor in tensors], rest)
 
-    def take(self, parcel: _Parcel) -> VideoBatch | TokenBatch:
-        """Copy a batch out of its slot, which the worker uses again."""
-        sizes = [shape.numel() * dtype.itemsize for shape, dtype in parcel.parts]
+    def read(self, shared: _SharedBatch) -> VideoBatch | TokenBatch:
+        """Copy a batch out of its slot, which the worker then writes again."""
+        sizes = [shape.numel() * dtype.itemsize for shape, dtype in shared.tensors]
         content = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        content.copy_(self.memory[parcel.worker, parcel.slot, : len(content)])
-        pieces = zip(content.split(sizes), parcel.parts, strict=True)
-        tensors = [piece.view(dtype).view(shape) for piece, (shape, dtype) in pieces]
-        if isinstance(parcel.batch, VideoBatch):
-            return parcel.batch._replace(video=rearrange(tensors[0], "b t h w c -> b t c h w"))
+        content.copy_(self.memory[shared.worker, shared.slot, : len(content)])
+        parts = zip(content.split(sizes), shared.tensors, strict=True)
+        tensors = [part.view(dtype).view(shape) for part, (shape, dtype) in parts]
+        batch: Any = shared.batch
+        if isinstance(batch, VideoBatch):
+            return batch._replace(video=rearrange(tensors[0], "b t h w c -> b t c h w"))
         tokens, text, pooled, mask = tensors
-        return parcel.batch._replace(tokens=tokens, text=TextEmbedding(text, mask, pooled))
+        return batch._replace(tokens=tokens, text=TextEmbedding(text, mask, pooled))
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch

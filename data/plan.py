@@ -1,37 +1,38 @@
 """The plan: which samples make up which batch of which epoch.
 
-The plan is a pure function of (seed, epoch) and of the samples' shards and lengths. Ranks and workers only look at it:
-with W ranks, rank r takes the batches r, r + W, r + 2W, … . So the ranks together cover the plan from front to back,
-whatever W and the number of workers are, and a position in it is one integer.
+The plan is a pure function of (seed, epoch) and of the samples' shards and lengths; ranks and workers read parts of it.
+With world size W, rank r takes the batches r, r + W, r + 2W, …, so that the ranks together work through the plan from
+start to end, whatever the world size and the number of workers, and a position in the plan is one integer.
 """
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice, pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Real
 from torch.utils.data import DistributedSampler
 
 from t2v.errors import UserError
 
-_WINDOW = 4
-"""Shards read at a time: samples mix within so many shards, and reads stay close together."""
+_SHARDS_MIXED = 4
+"""Shards whose samples are shuffled together, so that reads stay within these shards for a while."""
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """What the clips of a batch have in common.
+    """Length, size and number of the clips in a batch.
 
     Attributes:
-        frames: length of a clip.
-        batch_size: clips in a batch on each rank.
-        probability: weight with which a clip that is long enough comes into this bucket, beside those of the others.
-        height: of a clip in pixels, a multiple of the tokenizer's stride; `data.size` where it is not given.
-        width: of a clip in pixels.
-        start: where a window of a longer clip begins: anywhere, or at its first frame.
+        frames: Length of a clip.
+        batch_size: Clips in a batch on each rank.
+        probability: Weight, relative to the other buckets', with which a clip that is long enough gets into this one.
+        height: Height of a clip in pixels, a multiple of the tokenizer's stride; `data.size` by default.
+        width: Width of a clip in pixels; `data.size` by default.
+        start: Where the window of a longer clip starts: at a random frame, or at the first.
     """
 
     frames: int
@@ -43,18 +44,18 @@ class Bucket:
 
 
 class Draw(NamedTuple):
-    """What stands at one place of the plan."""
+    """One sample of a batch, with the seed of its random choices."""
 
     sample: int
-    """Which sample, counted through all shards."""
+    """Index of the sample, counted through all shards."""
     seed: tuple[int, int, int]
-    """Seed, epoch and place."""
+    """Seed of the run, epoch, and position in the epoch."""
 
     def rng(self, attempt: int = 0) -> np.random.Generator:
-        """Where every random choice for this place comes from, in whichever process it is made.
+        """Return the generator of all random choices for this draw; it is the same in every process.
 
         Args:
-            attempt: how many clips have turned out broken at this place.
+            attempt: Number of corrupt clips that were loaded for this draw before.
         """
         return np.random.default_rng((*self.seed, attempt))
 
@@ -63,22 +64,25 @@ class Batch(NamedTuple):
     """One batch of one rank."""
 
     bucket: int
-    """Which of the buckets."""
+    """Index of the bucket."""
     draws: list[Draw]
 
 
 class Plan:
-    """The batches of every epoch of training.
+    """The training batches of every epoch.
 
-    Each epoch has every sample at most once: shards come at random, samples at random within a window of shards. What
-    does not fill a batch is left out, other samples in every epoch. All epochs have equally many batches, and equally
-    many of each bucket.
+    An epoch has every sample at most once. Shards are shuffled, and samples are shuffled within groups of a few shards.
+    Samples that do not fill a batch are left out; they differ from epoch to epoch. All epochs have the same number of
+    batches, and the same number of each bucket.
 
     Args:
-        shard_sizes: number of samples in each shard.
-        seed: seed of the run.
-        buckets: what batches there are.
-        fits: whether a sample is long enough for a bucket; each is for one at least.
+        shard_sizes: Number of samples in each shard.
+        seed: Seed of the run.
+        buckets: The kinds of batches.
+        fits: Whether each sample is long enough for each bucket; each sample fits at least one.
+
+    Raises:
+        UserError: If a bucket's probability is not positive.
     """
 
     def __init__(
@@ -88,140 +92,143 @@ class Plan:
         buckets: Sequence[Bucket],
         fits: Bool[np.ndarray, "samples buckets"],
     ) -> None:
-        if wrong := [bucket for bucket in buckets if bucket.probability <= 0]:
+        wrong = [bucket for bucket in buckets if bucket.probability <= 0]
+        if wrong:
             raise UserError(
                 f"A bucket's probability={wrong[0].probability:g} must be greater than 0: leave the bucket out instead."
             )
         self.shard_sizes, self.seed, self.buckets = list(shard_sizes), seed, list(buckets)
+        # Samples of one kind fit the same buckets.
         kinds, self._kind = np.unique(fits, axis=0, return_inverse=True)
         weights = np.array([bucket.probability for bucket in buckets])
-        self._shares = [  # how many samples of a kind come into each bucket
+        self._counts = [  # of each kind: number of samples in each bucket
             _apportion(int((self._kind == kind).sum()), weights * fit) for kind, fit in enumerate(kinds)
         ]
-        counts = np.sum(self._shares, axis=0)
-        self._length = int(sum(counts // [bucket.batch_size for bucket in buckets]))
+        samples = np.sum(self._counts, axis=0)
+        self._length = int(sum(samples // [bucket.batch_size for bucket in buckets]))
 
     def __len__(self) -> int:
-        """Number of batches in an epoch, of all ranks together."""
+        """Return the number of batches in an epoch, of all ranks together."""
         return self._length
 
     def fingerprint(self) -> str:
-        """A hash of all that the batches depend on."""
-        told = repr((self.shard_sizes, self.seed, self.buckets, self._kind.tolist()))
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
+        """Return a hash of everything that determines the batches."""
+        arguments = repr((self.shard_sizes, self.seed, self.buckets, self._kind.tolist()))
+        return hashlib.sha256(arguments.encode()).hexdigest()[:16]
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch in their order."""
+        """Yield the batches of an epoch in order."""
         rng = np.random.default_rng((self.seed, epoch))
         order = shuffled(self.shard_sizes, rng)
         buckets = np.zeros(len(order), dtype=np.int64)
-        for kind, share in enumerate(self._shares):
-            buckets[self._kind == kind] = rng.permutation(np.repeat(np.arange(len(share)), share))
-        filling: list[list[Draw]] = [[] for _ in self.buckets]
-        for place, sample in enumerate(order.tolist()):
+        for kind, counts in enumerate(self._counts):
+            buckets[self._kind == kind] = rng.permutation(np.repeat(np.arange(len(counts)), counts))
+        pending: list[list[Draw]] = [[] for _ in self.buckets]
+        for position, sample in enumerate(order.tolist()):
             bucket = int(buckets[sample])
-            filling[bucket].append(Draw(sample, (self.seed, epoch, place)))
-            if len(filling[bucket]) == self.buckets[bucket].batch_size:
-                yield Batch(bucket, filling[bucket])
-                filling[bucket] = []
+            pending[bucket].append(Draw(sample, (self.seed, epoch, position)))
+            if len(pending[bucket]) == self.buckets[bucket].batch_size:
+                yield Batch(bucket, pending[bucket])
+                pending[bucket] = []
 
 
-def shuffled(shard_sizes: Sequence[int], rng: np.random.Generator) -> Int[np.ndarray, "samples"]:
-    """An order of samples: shards at random, samples at random within a window of shards.
+def shuffled(shard_sizes: Sequence[int], rng: np.random.Generator) -> Int[np.ndarray, " samples"]:
+    """Return a random order of all samples: shards shuffled, and samples shuffled within groups of a few shards.
 
     Args:
-        shard_sizes: number of samples in each shard.
-        rng: where the order comes from.
+        shard_sizes: Number of samples in each shard.
+        rng: Generator of the order.
 
     Returns:
-        Index of the sample at each place; samples are counted through all shards.
+        Index of the sample at each position, counted through all shards.
     """
-    shards = [np.arange(*span) for span in pairwise([0, *accumulate(shard_sizes)])]
+    shards = [np.arange(start, stop) for start, stop in pairwise([0, *accumulate(shard_sizes)])]
     order = rng.permutation(len(shards))
-    windows = [np.concatenate([shards[i] for i in order[at : at + _WINDOW]]) for at in range(0, len(order), _WINDOW)]
-    return np.concatenate([rng.permutation(window) for window in windows])
+    groups = [order[start : start + _SHARDS_MIXED] for start in range(0, len(order), _SHARDS_MIXED)]
+    return np.concatenate([rng.permutation(np.concatenate([shards[i] for i in group])) for group in groups])
 
 
-class TrainSampler(DistributedSampler):
-    """One rank's view of the plan: the batches that are still to come in an epoch.
+class TrainSampler(DistributedSampler[Any]):
+    """The batches of the plan that one rank has still to train on in an epoch.
 
-    A `DistributedSampler`, so that Lightning puts no sampler of its own around it.
+    A `DistributedSampler`, so that Lightning does not wrap it in one of its own.
 
     Args:
-        plan: the plan.
-        rank: which of the ranks this is.
-        num_replicas: number of ranks; each has the same number of batches, and the last few are left out for that.
+        plan: The plan.
+        rank: This rank.
+        num_replicas: World size. All ranks have the same number of batches; the last few batches are left out for that.
 
     Attributes:
-        steps: how many steps of this epoch are done.
-        origin: the epoch that another number of ranks began, and where in the plan its first step would have been for
-            this one.
+        steps: Number of steps of this epoch that are done.
+        origin: An epoch that was started with another world size, and the position in the plan at which its first step
+            would have been with this one; see `resume`.
     """
 
     def __init__(self, plan: Plan, rank: int = 0, num_replicas: int = 1) -> None:
-        places: Any = range(len(plan))
-        super().__init__(places, num_replicas, rank, drop_last=True)
+        positions: Any = range(len(plan))
+        super().__init__(positions, num_replicas, rank, drop_last=True)
         self.plan, self.steps = plan, 0
         self.origin = (-1, 0)
 
     def __len__(self) -> int:
-        """Number of batches in a whole epoch."""
+        """Return the number of batches in a complete epoch."""
         return len(self.plan) // self.num_replicas
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Batch]:
         first = self.first_batch(self.epoch)
-        start, stop = (first + step * self.num_replicas for step in (self.steps, len(self)))
-        yield from islice(self.plan.batches(self.epoch), start + self.rank, stop, self.num_replicas)
+        start = first + self.steps * self.num_replicas + self.rank
+        stop = first + len(self) * self.num_replicas
+        yield from islice(self.plan.batches(self.epoch), start, stop, self.num_replicas)
 
     def first_batch(self, epoch: int) -> int:
-        """Which batch of the plan is the first of the epoch."""
-        began, origin = self.origin
-        return origin if began == epoch else 0
+        """Return the position in the plan of the epoch's first batch."""
+        resumed_epoch, first = self.origin
+        return first if epoch == resumed_epoch else 0
 
-    def rejoin(self, epoch: int, taken: int) -> int:
-        """Go on in an epoch that another number of ranks began.
+    def resume(self, epoch: int, batches: int) -> int:
+        """Continue an epoch that was started with another world size.
 
         Args:
-            epoch: the epoch.
-            taken: how many batches of the plan they have taken.
+            epoch: The epoch.
+            batches: Number of batches of the plan that are done.
 
         Returns:
-            How many steps of this number of ranks count as done.
+            Number of steps with this world size that count as done.
         """
-        steps = len(self) - (len(self.plan) - taken) // self.num_replicas
-        self.origin = (epoch, taken - steps * self.num_replicas)
+        steps = len(self) - (len(self.plan) - batches) // self.num_replicas
+        self.origin = (epoch, batches - steps * self.num_replicas)
         return steps
 
 
-class OrderedSampler(DistributedSampler):
-    """One rank's batches of all samples in their order, the same in every epoch.
+class OrderedSampler(DistributedSampler[Any]):
+    """One rank's batches of all samples in order, the same in every epoch.
 
     Args:
-        samples: number of samples.
-        batch_size: samples in a batch; the last may have fewer.
-        seed: seed of the run.
-        rank: which of the ranks this is.
-        num_replicas: number of ranks; where they would come short of equal shares, they start again at the first
-            sample.
+        samples: Number of samples.
+        batch_size: Samples in a batch; the last may have fewer.
+        seed: Seed of the run.
+        rank: This rank.
+        num_replicas: World size. If the samples cannot be divided equally, the first ones are repeated at the end.
     """
 
     def __init__(self, samples: int, batch_size: int, seed: int, rank: int = 0, num_replicas: int = 1) -> None:
-        places: Any = range(samples)
-        super().__init__(places, num_replicas, rank, shuffle=False)
+        positions: Any = range(samples)
+        super().__init__(positions, num_replicas, rank, shuffle=False)
         self.samples, self.batch_size, self.run_seed = samples, batch_size, seed
 
     def __len__(self) -> int:
-        return -(-self.num_samples // self.batch_size)
+        return math.ceil(self.num_samples / self.batch_size)
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        places = [place % self.samples for place in range(self.rank, self.total_size, self.num_replicas)]
-        for at in range(0, len(places), self.batch_size):
-            yield Batch(0, [Draw(i, (self.run_seed, 0, i)) for i in places[at : at + self.batch_size]])
+    def __iter__(self) -> Iterator[Batch]:
+        indices = [position % self.samples for position in range(self.rank, self.total_size, self.num_replicas)]
+        for start in range(0, len(indices), self.batch_size):
+            yield Batch(0, [Draw(i, (self.run_seed, 0, i)) for i in indices[start : start + self.batch_size]])
 
 
-def _apportion(total: int, weights: np.ndarray) -> Int[np.ndarray, "n"]:
-    """Whole numbers that add up to `total`, as near as can be in proportion to the weights."""
-    wanted = total * weights / weights.sum()
-    counts = np.floor(wanted).astype(np.int64)
-    counts[np.argsort(counts - wanted, kind="stable")[: total - counts.sum()]] += 1
+def _apportion(total: int, weights: Real[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """Return integers that add up to `total`, in proportion to the weights as far as possible."""
+    exact = total * weights / weights.sum()
+    counts = np.floor(exact).astype(np.int64)
+    largest_remainders = np.argsort(counts - exact, kind="stable")[: total - counts.sum()]
+    counts[largest_remainders] += 1
     return counts

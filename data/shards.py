@@ -1,14 +1,17 @@
-"""Shards: WebDataset tar files, written whole or not at all, and read by offset.
+"""Shards: WebDataset tar files, written completely or not at all, and read by offset.
 
 A sample is a run of tar members with one key: `KEY.mp4`, `KEY.txt`, `KEY.json`, as `video2dataset` writes them, or
-`KEY.tokens.npy`, `KEY.text.npy`, … . Beside `shard-000000.tar` lies its index, `shard-000000.index.json`.
+`KEY.tokens.npy`, `KEY.text.npy`, … . The index of `shard-000000.tar` is `shard-000000.index.json` beside it.
 """
 
 import glob
 import os
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import repeat
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import fsspec
@@ -16,17 +19,18 @@ from braceexpand import braceexpand
 from fsspec import AbstractFileSystem
 from tqdm import tqdm
 
-from data.index import make_index, patiently, read_range, stored_index
+from data.index import load_index, make_index, read_range, with_retries
 from t2v.errors import UserError
+from t2v.files import atomic_path
 
 _THREADS = 16
-"""Shards that are indexed at a time: over a network it is the waiting that takes long."""
-_GAP = 2**20
-"""Members of a sample that stand further apart are read in two requests."""
+"""Shards that are indexed at a time; over a network most of the time is waiting."""
+_MAX_GAP = 2**20
+"""Bytes between two members of a sample above which each member is read in its own request."""
 
 
 class Sample(NamedTuple):
-    """One sample: where it stands, and what its clip is like."""
+    """One sample: its members in a shard, and the length and size of its clip."""
 
     key: str
     shard: str
@@ -34,22 +38,22 @@ class Sample(NamedTuple):
     members: dict[str, tuple[int, int]]
     """Offset and size in bytes of each member, by its extension."""
     frames: int = 0
-    """Frames of the video or of the tokens; 0 where there is neither, or where it does not decode."""
+    """Frames of the video or of the tokens; 0 if there is neither, or it is corrupt."""
     fps: float = 0.0
-    """Frames a second as stored; 0 for tokens."""
+    """Stored frames per second; 0 for tokens."""
     height: int = 0
     """Height in pixels, or in tokens."""
     width: int = 0
     """Width in pixels, or in tokens."""
     reason: str = ""
-    """Why the video or the tokens are broken, where `frames` is 0."""
+    """Why the video or the tokens are corrupt, if `frames` is 0."""
 
 
-class BadSample(NamedTuple):
-    """What cannot be used, and why."""
+class SkippedSample(NamedTuple):
+    """A sample that cannot be used, and why."""
 
     key: str
-    """Empty where a tar is cut or damaged between two samples: nobody knows which stood there."""
+    """Empty if a tar is truncated or damaged between two samples, so that the key is not known."""
     shard: str
     """Path or address of the tar."""
     reason: str
@@ -58,73 +62,78 @@ class BadSample(NamedTuple):
 class ShardSet:
     """The samples of a set of shards.
 
-    It may be used in a process that was forked from the one that made it.
+    It can be used in a process that was forked from the one that created it.
 
     Args:
-        path: a folder of shards, one tar, or a pattern such as `clips/shard-00*.tar` or
-            `s3://bucket/clips-{000000..000099}.tar`; a local path or any address that fsspec knows.
+        path: A folder of shards, one tar, or a pattern such as `clips/shard-00*.tar` or
+            `s3://bucket/clips-{000000..000099}.tar`; a local path or any address that fsspec opens. Tars whose name
+            begins with a dot are incomplete, and left out.
 
     Attributes:
-        samples: every sample, shard after shard in the order of their names.
-        bad: what is no sample: cut off, a key that comes twice, a member that is a link or whose name leads out of the
-            folder. The members are never read.
+        samples: All samples, shard after shard in the order of their names.
+        skipped: Members that form no sample: truncated, with a key that occurs twice, a link, or a name that leads out
+            of the folder. They are never read.
 
     Raises:
-        UserError: where there is no shard, or one cannot be read.
+        UserError: If there is no shard, or one cannot be read.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = os.fspath(path)
         self._filesystems: dict[int, AbstractFileSystem] = {}
-        self._addresses = _addresses(self.path)
+        self._addresses = _expand_braces(self.path)
         try:
             shards, indices = self._open()
         except FileNotFoundError as error:
+            cause = f" ({error.__cause__})" if error.__cause__ else ""
             raise UserError(
-                f"No shards (*.tar) in '{self.path}': there is no {error.filename or error}"
-                f"{f' ({error.__cause__})' if error.__cause__ else ''}; make them with `python -m data.prepare`, or "
-                "correct the path."
+                f"No shards (*.tar) in '{self.path}': there is no {error.filename or error}{cause}; make them with "
+                "`python -m data.prepare`, or correct the path."
             ) from error
         except OSError as error:
-            raise UserError(f"Cannot open the shards in '{self.path}' ({error}): try again, or correct it.") from error
+            raise UserError(
+                f"Cannot open the shards in '{self.path}' ({error}): try again, or correct the path."
+            ) from error
         self.samples = [
-            Sample(key, shard, {name: (at, size) for name, (at, size) in entry.pop("members").items()}, **entry)
+            Sample(key, shard, _members(entry.pop("members")), **entry)
             for shard in shards
             for key, entry in indices[shard]["samples"].items()
         ]
-        self.bad = [BadSample(key, shard, reason) for shard in shards for key, reason in indices[shard]["bad"]]
+        self.skipped = [
+            SkippedSample(key, shard, reason) for shard in shards for key, reason in indices[shard]["skipped"]
+        ]
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def read(self, sample: Sample, *extensions: str) -> dict[str, bytes]:
-        """Read members of a sample, in one request where they stand together.
+        """Read members of a sample, in one request if they are close together.
 
         Args:
-            sample: one of `samples`.
-            extensions: which members, such as "mp4"; those the sample does not have are left out.
+            sample: One of `samples`.
+            extensions: Members to read, such as "mp4"; those that the sample does not have are left out.
 
         Returns:
             The members' bytes by their extension.
 
         Raises:
-            OSError: where the shard cannot be read, or can no longer be.
+            OSError: If the shard cannot be read.
         """
-        places = {extension: sample.members[extension] for extension in extensions if extension in sample.members}
-        if not places:
+        ranges = {extension: sample.members[extension] for extension in extensions if extension in sample.members}
+        if not ranges:
             return {}
-        start = min(offset for offset, _ in places.values())
-        stop = max(offset + size for offset, size in places.values())
-        if stop - start > sum(size for _, size in places.values()) + _GAP:
-            return {name: self._read(sample.shard, at, at + size) for name, (at, size) in places.items()}
+        start = min(offset for offset, _ in ranges.values())
+        stop = max(offset + size for offset, size in ranges.values())
+        if stop - start > sum(size for _, size in ranges.values()) + _MAX_GAP:
+            return {name: self._read(sample.shard, offset, offset + size) for name, (offset, size) in ranges.items()}
         content = self._read(sample.shard, start, stop)
-        return {name: content[offset - start : offset - start + size] for name, (offset, size) in places.items()}
+        return {name: content[offset - start : offset - start + size] for name, (offset, size) in ranges.items()}
 
     @property
     def filesystem(self) -> AbstractFileSystem:
-        """Where the shards are: one object a process, as a connection does not survive a fork."""
+        """The file system of the shards; each process has its own, since connections do not survive a fork."""
         process = os.getpid()
-        if process not in self._filesystems:  # the parent's one stays: to close it would close the parent's connection
+        if process not in self._filesystems:  # the parent's object is kept: deleting it would close its connections
             self._filesystems[process] = fsspec.url_to_fs(self._addresses[0])[0]
         return self._filesystems[process]
 
@@ -132,36 +141,42 @@ class ShardSet:
         return read_range(self.filesystem, shard, start, stop)
 
     def _open(self) -> tuple[list[str], dict[str, dict[str, Any]]]:
-        """The shards' names in order, and their indices."""
+        """Return the shards' paths in order, and their indices; make the indices that are missing."""
         roots = [fsspec.url_to_fs(address)[1] for address in self._addresses]
         shards = list(dict.fromkeys(shard for root in roots for shard in _find(self.filesystem, root)))
         if not shards:
+            cause = "nothing there ends in .tar" if self.filesystem.exists(roots[0]) else "the folder does not exist"
             raise UserError(
-                f"No shards (*.tar) in '{self.path}': "
-                + ("nothing there ends in .tar" if self.filesystem.exists(roots[0]) else "the folder does not exist")
-                + "; make them with `python -m data.prepare`, or correct the path."
+                f"No shards (*.tar) in '{self.path}': {cause}; make them with `python -m data.prepare`, or correct the "
+                "path."
             )
+        indices: dict[str, dict[str, Any]] = {}
+        missing = []
         with ThreadPoolExecutor(_THREADS) as pool:
-            indices = dict(zip(shards, pool.map(stored_index, repeat(self.filesystem), shards), strict=True))
-            if missing := [shard for shard in shards if indices[shard] is None]:
+            for shard, index in zip(shards, pool.map(load_index, repeat(self.filesystem), shards), strict=True):
+                if index is None:
+                    missing.append(shard)
+                else:
+                    indices[shard] = index
+            if missing:
                 made = pool.map(make_index, repeat(self.filesystem), missing)
                 indices |= zip(missing, tqdm(made, "indexing shards", len(missing), unit="shard"), strict=True)
-        return shards, indices  # type: ignore[return-value]
+        return shards, indices
 
 
 class ShardWriter:
-    """Write samples into numbered shards; a shard appears under its name only when it is complete.
+    """Writes samples into numbered shards; a shard gets its name only when it is complete.
 
-    A shard that is not complete when the context ends in an exception is thrown away. A key that the shard has already
-    begins the next one.
+    An incomplete shard is removed if the context ends in an exception. A key that the shard already contains starts the
+    next shard.
 
     Args:
-        folder: where the shards go; made where it is missing.
-        samples_per_shard: the size at which the next shard begins.
-        prefix: what the shards' names begin with.
+        folder: Folder for the shards; created if it does not exist.
+        samples_per_shard: Largest number of samples in a shard.
+        prefix: First part of the shards' names.
 
     Attributes:
-        samples: number of samples written so far.
+        samples: Number of samples written so far.
     """
 
     def __init__(self, folder: str | Path, samples_per_shard: int = 1000, prefix: str = "shard") -> None:
@@ -172,83 +187,98 @@ class ShardWriter:
         self._shards = 0
         self._keys: set[str] = set()
         self._tar: Any = None
+        self._shard = ExitStack()
 
     def __enter__(self) -> "ShardWriter":
         self.folder.mkdir(parents=True, exist_ok=True)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._tar is not None:
-            self._close(keep=kind is None)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._close()
+        else:  # `atomic_path` removes the incomplete shard
+            self._tar = None
+            self._shard.__exit__(kind, error, traceback)
 
     def write(self, sample: dict[str, Any]) -> None:
         """Write one sample.
 
         Args:
-            sample: the key under `__key__`, and the members by their extension: bytes, `str` for txt, a dictionary for
+            sample: The key as `__key__`, and the members by their extension: bytes, `str` for txt, a dictionary for
                 json, an array for npy.
+
+        Raises:
+            ValueError: If the key is empty or contains a dot.
         """
         key = sample["__key__"]
         if not key or "." in key.rsplit("/", 1)[-1]:
             raise ValueError(
-                f"key {key!r} must not be empty or have a dot: what follows the first dot is the member's name"
+                f"key {key!r} must not be empty or contain a dot: what follows the first dot is the member's extension"
             )
         if key in self._keys:
-            self._close(keep=True)
+            self._close()
         if self._tar is None:
             self._open()
         self._tar.write(sample)
         self._keys.add(key)
         self.samples += 1
         if len(self._keys) == self.samples_per_shard:
-            self._close(keep=True)
+            self._close()
 
     def _open(self) -> None:
         from webdataset.writer import TarWriter  # takes seconds to import, and only writing needs it
 
-        name = f"{self.prefix}-{self._shards:06d}.tar"
-        self._path = self.folder / name
-        self._partial = self.folder / f".{name}.{os.getpid()}.partial"
-        self._file = self._partial.open("wb")
-        self._tar = TarWriter(self._file, mtime=0)  # the same samples make the same bytes
+        self._path = self.folder / f"{self.prefix}-{self._shards:06d}.tar"
+        temporary = self._shard.enter_context(atomic_path(self._path))
+        file = self._shard.enter_context(temporary.open("wb"))
+        self._tar = TarWriter(file, mtime=0)  # equal samples give equal bytes
+        self._shard.callback(self._tar.close)
 
-    def _close(self, keep: bool) -> None:
-        tar, self._tar = self._tar, None
-        self._shards += 1
+    def _close(self) -> None:
+        """Complete the open shard, if any, and index it."""
+        if self._tar is None:
+            return
+        self._tar = None
         self._keys.clear()
-        try:
-            tar.close()
-            self._file.close()
-            if keep:
-                self._partial.replace(self._path)
-                make_index(*fsspec.url_to_fs(str(self._path)))
-        finally:
-            self._file.close()
-            self._partial.unlink(missing_ok=True)
+        self._shards += 1
+        self._shard.close()
+        make_index(*fsspec.url_to_fs(str(self._path)))
 
 
-def _addresses(path: str) -> list[str]:
-    """What the braces of a path stand for, all of them in a file system that is there."""
+def _members(entry: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
+    return {extension: (offset, size) for extension, (offset, size) in entry.items()}
+
+
+def _expand_braces(path: str) -> list[str]:
+    """Return the addresses that a path with braces stands for, after a check that fsspec opens their file system."""
     try:
         addresses = list(braceexpand(path)) if "{" in path else [path]
         fsspec.url_to_fs(addresses[0])
     except (ImportError, ValueError) as error:
-        raise UserError(f"Cannot open '{path}' ({error}): install what is missing, or correct the address.") from error
+        raise UserError(
+            f"Cannot open '{path}' ({error}): install the missing package, or correct the address."
+        ) from error
     return addresses
 
 
 def _find(filesystem: AbstractFileSystem, root: str) -> list[str]:
-    """The shards that a path without braces stands for; whether a tar is there shows when its index is asked for."""
-    if _is_tar(root) and (not glob.has_magic(_path(root)) or patiently(filesystem.isfile, root)):
+    """Return the shards that a path without braces stands for; one tar is returned without a check that it exists."""
+    if _is_tar(root) and (not glob.has_magic(_without_query(root)) or with_retries(filesystem.isfile, root)):
         return [root]
-    pattern = f"{glob.escape(root.rstrip('/'))}/*.tar" if patiently(filesystem.isdir, root) else root
-    return sorted(path for path in patiently(filesystem.glob, pattern) if _is_tar(path))
+    pattern = f"{glob.escape(root.rstrip('/'))}/*.tar" if with_retries(filesystem.isdir, root) else root
+    return sorted(path for path in with_retries(filesystem.glob, pattern) if _is_tar(path) and not _is_hidden(path))
 
 
 def _is_tar(address: str) -> bool:
-    return _path(address).endswith(".tar")
+    return _without_query(address).endswith(".tar")
 
 
-def _path(address: str) -> str:
-    """An address without what the question mark of a URL begins."""
+def _is_hidden(address: str) -> bool:
+    return _without_query(address).rpartition("/")[2].startswith(".")
+
+
+def _without_query(address: str) -> str:
+    """Return an address without the query of a URL."""
     return address.partition("?")[0] if "://" in address else address

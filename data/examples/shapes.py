@@ -1,30 +1,30 @@
-"""Moving shapes: the embedded data set, as real mp4 files with captions.
+"""Moving shapes: an example data set that needs no download, as mp4 files with captions.
 
-`python -m data.examples.shapes runs/demo/clips` draws clips of one coloured shape on a dark ground that stands still,
-or moves by whole pixels until it meets the edge of the picture, where it rests:
+`python -m data.examples.shapes runs/demo/clips` draws clips of one coloured shape on a dark background, which stands
+still, or moves by whole pixels until it reaches the edge of the picture and stays there:
 
-- 6 colours × 3 shapes × 5 motions (left, right, up, down, still) × 2 sizes × 2 speeds, setting out from random places
-  on a lattice of 4 pixels, with at least 28 pixels to go;
-- 18 of the 90 (colour, shape, motion) combinations are **held out**: they make up `val/` and never appear in `train/`,
-  though each colour, shape and motion does. What a model does on them shows whether it understood the caption;
-- captions follow the templates below, such as "a small red circle moves left slowly", with paraphrases a person would
-  type. Size and speed are not always said;
-- a clip to train on has several captions: those of other clips that show the same, as one that tells a clip from all
-  others is learnt by heart, and some that leave out more, such as "something moves left", so that what each word means
-  is learnt apart from the others.
+- 6 colours × 3 shapes × 5 directions (left, right, up, down, still) × 2 sizes × 2 speeds, starting at random positions
+  on a lattice of 4 pixels, at least 28 pixels from the edge.
+- 18 of the 90 (colour, shape, direction) combinations are **held out**: they make up `val/` and do not occur in
+  `train/`, though each colour, shape and direction does. They test whether a model composes what it learned.
+- Captions follow the templates below, such as "a small red circle moves left slowly", with paraphrases. Size and speed
+  are not always mentioned.
+- A training clip has several captions: those of other clips with the same attributes, since a caption that occurs once
+  is memorized, and some that mention fewer attributes, such as "something moves left", so that the meaning of each word
+  is learned separately.
 
-`OUT/train` and `OUT/val` hold the mp4s and a `captions.csv` with the columns path, caption and the attributes; every
-caption is a row.
+`OUT/train` and `OUT/val` contain the mp4s and a `captions.csv` with the columns path, caption and the attributes, and
+one row for each caption.
 """
 
 import csv
 import itertools
-import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -32,8 +32,12 @@ from jaxtyping import UInt8
 from torch import Tensor
 from tqdm import tqdm
 
-from t2v.errors import UserError
+from data.examples import is_complete
+from t2v.errors import UserError, run_tool
+from t2v.files import atomic_path
 from t2v.video import write_mp4
+
+T = TypeVar("T")
 
 FRAMES = 16
 FPS = 8
@@ -52,13 +56,13 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "
 SIZES = {"small": 16, "large": 24}
 """Width and height of the shape in pixels."""
 SPEEDS = {"slow": 2, "fast": 4}
-"""Pixels a frame."""
+"""Pixels per frame."""
 LATTICE = 4
-"""Shapes set out from places whose coordinates are multiples of this."""
-ROOM = 28
-"""Least number of pixels between a moving shape and the edge it moves to."""
+"""Coordinates of the shapes in the first frame are multiples of this number of pixels."""
+MIN_DISTANCE = 28
+"""Pixels between a moving shape in the first frame and the edge it moves to, at least."""
 SHARED, VAGUE = 4, 4
-"""Most captions that a clip to train on has: like its own, and that leave out its colour or shape."""
+"""Largest number of captions of a training clip: complete ones, and ones that leave out its colour or shape."""
 
 SHAPE_WORDS = {"circle": ("circle", "circle", "disc", "ball"), "square": ("square",), "triangle": ("triangle",)}
 SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
@@ -112,7 +116,17 @@ VAGUE_TEMPLATES = (
 
 @dataclass(frozen=True)
 class ShapeClip:
-    """What one clip shows; `x` and `y` are the pixel of the shape's upper left corner in the first frame."""
+    """Attributes of one clip.
+
+    Attributes:
+        colour: One of `COLOURS`.
+        shape: One of `SHAPES`.
+        direction: One of `DIRECTIONS`.
+        size: One of `SIZES`.
+        speed: One of `SPEEDS`.
+        x: Left edge of the shape in the first frame, in pixels.
+        y: Top edge of the shape in the first frame, in pixels.
+    """
 
     colour: str
     shape: str
@@ -124,42 +138,52 @@ class ShapeClip:
 
 
 def combinations(held_out: bool) -> list[tuple[str, str, str]]:
-    """The (colour, shape, direction) triples of the held-out part, or of the training part.
+    """Return the (colour, shape, direction) combinations of the held-out or of the training split.
 
-    Each colour, shape and direction appears in both parts; each (colour, shape) pair lacks one direction in training.
+    Each colour, shape and direction occurs in both splits; each (colour, shape) lacks one direction in training.
     """
     triples = itertools.product(enumerate(COLOURS), enumerate(SHAPES), enumerate(DIRECTIONS))
     return [(c, s, d) for (i, c), (j, s), (k, d) in triples if ((i + 2 * j + k) % 5 == 0) == held_out]
 
 
 def sample_clip(combination: tuple[str, str, str], rng: np.random.Generator) -> ShapeClip:
-    """Draws size, speed and a place with room to move."""
+    """Draw size, speed and a start position far enough from the edge.
+
+    Args:
+        combination: Colour, shape and direction.
+        rng: Generator of the random choices.
+    """
     colour, shape, direction = combination
     size, speed = str(rng.choice(list(SIZES))), str(rng.choice(list(SPEEDS)))
-    last, start = IMAGE_SIZE - SIZES[size], []
+    last = IMAGE_SIZE - SIZES[size]
+    start = []
     for step in DIRECTIONS[direction]:
-        low, high = (ROOM if step < 0 else 0), (last - ROOM if step > 0 else last)
+        low = MIN_DISTANCE if step < 0 else 0
+        high = last - MIN_DISTANCE if step > 0 else last
         start.append(LATTICE * int(rng.integers(low // LATTICE, high // LATTICE + 1)))
     return ShapeClip(colour, shape, direction, size, speed, *start)
 
 
 def caption_of(clip: ShapeClip, rng: np.random.Generator, templates: Sequence[str] = TEMPLATES) -> str:
-    """One caption out of the templates."""
+    """Return a caption from a random template.
 
-    def pick(words):
-        return words[int(rng.integers(len(words)))]
-
+    Args:
+        clip: The clip.
+        rng: Generator of the random choices.
+        templates: Templates to choose from.
+    """
     if clip.direction == "still":
-        does, doing = pick(STILL_WORDS)
+        does, doing = _pick(STILL_WORDS, rng)
         speed = ""
     else:
-        verbs, where = pick(VERBS), pick(DIRECTION_WORDS[clip.direction])
-        does, doing = (f"{verb} {where}" for verb in verbs)
-        speed = pick(SPEED_WORDS[clip.speed])
-    text = pick(templates).format(
-        size=pick(SIZE_WORDS[clip.size]),
+        verb, participle = _pick(VERBS, rng)
+        where = _pick(DIRECTION_WORDS[clip.direction], rng)
+        does, doing = f"{verb} {where}", f"{participle} {where}"
+        speed = _pick(SPEED_WORDS[clip.speed], rng)
+    text = _pick(templates, rng).format(
+        size=_pick(SIZE_WORDS[clip.size], rng),
         colour=clip.colour,
-        shape=pick(SHAPE_WORDS[clip.shape]),
+        shape=_pick(SHAPE_WORDS[clip.shape], rng),
         does=does,
         doing=doing,
         speed=speed,
@@ -167,22 +191,23 @@ def caption_of(clip: ShapeClip, rng: np.random.Generator, templates: Sequence[st
     return " ".join(text.split())
 
 
-def render(clip: ShapeClip) -> UInt8[Tensor, "t 3 h w"]:
-    """Draws the clip with anti-aliased edges (4×4 samples a pixel)."""
+def render(clip: ShapeClip) -> UInt8[Tensor, "t 3 height width"]:
+    """Draw a clip with anti-aliased edges (4×4 samples per pixel)."""
     scale, size = 4, SIZES[clip.size]
-    place = (np.arange(size * scale) + 0.5) / (size * scale)  # 0…1 across the shape
-    y, x = np.meshgrid(place, place, indexing="ij")
+    coordinates = (np.arange(size * scale) + 0.5) / (size * scale)  # from 0 to 1 across the shape
+    y, x = np.meshgrid(coordinates, coordinates, indexing="ij")
     if clip.shape == "circle":
         inside = (x - 0.5) ** 2 + (y - 0.5) ** 2 <= 0.25
     elif clip.shape == "triangle":
         inside = np.abs(x - 0.5) <= y / 2
     else:
         inside = np.ones_like(x, dtype=bool)
-    cover = inside.reshape(size, scale, size, scale).mean(axis=(1, 3))[..., None]
+    coverage = inside.reshape(size, scale, size, scale).mean(axis=(1, 3))[..., None]
+    colour, background = np.array(COLOURS[clip.colour]), np.array(BACKGROUND)
+    patch = np.rint(coverage * colour + (1 - coverage) * background).astype(np.uint8)
 
     video = np.empty((FRAMES, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     video[:] = BACKGROUND
-    patch = np.rint(cover * np.array(COLOURS[clip.colour]) + (1 - cover) * np.array(BACKGROUND)).astype(np.uint8)
     dx, dy = (SPEEDS[clip.speed] * step for step in DIRECTIONS[clip.direction])
     last = IMAGE_SIZE - size
     for t, frame in enumerate(video):
@@ -192,7 +217,13 @@ def render(clip: ShapeClip) -> UInt8[Tensor, "t 3 h w"]:
 
 
 def draw(held_out: bool, clips: int, seed: int) -> Iterator[tuple[ShapeClip, str]]:
-    """Clips and captions of one part, its combinations taking turns."""
+    """Yield clips with captions, cycling through the combinations of a split.
+
+    Args:
+        held_out: Whether to use the held-out combinations or those to train on.
+        clips: Number of clips.
+        seed: Equal seeds give equal clips.
+    """
     rng = np.random.default_rng([seed, int(held_out)])
     for combination in itertools.islice(itertools.cycle(combinations(held_out)), clips):
         clip = sample_clip(combination, rng)
@@ -200,76 +231,85 @@ def draw(held_out: bool, clips: int, seed: int) -> Iterator[tuple[ShapeClip, str
 
 
 def training_captions(drawn: list[tuple[ShapeClip, str]], seed: int) -> list[list[str]]:
-    """Each clip's own caption, those of the next clips that show the same from another place, and vague ones."""
+    """Return the captions of each training clip.
+
+    Args:
+        drawn: The clips, each with its own caption.
+        seed: Equal seeds give equal captions.
+
+    Returns:
+        For each clip its own caption, those of the next clips that differ only in position, and vague ones.
+    """
     rng = np.random.default_rng([seed, 2])
-    alike: dict[ShapeClip, list[str]] = defaultdict(list)
-    places = []
+    groups: dict[ShapeClip, list[str]] = defaultdict(list)
+    members = []  # the group of each clip, and its index there
     for clip, caption in drawn:
-        kind = alike[replace(clip, x=0, y=0, speed="" if clip.direction == "still" else clip.speed)]
-        places.append((kind, len(kind)))
-        kind.append(caption)
+        group = groups[replace(clip, x=0, y=0, speed="" if clip.direction == "still" else clip.speed)]
+        members.append((group, len(group)))
+        group.append(caption)
     captions = []
-    for (clip, _), (kind, at) in zip(drawn, places, strict=True):
-        shared = list(dict.fromkeys(kind[at:] + kind[:at]))[:SHARED]
+    for (clip, _), (group, index) in zip(drawn, members, strict=True):
+        shared = list(dict.fromkeys(group[index:] + group[:index]))[:SHARED]
         vague = dict.fromkeys(caption_of(clip, rng, VAGUE_TEMPLATES) for _ in range(VAGUE))
         captions.append([*shared, *vague])
     return captions
 
 
 def held_out_prompts(per_combination: int, seed: int = 1) -> list[tuple[ShapeClip, str]]:
-    """Prompts for the held-out combinations, with what a video of each must show."""
+    """Return prompts for the held-out combinations, each with a clip of the attributes that a video must show."""
     return list(draw(held_out=True, clips=per_combination * len(combinations(held_out=True)), seed=seed))
 
 
-def _write(job: tuple[Path, ShapeClip]) -> None:
-    path, clip = job
-    write_mp4(path, render(clip), fps=FPS)
-
-
 def make_shapes(out: Path, train_clips: int = 3600, val_clips: int = 360, seed: int = 0, num_workers: int = 2) -> None:
-    """Writes the moving-shapes data set: captioned mp4 files, 64×64 pixels, 16 frames at 8 frames a second.
+    """Write the moving-shapes data set: captioned mp4 files of 64×64 pixels and 16 frames at 8 frames per second.
 
     Args:
-        out: folder to make; `train` and `val` (the held-out combinations) lie in it.
-        train_clips: number of training clips.
-        val_clips: number of held-out clips.
-        seed: the same seed gives the same files.
-        num_workers: processes that draw and encode.
+        out: Folder to create, with the folders `train` and `val` (the held-out combinations).
+        train_clips: Number of training clips.
+        val_clips: Number of held-out clips.
+        seed: Equal seeds give equal files.
+        num_workers: Processes that draw and encode.
     """
     if min(train_clips, val_clips, num_workers) < 1:
         raise UserError(
             f"train_clips={train_clips}, val_clips={val_clips} and num_workers={num_workers} must all be at least 1."
         )
-    for part, clips in (("train", train_clips), ("val", val_clips)):
-        folder = out / part
-        if (folder / "captions.csv").exists():
-            print(f"{folder} is complete already: nothing to do.")
+    out.mkdir(parents=True, exist_ok=True)
+    for split, clips in (("train", train_clips), ("val", val_clips)):
+        folder = out / split
+        if is_complete(folder):
             continue
-        partial = out / f"{part}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        if folder.exists():
-            raise UserError(
-                f"{folder} exists but holds no captions.csv: it is not ours to replace; choose another folder."
-            )
-        drawn = list(draw(part == "val", clips, seed))
-        captions = [[caption] for _, caption in drawn] if part == "val" else training_captions(drawn, seed)
-        jobs = [(partial / f"{i:06d}.mp4", clip) for i, (clip, _) in enumerate(drawn)]
-        with get_context("spawn").Pool(num_workers) as pool:
-            done = pool.imap_unordered(_write, jobs, chunksize=16)
-            for _ in tqdm(done, total=len(jobs), desc=f"drawing {part}", unit="clip"):
-                pass
-        with (partial / "captions.csv").open("w", newline="") as file:
-            columns = ["path", "caption", *(field.name for field in fields(ShapeClip))]
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            for (path, clip), texts in zip(jobs, captions, strict=True):
-                writer.writerows({"path": path.name, "caption": text, **asdict(clip)} for text in texts)
-        partial.rename(folder)
+        drawn = list(draw(split == "val", clips, seed))
+        captions = [[caption] for _, caption in drawn] if split == "val" else training_captions(drawn, seed)
+        with atomic_path(folder) as temporary:
+            temporary.mkdir()
+            _write_split(temporary, [clip for clip, _ in drawn], captions, num_workers)
         print(f"{folder}: {clips} clips.")
 
 
-if __name__ == "__main__":
-    from t2v.errors import run_tool
+def _pick(choices: Sequence[T], rng: np.random.Generator) -> T:
+    return choices[int(rng.integers(len(choices)))]
 
+
+def _write_split(folder: Path, clips: list[ShapeClip], captions: list[list[str]], num_workers: int) -> None:
+    """Write the mp4 files and the table of captions of a split."""
+    jobs = [(folder / f"{i:06d}.mp4", clip) for i, clip in enumerate(clips)]
+    with get_context("spawn").Pool(num_workers) as pool:
+        written = pool.imap_unordered(_write_clip, jobs, chunksize=16)
+        for _ in tqdm(written, total=len(jobs), desc="drawing clips", unit="clip"):
+            pass
+    with (folder / "captions.csv").open("w", newline="") as file:
+        columns = ["path", "caption", *(field.name for field in fields(ShapeClip))]
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        for (path, clip), texts in zip(jobs, captions, strict=True):
+            writer.writerows({"path": path.name, "caption": text, **asdict(clip)} for text in texts)
+
+
+def _write_clip(job: tuple[Path, ShapeClip]) -> None:
+    path, clip = job
+    write_mp4(path, render(clip), fps=FPS)
+
+
+if __name__ == "__main__":
     run_tool(make_shapes)

@@ -1,4 +1,4 @@
-"""`python -m data.inspect SHARDS`."""
+"""The command `python -m data.inspect SHARDS`."""
 
 from data.inspect import inspect
 from t2v.errors import run_tool

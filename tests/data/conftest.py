@@ -11,27 +11,27 @@ from t2v.video import encode_mp4
 FINGERPRINT = {"tokenizer": "abc", "size": 32, "fps": 8.0, "text_encoder": "small"}
 
 
-def picture_number(video):
-    """Reads back which frame of `numbered` each frame is."""
+def frame_indices(video):
+    """Return the index that each frame has in `numbered`."""
     return (video.float().mean(dim=(1, 2, 3)) / 8).round().int().tolist()
 
 
 def numbered(frames, size=32):
-    """Frames of one grey each: frame t has the brightness 8 t."""
+    """Return frames of one grey level each: 8 t for frame t."""
     return (torch.arange(frames, dtype=torch.uint8) * 8).view(-1, 1, 1, 1).expand(-1, 3, size, size)
 
 
-def video_sample(key, frames=6, fps=8, size=32):
+def video_sample(key, frames=6, fps=8.0, size=32):
     mp4 = encode_mp4(numbered(frames, size), fps, crf=4)
     return {"__key__": key, "mp4": mp4, "txt": f"caption of {key}", "json": {"source": key}}
 
 
-def token_sample(key, frames=6, words=3, fingerprint=None):
-    rng = np.random.default_rng(words)
+def token_sample(key, frames=6, text_tokens=3, fingerprint=None):
+    rng = np.random.default_rng(text_tokens)
     return {
         "__key__": key,
         "tokens.npy": np.arange(frames, dtype=np.uint16)[:, None, None] + np.zeros((1, 2, 2), np.uint16),
-        "text.npy": rng.normal(size=(words, 8)).astype(np.float16),
+        "text.npy": rng.normal(size=(text_tokens, 8)).astype(np.float16),
         "pooled.npy": rng.normal(size=8).astype(np.float16),
         "json": {"caption": f"caption of {key}", "fps": 8.0, "fingerprint": fingerprint or FINGERPRINT},
     }
@@ -45,7 +45,7 @@ def write_shards(folder, samples, samples_per_shard=4):
 
 
 def damage(folder, key):
-    """Overwrites a clip's bytes in its shard, behind the index's back."""
+    """Overwrite a video's bytes in its shard without a change to the index."""
     for path in folder.glob("*.index.json"):
         entry = json.loads(path.read_text())["samples"].get(key)
         if entry:
@@ -58,10 +58,10 @@ def damage(folder, key):
 
 @pytest.fixture(scope="session")
 def make():
-    """What tests build their shards from."""
+    """Functions that make samples and shards."""
     return SimpleNamespace(
         numbered=numbered,
-        picture_number=picture_number,
+        frame_indices=frame_indices,
         video=video_sample,
         tokens=token_sample,
         shards=write_shards,
@@ -72,12 +72,12 @@ def make():
 
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory):
-    """Ten good clips in three shards, for tests that only read."""
+    """Ten intact clips in three shards, for tests that only read."""
     return write_shards(tmp_path_factory.mktemp("videos"), [video_sample(f"{i:03d}") for i in range(10)])
 
 
 @pytest.fixture(scope="session")
 def tokens(tmp_path_factory):
     """Six token clips in two shards, for tests that only read."""
-    samples = [token_sample(f"{i:03d}", words=i % 3 + 1) for i in range(6)]
+    samples = [token_sample(f"{i:03d}", text_tokens=i % 3 + 1) for i in range(6)]
     return write_shards(tmp_path_factory.mktemp("tokens"), samples)

@@ -14,16 +14,16 @@ def train_loader(clips, num_workers, epoch=0):
 
 @pytest.fixture
 def clips(make, tmp_path):
-    """Forty clips of either kind, enough for every slot to be used several times."""
+    """Function that makes forty clips of a kind, enough for every slot to be used several times."""
 
-    def of(kind, buckets):
+    def open_clips(kind, buckets):
         if kind == "video":
             shards = make.shards(tmp_path, [make.video(f"{i:03d}", size=16) for i in range(40)])
-            return VideoClips(ShardSet(shards), buckets, fps=8)
-        shards = make.shards(tmp_path, [make.tokens(f"{i:03d}", words=i % 5 + 1) for i in range(40)])
+            return VideoClips(ShardSet(shards), buckets, fps=8.0)
+        shards = make.shards(tmp_path, [make.tokens(f"{i:03d}", text_tokens=i % 5 + 1) for i in range(40)])
         return TokenClips(ShardSet(shards), buckets)
 
-    return of
+    return open_clips
 
 
 BUCKETS = {
@@ -33,16 +33,18 @@ BUCKETS = {
 
 
 @pytest.mark.parametrize("kind", BUCKETS)
-def test_workers_hand_over_what_one_process_makes(clips, kind):
+def test_workers_deliver_the_batches_of_one_process(clips, kind):
     clips = clips(kind, BUCKETS[kind])
-    expected, made = (list(train_loader(clips, workers)) for workers in (0, 2))  # kept: no slot may show through
-    assert len(made) > 12
-    assert_same(made, expected)
+    expected, loaded = (
+        list(train_loader(clips, workers)) for workers in (0, 2)
+    )  # all kept, so that a batch in a reused slot would differ
+    assert len(loaded) > 12
+    assert_same(loaded, expected)
     if kind == "video":
-        assert {batch.video.stride() for batch in made} == {batch.video.stride() for batch in expected}
+        assert {batch.video.stride() for batch in loaded} == {batch.video.stride() for batch in expected}
 
 
-def test_an_epoch_that_was_broken_off_leaves_nothing_behind(clips):
+def test_an_interrupted_epoch_does_not_affect_the_next(clips):
     clips = clips("tokens", BUCKETS["tokens"])
     expected, loader = list(train_loader(clips, 0)), train_loader(clips, 2)
     for steps in (1, 3, 4):
@@ -51,17 +53,17 @@ def test_an_epoch_that_was_broken_off_leaves_nothing_behind(clips):
     assert_same(list(loader), expected)
 
 
-def test_a_batch_that_is_larger_than_was_thought(clips, monkeypatch):
+def test_a_batch_larger_than_its_slot_is_delivered(clips, monkeypatch):
     clips = clips("tokens", BUCKETS["tokens"])
     monkeypatch.setattr(TokenClips, "batch_bytes", 400)
     expected, loader = list(train_loader(clips, 0)), train_loader(clips, 1)
-    made = list(loader)
-    assert {batch.tokens.untyped_storage().nbytes() > batch.tokens.nbytes for batch in made} == {True, False}
-    assert_same(made, expected)
+    loaded = list(loader)
+    assert {batch.tokens.untyped_storage().nbytes() > batch.tokens.nbytes for batch in loaded} == {True, False}
+    assert_same(loaded, expected)
 
 
 @pytest.mark.parametrize("kind", BUCKETS)
-def test_slots_are_as_large_as_the_largest_batch(clips, kind):
+def test_a_slot_holds_the_largest_batch(clips, kind):
     clips = clips(kind, BUCKETS[kind])
     sizes = [sum(t.nbytes for t in tensors(batch)) for batch in train_loader(clips, 0)]
     assert max(sizes) <= clips.batch_bytes <= 8 * max(sizes)  # of which much is headers, at this size
@@ -71,13 +73,13 @@ def tensors(batch):
     return [batch.video] if hasattr(batch, "video") else [batch.tokens, *batch.text]
 
 
-def assert_same(made, expected):
-    assert [(batch.keys, batch.captions) for batch in made] == [(batch.keys, batch.captions) for batch in expected]
-    for one, other in zip(made, expected, strict=True):
+def assert_same(loaded, expected):
+    assert [(batch.keys, batch.captions) for batch in loaded] == [(batch.keys, batch.captions) for batch in expected]
+    for one, other in zip(loaded, expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
 
 
-def test_captions_of_every_length(clips):
+def test_texts_of_every_length_are_delivered(clips):
     batches = list(train_loader(clips("tokens", [Bucket(6, 4)]), 1))
     assert {int(n) for batch in batches for n in batch.text.mask.sum(1)} == {1, 2, 3, 4, 5}
     assert all(torch.equal(batch.text.tokens.abs().sum(-1) > 0, batch.text.mask) for batch in batches)

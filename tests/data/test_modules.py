@@ -12,7 +12,7 @@ from tests.support.corpus import corrupted_corpus
 
 
 class Recorder(LightningModule):
-    """Notes the keys of the clips it is given."""
+    """A model that records the keys of its clips."""
 
     def __init__(self):
         super().__init__()
@@ -45,7 +45,7 @@ def trainer(folder, **options):
 
 
 def video_module(train, val, **options):
-    return data.VideoDataModule(str(train), str(val), **{"size": 32, "frames": 4, "fps": 8, "batch_size": 4, **options})
+    return data.VideoDataModule(str(train), str(val), **{"size": 32, "frames": 4, "fps": 8.0, "batch_size": 4, **options})
 
 
 def token_module(train="none", val="none", **options):
@@ -53,7 +53,7 @@ def token_module(train="none", val="none", **options):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_fit_sees_the_plan(videos, tmp_path, num_workers):
+def test_fit_follows_the_plan(videos, tmp_path, num_workers):
     recorder = Recorder()
     module = video_module(videos, videos, num_workers=num_workers)
     trainer(tmp_path, max_epochs=2, num_sanity_val_steps=0).fit(recorder, module)
@@ -67,7 +67,7 @@ def test_fit_sees_the_plan(videos, tmp_path, num_workers):
     assert [key for keys in recorder.validated for key in keys] == in_order * 2
 
 
-def test_fit_takes_batches_of_several_shapes(videos, tmp_path):
+def test_fit_takes_batches_of_all_buckets(videos, tmp_path):
     class Shapes(Recorder):
         def training_step(self, batch, batch_idx):
             self.trained.append(tuple(batch.video.shape))
@@ -81,30 +81,30 @@ def test_fit_takes_batches_of_several_shapes(videos, tmp_path):
     assert [key for keys in recorder.validated for key in keys] == [f"{i:03d}" for i in range(10)] * 2
 
 
-def test_tokens_are_not_resized():
+def test_buckets_of_tokens_have_no_size():
     with pytest.raises(UserError, match=r"height=4, width=None, but tokens"):
         token_module(buckets=[Bucket(frames=2, batch_size=1, height=4)])
 
 
-def test_bad_samples_are_listed_in_the_run_folder_and_too_many_stop_it(make, tmp_path):
+def test_skipped_samples_are_listed_in_the_run_folder_and_too_many_stop_the_run(make, tmp_path):
     train = make.shards(tmp_path / "train", [make.video(f"{i:02d}") for i in range(20)])
     val = make.shards(tmp_path / "val", [make.video(key) for key in "abc"])
     for folder, key in ((train, "03"), (train, "11"), (val, "b")):
         make.damage(folder, key)
 
     def fit(run, fraction):
-        module = video_module(train, val, num_workers=1, batch_size=2, max_bad_fraction=fraction)
+        module = video_module(train, val, num_workers=1, batch_size=2, max_skipped_fraction=fraction)
         trainer(tmp_path / run, max_epochs=3, num_sanity_val_steps=0).fit(Recorder(), module)
 
-    fit("patient", 0.5)
-    rows = [json.loads(line) for line in (tmp_path / "patient/bad_samples.jsonl").read_text().splitlines()]
+    fit("tolerant", 0.5)
+    rows = [json.loads(line) for line in (tmp_path / "tolerant/skipped_samples.jsonl").read_text().splitlines()]
     assert sorted((row["key"], row["shard"].split("/")[-2]) for row in rows) == [
         ("03", "train"),
         ("11", "train"),
         ("b", "val"),
     ]
     with pytest.raises(
-        UserError, match=r"2 of 20 clips .*data\.max_bad_fraction=0\.05; .*bad_samples\.jsonl names them"
+        UserError, match=r"2 of 20 clips .*data\.max_skipped_fraction=0\.05; .*skipped_samples\.jsonl: repair"
     ):
         fit("strict", 0.05)
 
@@ -112,16 +112,16 @@ def test_bad_samples_are_listed_in_the_run_folder_and_too_many_stop_it(make, tmp
 def test_a_corpus_with_every_kind_of_damage_trains_to_the_end(videos, tmp_path):
     folder, bad = corrupted_corpus(tmp_path / "corpus")
     recorder = Recorder()
-    module = video_module(folder, videos, num_workers=2, batch_size=2, max_bad_fraction=1)
+    module = video_module(folder, videos, num_workers=2, batch_size=2, max_skipped_fraction=1)
     trainer(tmp_path / "run", max_epochs=2, num_sanity_val_steps=0).fit(recorder, module)
-    rows = [json.loads(line) for line in (tmp_path / "run/bad_samples.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "run/skipped_samples.jsonl").read_text().splitlines()]
     assert sorted((row["key"], row["shard"].rsplit("/", 1)[-1]) for row in rows) == sorted(bad)
     assert len(recorder.trained) == 2 * len(module.train_dataloader())
-    bad_keys = {key for key, _ in bad} - {"twice"}  # the first of them is good
+    bad_keys = {key for key, _ in bad} - {"twice"}  # the first of the two is intact
     assert not {key for _, keys in recorder.trained for key in keys} & bad_keys
 
 
-def test_predict_sees_every_whole_clip_once(videos, make, tmp_path):
+def test_predict_takes_every_whole_clip_once(videos, make, tmp_path):
     train = make.shards(tmp_path / "train", [make.video(key) for key in "abcd"])
     for key in "ab":
         make.damage(train, key)
@@ -138,7 +138,7 @@ def test_predict_sees_every_whole_clip_once(videos, make, tmp_path):
 def test_only_training_clips_are_cropped_and_mirrored(make, tmp_path):
     picture = torch.randint(256, (1, 3, 8, 8), dtype=torch.uint8)
     video = picture.repeat_interleave(8, 2).repeat_interleave(8, 3).expand(4, -1, -1, -1)
-    sample = {"mp4": encode_mp4(video, 8), "txt": "a ball"}
+    sample = {"mp4": encode_mp4(video, 8.0), "txt": "a ball"}
     shards = make.shards(tmp_path / "shards", [{"__key__": key, **sample} for key in "abcd"])
     plain, module = (
         video_module(shards, shards, num_workers=0, **options) for options in ({}, {"crop": 0.5, "flip": True})
@@ -152,16 +152,16 @@ def test_only_training_clips_are_cropped_and_mirrored(make, tmp_path):
     assert same == [True, True, False]
     for one, other in zip(plain.predict_dataloader(), module.predict_dataloader(), strict=True):
         assert next(iter(one)).video.equal(next(iter(other)).video)
-    assert next(iter(module.train_dataloader())).video.shape == (4, 4, 3, 32, 32)  # of footage twice the size
+    assert next(iter(module.train_dataloader())).video.shape == (4, 4, 3, 32, 32)  # from videos of twice the size
 
 
 @pytest.mark.parametrize("crop", [0, 1.5])
-def test_a_crop_that_makes_no_sense(crop):
+def test_a_crop_out_of_range_is_refused(crop):
     with pytest.raises(UserError, match=f"data.crop={crop} "):
         video_module("a", "b", crop=crop)
 
 
-def test_a_protocol_counts_what_was_looked_at(videos):
+def test_the_protocol_counts_the_validation_clips(videos):
     module = video_module(videos, videos)
     assert (
         module.protocol().items()
@@ -169,7 +169,7 @@ def test_a_protocol_counts_what_was_looked_at(videos):
             "shards": str(videos),
             "clips": 10,
             "repeated": 0,
-            "broken": 0,
+            "corrupt": 0,
             "frames": 40,
             "frames_per_clip": 4,
             "fps": 8,
@@ -181,18 +181,18 @@ def test_a_protocol_counts_what_was_looked_at(videos):
     assert module.protocol(batches=3)["clips"] == 10
 
 
-def test_a_batch_larger_than_the_data(videos, tmp_path):
+def test_a_batch_larger_than_the_data_is_refused(videos, tmp_path):
     module = video_module(videos, videos, batch_size=11)
     with pytest.raises(UserError, match=r"10 training clips .*data\.batch_size: 11 clips of 4 frames"):
         trainer(tmp_path, max_epochs=1).fit(Recorder(), module)
 
 
-def test_numbers_that_make_no_sense():
+def test_numbers_out_of_range_are_refused():
     with pytest.raises(UserError, match=r"data\.frames=0, data\.fps=-1 must be greater than 0"):
         video_module("a", "b", frames=0, fps=-1)
 
 
-def test_missing_shards_are_told_before_the_run(tmp_path):
+def test_missing_shards_are_reported_before_the_run(tmp_path):
     with pytest.raises(UserError, match="No shards"):
         trainer(tmp_path).validate(Recorder(), video_module("none", tmp_path / "none"))
 
@@ -203,15 +203,15 @@ def test_token_clips_are_trained_on(tokens, tmp_path):
     assert sorted(key for _, keys in recorder.trained for key in keys) == [f"{i:03d}" for i in range(6)]
 
 
-def test_fingerprint(tokens, make, tmp_path):
+def test_shards_with_different_fingerprints_are_refused(tokens, make, tmp_path):
     assert token_module(tokens, tokens).fingerprint == make.fingerprint
     other = make.shards(tmp_path / "other", [make.tokens("a", fingerprint={**make.fingerprint, "tokenizer": "def"})])
     with pytest.raises(UserError, match="differ in tokenizer"):
         token_module(tokens, other).fingerprint  # noqa: B018
 
 
-def test_fingerprint_of_shards_that_have_none(videos):
-    with pytest.raises(UserError, match="does not say which tokenizer"):
+def test_shards_without_a_fingerprint_are_refused(videos):
+    with pytest.raises(UserError, match="has no fingerprint of its tokenizer"):
         token_module(videos, videos).fingerprint  # noqa: B018
 
 
@@ -232,7 +232,7 @@ def test_prompts_from_a_list(tmp_path):
     assert batch.names == [f"0000-{'a' * 60}", "0001"]
 
 
-@pytest.mark.parametrize("prompts", [(), [], [" "], "none.txt"])
-def test_no_prompts(prompts, tmp_path):
+@pytest.mark.parametrize("prompts", [[], [" "], "none.txt"])
+def test_missing_prompts_are_refused(prompts, tmp_path):
     with pytest.raises(UserError, match="prompts"):
         trainer(tmp_path).predict(Recorder(), token_module(prompts=prompts))

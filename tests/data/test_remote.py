@@ -1,4 +1,4 @@
-"""Shards that lie elsewhere: over HTTP from a server that counts what it gives, and in fsspec's memory."""
+"""Remote shards: over HTTP from a server that counts bytes and requests, and in fsspec's memory."""
 
 import functools
 import io
@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from data import index
+from data.index import remote
 from data.shards import ShardSet
 from t2v.errors import UserError
 from t2v.video import encode_mp4
@@ -24,7 +24,7 @@ CLIPS = 4
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Serves a folder, parts of files too; notes bytes and requests, and fails as often as it is told."""
+    """Serves a folder, with range requests; counts bytes and requests, and fails `server.failures` times."""
 
     protocol_version = "HTTP/1.1"
     timeout = 30
@@ -62,9 +62,9 @@ class Handler(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A server of `server.folder` at `server.address`; indices are kept in a cache of the test's own."""
+    """A server of `server.folder` at `server.address`; the test has its own cache of indices."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(index, "_WAITS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(remote, "_WAITS", (0.0, 0.0, 0.0))
     folder = tmp_path / "served"
     folder.mkdir()
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
@@ -82,10 +82,10 @@ def server(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def large():
-    """Two mp4s of noise, of some 300 KB: with the description of the video in front, and behind."""
+    """Two mp4s of noise, of about 300 KB: with the description before and after the pictures."""
     generator = torch.Generator().manual_seed(0)
     frames = torch.randint(0, 256, (12, 3, 128, 128), dtype=torch.uint8, generator=generator)
-    front, file = encode_mp4(frames, fps=8, crf=1), io.BytesIO()
+    front, file = encode_mp4(frames, fps=8.0, crf=1), io.BytesIO()
     with av.open(io.BytesIO(front)) as source, av.open(file, "w", format="mp4") as copy:
         stream = copy.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(video=0):
@@ -99,7 +99,7 @@ def large():
     return front, behind
 
 
-def put(path, *samples):
+def write_tar(path, *samples):
     with tarfile.open(path, "w") as tar:
         for sample in samples:
             for name in ("mp4", "txt"):
@@ -114,8 +114,8 @@ def large_samples(large, prefix=""):
     return [{"__key__": f"{prefix}{i}", "mp4": large[i % 2], "txt": f"caption {i}"} for i in range(CLIPS)]
 
 
-def test_neither_indexing_nor_reading_loads_the_tar(server, large):
-    size = put(server.folder / "0.tar", *large_samples(large))
+def test_indexing_and_reading_fetch_only_parts_of_the_tar(server, large):
+    size = write_tar(server.folder / "0.tar", *large_samples(large))
     shards = ShardSet(f"{server.address}/0.tar")
     assert [tuple(sample)[3:] for sample in shards.samples] == [(12, 8.0, 128, 128, "")] * CLIPS
     assert server.bytes["/0.tar"] < size / 3
@@ -129,23 +129,25 @@ def test_neither_indexing_nor_reading_loads_the_tar(server, large):
 
 
 @pytest.mark.parametrize("path", ["", "/", "/clips-{0..2}.tar", "/clips-*.tar"])
-def test_a_set_of_shards_over_http(path, server, make):
+def test_shards_over_http(path, server, make):
     for i in range(3):
-        put(server.folder / f"clips-{i}.tar", make.video(f"{i}"))
+        write_tar(server.folder / f"clips-{i}.tar", make.video(f"{i}"))
     (server.folder / "notes.txt").write_text("no tar")
     shards = ShardSet(server.address + path)
     assert [sample.key for sample in shards.samples] == ["0", "1", "2"]
     assert shards.read(shards.samples[2], "txt") == {"txt": b"caption of 2"}
 
 
-def test_a_shard_of_the_braces_that_is_not_there(server, make):
-    put(server.folder / "clips-0.tar", make.video("0"))
+def test_a_missing_shard_among_braces_is_named(server, make):
+    write_tar(server.folder / "clips-0.tar", make.video("0"))
     with pytest.raises(UserError, match=r"there is no http.*/clips-1\.tar"):
         ShardSet(f"{server.address}/clips-{{0..1}}.tar")
 
 
-def test_the_question_mark_of_a_signed_address(server, make):
-    put(server.folder / "clips.tar?signed=yes", make.video("a"))  # names need no meaning to this server
+def test_an_address_with_a_query_is_opened(server, make):
+    write_tar(
+        server.folder / "clips.tar?signed=yes", make.video("a")
+    )  # for this server the query is part of the file name
     server.RequestHandlerClass = functools.partial(Signed, directory=str(server.folder))
     assert len(ShardSet(f"{server.address}/clips.tar?signed=yes")) == 1
 
@@ -155,21 +157,21 @@ class Signed(Handler):
         return f"{self.directory}{path}"
 
 
-def test_the_index_is_kept_for_the_next_start(server, make, tmp_path):
-    put(server.folder / "0.tar", make.video("a"))
+def test_the_index_is_cached(server, make, tmp_path):
+    write_tar(server.folder / "0.tar", make.video("a"))
     first = ShardSet(server.address)
-    asked = server.requests["/0.tar"]
+    requests = server.requests["/0.tar"]
     again = ShardSet(server.address)
-    assert (again.samples, server.requests["/0.tar"]) == (first.samples, asked)
-    kept = list((tmp_path / "cache").rglob("*.*"))
-    assert [path.suffix for path in kept] == [".json"]
+    assert (again.samples, server.requests["/0.tar"]) == (first.samples, requests)
+    cached = list((tmp_path / "cache").rglob("*.*"))
+    assert [path.suffix for path in cached] == [".json"]
     assert [path.name for path in server.folder.iterdir()] == ["0.tar"]
-    put(server.folder / "0.tar", make.video("b"), make.video("c"))
-    os.utime(server.folder / "0.tar", (1, 1))  # dates over HTTP are of whole seconds
+    write_tar(server.folder / "0.tar", make.video("b"), make.video("c"))
+    os.utime(server.folder / "0.tar", (1, 1))  # dates over HTTP have whole seconds
     assert [sample.key for sample in ShardSet(server.address).samples] == ["b", "c"]
 
 
-def test_an_index_that_lies_beside_the_shard_is_used(server, videos):
+def test_an_index_beside_the_shard_is_used(server, videos):
     for path in videos.iterdir():
         (server.folder / path.name).write_bytes(path.read_bytes())
     shards = ShardSet(server.address)
@@ -188,24 +190,24 @@ class Read(Dataset):
         return self.shards.read(self.shards.samples[number], "txt")["txt"].decode()
 
 
-def test_workers_read_after_their_parent_has(server, make):
+def test_workers_can_read_after_their_parent_did(server, make):
     for i in range(2):
-        put(server.folder / f"{i}.tar", *(make.video(f"{i}{j}") for j in range(4)))
+        write_tar(server.folder / f"{i}.tar", *(make.video(f"{i}{j}") for j in range(4)))
     data = Read(ShardSet(server.address))
-    wanted = [f"caption of {i}{j}" for i in range(2) for j in range(4)]
-    assert list(map(data.__getitem__, range(8))) == wanted
+    expected = [f"caption of {i}{j}" for i in range(2) for j in range(4)]
+    assert list(map(data.__getitem__, range(8))) == expected
     loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
     for _ in range(2):
-        assert list(loader) == wanted
-        assert data[3] == wanted[3]  # the parent's own connection goes on working
-    assert pickle.loads(pickle.dumps(data))[5] == wanted[5]  # as where workers are not forked
+        assert list(loader) == expected
+        assert data[3] == expected[3]  # the parent's connection still works
+    assert pickle.loads(pickle.dumps(data))[5] == expected[5]  # as workers that are not forked get it
 
 
-def test_a_failure_that_passes_is_no_bad_sample(server, make):
-    put(server.folder / "0.tar", make.video("a"))
+def test_a_temporary_failure_is_retried(server, make):
+    write_tar(server.folder / "0.tar", make.video("a"))
     server.failures = 2
     shards = ShardSet(f"{server.address}/0.tar")
-    assert (len(shards), shards.bad, server.failures) == (1, [], 0)
+    assert (len(shards), shards.skipped, server.failures) == (1, [], 0)
     server.failures = 3
     assert shards.read(shards.samples[0], "txt") == {"txt": b"caption of a"}
     server.failures = 1000
@@ -213,20 +215,20 @@ def test_a_failure_that_passes_is_no_bad_sample(server, make):
         shards.read(shards.samples[0], "txt")
 
 
-def test_a_server_that_goes_on_failing(server, make):
-    put(server.folder / "0.tar", make.video("a"))
+def test_a_permanent_failure_is_reported(server, make):
+    write_tar(server.folder / "0.tar", make.video("a"))
     server.failures = 1000
     with pytest.raises(UserError, match=r"after 4 attempts: 503"):
         ShardSet(f"{server.address}/0.tar")
 
 
-def test_a_server_that_is_not_there():
+def test_a_missing_server_is_reported():
     with pytest.raises(UserError, match="Cannot connect"):
         ShardSet("http://127.0.0.1:9/clips-{0..1}.tar")
 
 
-def test_a_server_without_parts(server, make):
-    put(server.folder / "0.tar", *(make.video(f"{i}") for i in range(40)))  # more than is read at once
+def test_a_server_without_range_requests_is_reported(server, make):
+    write_tar(server.folder / "0.tar", *(make.video(f"{i}") for i in range(40)))  # more than one request
     server.ranges = False
     with pytest.raises(UserError, match="does not serve parts of files"):
         ShardSet(f"{server.address}/0.tar")

@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint sees the clips that it would have seen."""
+"""A run resumed from a checkpoint gets the clips that it would have got without interruption."""
 
 from itertools import chain
 
@@ -21,7 +21,7 @@ def shards(tmp_path_factory, make):
 
 
 class Recorder(LightningModule):
-    """Writes down the clips of every step, with the window taken: one file a step and rank."""
+    """A model that writes the clips of every step, with the windows, to one file per step and rank."""
 
     def __init__(self, folder):
         super().__init__()
@@ -42,7 +42,7 @@ class Recorder(LightningModule):
 
 
 class Stop(Callback):
-    """Ends a run as a killed one ends, as far as the checkpoint is concerned."""
+    """Interrupts a run after some steps, without a further checkpoint."""
 
     def __init__(self, steps):
         self.steps = steps
@@ -53,7 +53,7 @@ class Stop(Callback):
 
 
 def fit(shards, folder, ckpt_path=None, stop=None, last=False, module=(), **options):
-    """The steps that were taken, by epoch, number and rank, and the folder of the checkpoints after each."""
+    """Train with a checkpoint after each step; return the clips of each step by epoch, number and rank."""
     folder.mkdir(exist_ok=True)
     steps = folder / "steps"
     steps.mkdir(exist_ok=True)
@@ -92,7 +92,7 @@ def whole(shards, tmp_path_factory):
     return fit(shards, folder), folder
 
 
-def test_a_run_that_never_stops_sees_every_clip_once_an_epoch(whole):
+def test_an_uninterrupted_run_takes_every_clip_once_per_epoch(whole):
     steps, _ = whole
     assert len(steps) == EPOCHS * CLIPS // 2
     for epoch in range(EPOCHS):
@@ -101,7 +101,7 @@ def test_a_run_that_never_stops_sees_every_clip_once_an_epoch(whole):
 
 
 @pytest.mark.parametrize("step", range(1, EPOCHS * CLIPS // 2))
-def test_it_goes_on_with_the_next_clip_after_any_step(shards, whole, step, tmp_path):
+def test_a_run_continues_with_the_next_clip_after_any_step(shards, whole, step, tmp_path):
     steps, folder = whole
     rest = fit(shards, tmp_path, ckpt_path=folder / f"every/step={step}.ckpt")
     assert rest == dict(list(steps.items())[step:])
@@ -109,20 +109,20 @@ def test_it_goes_on_with_the_next_clip_after_any_step(shards, whole, step, tmp_p
 
 @pytest.mark.parametrize("epoch", range(EPOCHS - 1))
 @pytest.mark.parametrize("limits", [{}, {"max_epochs": -1, "max_steps": 16}])
-def test_it_goes_on_after_the_end_of_an_epoch(shards, whole, epoch, limits, tmp_path):
+def test_a_run_continues_after_the_end_of_an_epoch(shards, whole, epoch, limits, tmp_path):
     steps, folder = whole
     rest = fit(shards, tmp_path, ckpt_path=folder / f"ends/epoch={epoch}.ckpt", **limits)
     assert rest == dict(list(steps.items())[6 * (epoch + 1) : limits.get("max_steps")])
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_number_of_workers_makes_no_difference(shards, whole, workers, tmp_path):
+def test_a_run_continues_with_another_number_of_workers(shards, whole, workers, tmp_path):
     steps, folder = whole
     rest = fit(shards, tmp_path, ckpt_path=folder / "every/step=8.ckpt", module={"num_workers": workers})
     assert rest == dict(list(steps.items())[8:])
 
 
-def test_validation_in_the_middle_of_an_epoch_changes_nothing(shards, whole, tmp_path):
+def test_a_run_with_validation_in_the_middle_of_an_epoch_continues(shards, whole, tmp_path):
     steps, _ = whole
     often = {"val_check_interval": 2, "max_epochs": -1, "max_steps": 14}
     fit(shards, tmp_path / "first", stop=9, **often)
@@ -132,8 +132,8 @@ def test_validation_in_the_middle_of_an_epoch_changes_nothing(shards, whole, tmp
 
 @pytest.mark.parametrize("limits", [{}, {"max_epochs": -1, "max_steps": 18}])
 @pytest.mark.parametrize("each", [1, 2, 3])
-def test_a_run_that_is_stopped_again_and_again(shards, whole, limits, each, tmp_path):
-    """At the ends of epochs too, where Lightning loses count."""
+def test_a_run_can_be_interrupted_repeatedly(shards, whole, limits, each, tmp_path):
+    """Also at the ends of epochs, where Lightning's own counts would be wrong."""
     steps, _ = whole
     seen, ckpt_path = {}, None
     for number, step in enumerate(range(each, 19, each)):
@@ -144,15 +144,15 @@ def test_a_run_that_is_stopped_again_and_again(shards, whole, limits, each, tmp_
     assert seen == steps
 
 
-def test_a_run_that_ended_in_the_middle_of_an_epoch_is_trained_longer(shards, whole, tmp_path):
+def test_a_run_that_ended_in_the_middle_of_an_epoch_can_be_extended(shards, whole, tmp_path):
     steps, _ = whole
     first = fit(shards, tmp_path / "first", max_epochs=-1, max_steps=8, last=True)
     rest = fit(shards, tmp_path / "rest", ckpt_path=tmp_path / "first/end.ckpt", max_epochs=-1, max_steps=18)
     assert first | rest == steps
 
 
-def test_buckets_go_on_too(shards, tmp_path):
-    module = {"buckets": [Bucket(frames=8, batch_size=1), Bucket(frames=3, batch_size=2, probability=2)]}
+def test_a_run_with_buckets_continues(shards, tmp_path):
+    module = {"buckets": [Bucket(frames=8, batch_size=1), Bucket(frames=3, batch_size=2, probability=2.0)]}
     steps = fit(shards, tmp_path / "whole", module=module)
     lengths = {row.split(":")[2] for rows in steps.values() for row in rows.split()}
     assert lengths == {"8", "3"}
@@ -160,7 +160,7 @@ def test_buckets_go_on_too(shards, tmp_path):
     assert rest == dict(list(steps.items())[10:])
 
 
-def test_two_ranks_go_on_as_one_and_one_as_two(shards, tmp_path):
+def test_a_run_continues_with_another_world_size(shards, tmp_path):
     two = {"strategy": "ddp_fork", "devices": 2}
     first = fit(shards, tmp_path / "two", max_epochs=-1, max_steps=2, **two)
     assert len(first) == 4
@@ -169,17 +169,17 @@ def test_two_ranks_go_on_as_one_and_one_as_two(shards, tmp_path):
     assert sorted(seen) == [f"{i:03d}" for i in range(CLIPS)]
     assert [len(keys(rest, epoch)) for epoch in range(EPOCHS)] == [4, CLIPS, CLIPS]
 
-    again = fit(shards, tmp_path / "again", ckpt_path=tmp_path / "one/every/step=4.ckpt", **two)  # the epoch's end
+    again = fit(shards, tmp_path / "again", ckpt_path=tmp_path / "one/every/step=4.ckpt", **two)  # the end of an epoch
     assert [len(keys(again, epoch)) for epoch in range(EPOCHS)] == [0, CLIPS, CLIPS]
     middle = fit(shards, tmp_path / "middle", ckpt_path=tmp_path / "one/every/step=7.ckpt", **two)
     before = [keys({name: rest[name]}, 1) for name in sorted(rest) if name[0] == "1"][:3]
     assert (
         len(set(chain(*before, keys(middle, 1)))) == 6 + len(keys(middle, 1)) == CLIPS - 2
-    )  # one batch cannot be shared
+    )  # one batch cannot be divided among two ranks
     assert sorted(keys(middle, 2)) == [f"{i:03d}" for i in range(CLIPS)]
 
 
-def test_other_clips_than_those_of_the_checkpoint_are_told(shards, whole, tmp_path):
+def test_clips_that_differ_from_the_checkpoint_are_warned_of(shards, whole, tmp_path):
     _, folder = whole
     with pytest.warns(UserWarning, match="are not those of the checkpoint"):
         fit(shards, tmp_path, ckpt_path=folder / "every/step=8.ckpt", module={"batch_size": 3})

@@ -20,7 +20,7 @@ def names(folder):
 
 
 def video2dataset_tar(samples):
-    """A tar as other tools write it: their own order, headers and extra members, no index."""
+    """Return a tar as other tools write it: with extra members and without an index."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as tar:
         for sample in samples:
@@ -34,7 +34,7 @@ def video2dataset_tar(samples):
 
 
 def tar_of(path, *members, kind=tarfile.USTAR_FORMAT):
-    """A tar of members: name and content; instead of a content a type, for what is not a file."""
+    """Write a tar of members (name, content); a type instead of the content for links, devices and folders."""
     with tarfile.open(path, "w", format=kind) as tar:
         for name, content in members:
             member = tarfile.TarInfo(name)
@@ -51,22 +51,22 @@ def keys(shards):
     return [sample.key for sample in shards.samples]
 
 
-def told(shards):
-    """Key and reason of what is bad."""
-    return [(sample.key, sample.reason) for sample in shards.bad]
+def skipped(shards):
+    """Return key and reason of the skipped samples."""
+    return [(sample.key, sample.reason) for sample in shards.skipped]
 
 
-def test_round_trip(videos, make):
+def test_shards_are_read_as_written(videos, make):
     shards = ShardSet(videos)
     assert [sample.key for sample in shards.samples] == [f"{i:03d}" for i in range(10)]
     assert names(videos) == [f"shard-00000{i}.{end}" for i in range(3) for end in ("index.json", "tar")]
     for sample in shards.samples:
         assert (sample.frames, sample.fps, sample.height, sample.width) == (6, 8, 32, 32)
-        wrote = make.video(sample.key)
-        assert shards.read(sample, "mp4", "txt") == {"mp4": wrote["mp4"], "txt": wrote["txt"].encode()}
+        expected = make.video(sample.key)
+        assert shards.read(sample, "mp4", "txt") == {"mp4": expected["mp4"], "txt": expected["txt"].encode()}
 
 
-def test_webdataset_reads_what_we_write(videos):
+def test_webdataset_reads_our_shards(videos):
     import webdataset
 
     samples = list(webdataset.WebDataset(f"{videos}/shard-000000.tar", shardshuffle=False))
@@ -74,27 +74,27 @@ def test_webdataset_reads_what_we_write(videos):
     assert samples[0]["txt"] == b"caption of 000"
 
 
-def test_the_same_samples_make_the_same_bytes(videos, make, tmp_path):
+def test_equal_samples_give_equal_bytes(videos, make, tmp_path):
     again = make.shards(tmp_path, [make.video(f"{i:03d}") for i in range(10)])
     for name in names(videos):
         assert (again / name).read_bytes() == (videos / name).read_bytes()
 
 
-def test_one_tar_and_patterns(videos):
+def test_a_path_can_be_one_tar_or_a_pattern(videos):
     assert len(ShardSet(videos / "shard-000002.tar")) == 2
     assert len(ShardSet(f"{videos}/shard-00000[12].tar")) == 6
     assert keys(ShardSet(f"{videos}/shard-{{000002,000000}}.tar")) == ["008", "009", "000", "001", "002", "003"]
     assert len(ShardSet(f"{videos}/shard-00000{{1..2}}.*")) == 6
 
 
-def test_tokens_are_indexed_by_their_shape(tokens):
+def test_the_index_has_the_shape_of_tokens(tokens):
     sample = ShardSet(tokens).samples[0]
     assert (sample.frames, sample.height, sample.width) == (6, 2, 2)
 
 
-def test_shards_of_other_tools(make, tmp_path):
+def test_shards_of_other_tools_are_indexed(make, tmp_path):
     samples = [
-        make.video("00012", frames=9, fps=25, size=48),
+        make.video("00012", frames=9, fps=25.0, size=48),
         {"__key__": "00013", "mp4": b"broken"},
         make.video("00014"),
     ]
@@ -106,10 +106,10 @@ def test_shards_of_other_tools(make, tmp_path):
     assert shards.samples[0].fps == 25
     assert shards.read(shards.samples[2], "json", "mp4")["mp4"] == samples[2]["mp4"]
     assert names(tmp_path) == ["00000.index.json", "00000.tar"]
-    assert ShardSet(tmp_path).samples == shards.samples  # from the index now
+    assert ShardSet(tmp_path).samples == shards.samples  # from the stored index
 
 
-def test_an_index_of_another_tar_is_remade(make, tmp_path):
+def test_an_index_older_than_its_tar_is_remade(make, tmp_path):
     make.shards(tmp_path, [make.video("a")])
     path = tmp_path / "shard-000000.tar"
     size = path.stat().st_size
@@ -119,12 +119,12 @@ def test_an_index_of_another_tar_is_remade(make, tmp_path):
     assert [sample.key for sample in ShardSet(tmp_path).samples] == ["b"]
 
 
-def test_a_member_that_is_not_there(videos):
+def test_a_missing_member_is_left_out(videos):
     shards = ShardSet(videos)
     assert shards.read(shards.samples[0], "tokens.npy") == {}
 
 
-def test_an_exception_leaves_no_half_shard(make, tmp_path):
+def test_an_exception_removes_the_incomplete_shard(make, tmp_path):
     def write():
         with ShardWriter(tmp_path, samples_per_shard=2) as writer:
             for key in "abc":
@@ -137,63 +137,63 @@ def test_an_exception_leaves_no_half_shard(make, tmp_path):
     assert len(ShardSet(tmp_path)) == 2
 
 
-def test_a_killed_writer_leaves_no_half_shard(tmp_path):
+def test_a_killed_writer_leaves_no_shard(tmp_path):
     script = (
         "import os, sys; from data.shards import ShardWriter\n"
         "with ShardWriter(sys.argv[1]) as writer:\n"
         "    writer.write({'__key__': 'a', 'txt': 'text'}); os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", script, tmp_path], check=False).returncode == 9
-    assert not list(tmp_path.glob("*.tar"))
+    assert not list(tmp_path.glob("[!.]*"))
     with pytest.raises(UserError, match="No shards"):
         ShardSet(tmp_path)
 
 
 @pytest.mark.parametrize("key", ["", "clip.v2"])
-def test_keys_that_would_not_come_back(key, tmp_path):
+def test_keys_that_cannot_be_read_back_are_refused(key, tmp_path):
     with pytest.raises(ValueError, match="dot"), ShardWriter(tmp_path) as writer:
         writer.write({"__key__": key, "txt": "text"})
 
 
 @pytest.mark.parametrize("path", ["", "none", "none/*.tar", "none.tar", "shard-{0..1}.tar"])
-def test_no_shards(path, tmp_path):
+def test_missing_shards_are_reported(path, tmp_path):
     with pytest.raises(UserError, match=r"No shards \(\*\.tar\) in"):
         ShardSet(tmp_path / path)
 
 
 @pytest.mark.parametrize("path", ["nowhere://clips", "shard-{0..1.tar"])
-def test_addresses_that_mean_nothing(path):
+def test_invalid_addresses_are_reported(path):
     with pytest.raises(UserError, match="correct the address"):
         ShardSet(path)
 
 
 @pytest.mark.parametrize("content", [b"no tar" * 200, b""])
-def test_damaged_tar(content, tmp_path):
+def test_a_file_that_is_not_a_tar_is_reported(content, tmp_path):
     (tmp_path / "00000.tar").write_bytes(content)
     with pytest.raises(UserError, match=r"00000\.tar"):
         ShardSet(tmp_path)
 
 
-def test_all_that_goes_wrong(tmp_path):
+def test_corrupt_and_skipped_samples_of_a_corrupted_corpus(tmp_path):
     shards = ShardSet(corrupted_corpus(tmp_path, good=2)[0])
     assert keys(shards)[-3:] == ["texts-behind", "names-0", "names-1"]
-    broken = {sample.key: sample.reason for sample in shards.samples if not sample.frames}
-    assert list(broken) == ["truncated", "truncated-head", "zero", "text"]
-    assert all("cut short" in broken[key] for key in ("truncated", "truncated-head"))
-    assert all("Invalid data" in broken[key] for key in ("zero", "text"))
-    assert [(sample.key, sample.shard.rpartition("/")[-1]) for sample in shards.bad] == [
+    corrupt = {sample.key: sample.reason for sample in shards.samples if not sample.frames}
+    assert list(corrupt) == ["truncated", "truncated-head", "zero", "text"]
+    assert all("truncated" in corrupt[key] for key in ("truncated", "truncated-head"))
+    assert all("Invalid data" in corrupt[key] for key in ("zero", "text"))
+    assert [(sample.key, sample.shard.rpartition("/")[-1]) for sample in shards.skipped] == [
         ("twice", "clips-00001.tar"),
         *((key, "clips-00002.tar") for key in ("../escape", "/absolute", "link", "cut")),
     ]
-    assert "cut short" in shards.bad[-1].reason
+    assert "truncated" in shards.skipped[-1].reason
     again = ShardSet(tmp_path)
-    assert (again.samples, again.bad) == (shards.samples, shards.bad)  # from the index now
-    kept = next(sample for sample in shards.samples if sample.key == "twice")
-    assert shards.read(kept, "txt") == {"txt": b"a caption"}
+    assert (again.samples, again.skipped) == (shards.samples, shards.skipped)  # from the stored index
+    first = next(sample for sample in shards.samples if sample.key == "twice")
+    assert shards.read(first, "txt") == {"txt": b"a caption"}
 
 
 def remux(mp4, skip=0, **options):
-    """The same packets in a container of other options, the first ones before its beginning: they are not shown."""
+    """Return the same packets in a new container; the first `skip` frames are before its start and not shown."""
     file = io.BytesIO()
     with av.open(io.BytesIO(mp4)) as source, av.open(file, "w", format="mp4", options=options) as copy:
         stream = copy.add_stream_from_template(source.streams.video[0])
@@ -217,9 +217,9 @@ def vp9(frames):
     return file.getvalue()
 
 
-def test_the_index_says_of_a_video_what_all_of_its_bytes_say(tmp_path):
+def test_the_index_describes_a_video_as_a_probe_of_the_whole_file(tmp_path):
     frames = torch.randint(0, 256, (12, 3, 64, 96), dtype=torch.uint8)
-    mp4 = encode_mp4(frames, fps=8)
+    mp4 = encode_mp4(frames, fps=8.0)
     videos = {
         "front": mp4,
         "behind": remux(mp4),
@@ -241,31 +241,31 @@ def samples_of(*names):
     ]
 
 
-@pytest.mark.parametrize("cut", range(0, 7 * 512 + 1, 128))
-def test_a_tar_cut_anywhere(cut, tmp_path):
+@pytest.mark.parametrize("size", range(0, 7 * 512 + 1, 128))
+def test_a_tar_truncated_anywhere(size, tmp_path):
     """Each member is a block of header and a block of content: a, b and c with two members each."""
     path = tar_of(tmp_path / "0.tar", *samples_of("a", "b", "c"))
-    path.write_bytes(path.read_bytes()[: 4 * 512 + cut])  # behind all of a
+    path.write_bytes(path.read_bytes()[: 4 * 512 + size])  # after all of a
     shards = ShardSet(tmp_path)
-    whole = [key for key, end in (("a", 0), ("b", 3 * 512 + 8), ("c", 7 * 512 + 8)) if cut >= end]
-    assert keys(shards) == whole
-    begun = [("b", 512), ("c", 5 * 512)]
-    named = [key for key, start in begun if cut >= start and key not in whole]
-    assert [bad.key for bad in shards.bad] == (named or [""])
-    assert all("cut short" in bad.reason for bad in shards.bad)
+    complete = [key for key, end in (("a", 0), ("b", 3 * 512 + 8), ("c", 7 * 512 + 8)) if size >= end]
+    assert keys(shards) == complete
+    starts = [("b", 512), ("c", 5 * 512)]
+    named = [key for key, start in starts if size >= start and key not in complete]
+    assert [bad.key for bad in shards.skipped] == (named or [""])
+    assert all("truncated" in bad.reason for bad in shards.skipped)
 
 
-@pytest.mark.parametrize("place", [0, 100, 148, 300])
-@pytest.mark.parametrize(("member", "whole", "named"), [(2, "a", ""), (3, "a", "b"), (4, "ab", "")])
-def test_a_damaged_header(place, member, whole, named, tmp_path):
+@pytest.mark.parametrize("position", [0, 100, 148, 300])
+@pytest.mark.parametrize(("member", "complete", "named"), [(2, "a", ""), (3, "a", "b"), (4, "ab", "")])
+def test_a_tar_with_a_damaged_header(position, member, complete, named, tmp_path):
     path = tar_of(tmp_path / "0.tar", *samples_of("a", "b", "c"))
     content = bytearray(path.read_bytes())
-    content[member * 1024 + place : member * 1024 + place + 4] = b"\xff\xfe\xfd\xfc"
+    content[member * 1024 + position : member * 1024 + position + 4] = b"\xff\xfe\xfd\xfc"
     path.write_bytes(content)
     shards = ShardSet(tmp_path)
-    assert keys(shards) == list(whole)
-    assert [bad.key for bad in shards.bad] == [named]
-    assert "damaged" in shards.bad[0].reason
+    assert keys(shards) == list(complete)
+    assert [bad.key for bad in shards.skipped] == [named]
+    assert "damaged" in shards.skipped[0].reason
 
 
 @pytest.mark.parametrize(
@@ -283,17 +283,17 @@ def test_a_damaged_header(place, member, whole, named, tmp_path):
         ("b\udcff.txt", b"x", "not UTF-8"),
     ],
 )
-def test_members_that_are_never_read(name, kind, reason, tmp_path):
+def test_members_that_must_not_be_read_are_skipped(name, kind, reason, tmp_path):
     tar_of(tmp_path / "0.tar", *samples_of("a"), (name, kind), *samples_of("c"))
     shards = ShardSet(tmp_path)
     assert keys(shards) == ["a", "c"]
-    ((key, why),) = told(shards)
+    ((key, why),) = skipped(shards)
     assert reason in why
-    key.encode()  # can be written into a list
+    key.encode()  # can be written to a file
     assert key.rpartition("/")[-1].rpartition("\\")[-1].startswith(("b", "passwd"))
 
 
-def test_members_that_mean_nothing_are_passed_over(tmp_path):
+def test_members_without_an_extension_are_ignored(tmp_path):
     tar_of(
         tmp_path / "0.tar",
         ("clips", tarfile.DIRTYPE),
@@ -303,10 +303,10 @@ def test_members_that_mean_nothing_are_passed_over(tmp_path):
     )
     shards = ShardSet(tmp_path)
     assert keys(shards) == ["clips/a"]
-    assert shards.bad == []
+    assert shards.skipped == []
 
 
-def test_members_of_a_sample_may_lie_apart(tmp_path):
+def test_members_of_a_sample_may_be_far_apart(tmp_path):
     far = b"x" * 2**21
     tar_of(tmp_path / "0.tar", ("a.cls", b"11"), ("b.cls", b"22"), ("c.bin", far), ("b.txt", b"two"), ("a.txt", b"one"))
     shards = ShardSet(tmp_path)
@@ -318,16 +318,16 @@ def test_members_of_a_sample_may_lie_apart(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_long_names(kind, tmp_path):
+def test_long_names_are_read(kind, tmp_path):
     long = "clips/" + "ä" * 150
     tar_of(tmp_path / "0.tar", *samples_of("a", long, "b"), kind=kind)
     shards = ShardSet(tmp_path)
     assert keys(shards) == ["a", long, "b"]
     assert shards.read(shards.samples[1], "txt") == {"txt": f"txt of {long}".encode()}
-    assert shards.bad == []
+    assert shards.skipped == []
 
 
-def test_shards_of_webdataset(make, tmp_path):
+def test_shards_of_webdataset_are_read(make, tmp_path):
     import webdataset
 
     with webdataset.ShardWriter(f"{tmp_path}/%05d.tar", maxcount=2, verbose=0) as writer:
@@ -341,20 +341,20 @@ def test_shards_of_webdataset(make, tmp_path):
 def test_an_index_of_an_earlier_version_is_remade(make, tmp_path):
     make.shards(tmp_path, [make.tokens("a")])
     path = tmp_path / "shard-000000.index.json"
-    made = path.read_text()
-    path.write_text(made.replace('"version": 2', '"version": 1').replace('"a"', '"z"'))
+    index = path.read_text()
+    path.write_text(index.replace('"version": 3', '"version": 2').replace('"a"', '"z"'))
     assert keys(ShardSet(tmp_path)) == ["a"]
-    assert path.read_text() == made
+    assert path.read_text() == index
 
 
-def test_a_key_that_comes_again_begins_a_shard(make, tmp_path):
+def test_a_repeated_key_starts_the_next_shard(make, tmp_path):
     make.shards(tmp_path, [{"__key__": key, "txt": key} for key in "abcabdd"])
     shards = ShardSet(tmp_path)
     assert [(sample.key, sample.shard[-5]) for sample in shards.samples] == list(zip("abcabdd", "0001112", strict=True))
-    assert shards.bad == []
+    assert shards.skipped == []
 
 
-def test_a_shard_that_has_become_shorter(make, tmp_path):
+def test_a_shard_that_has_become_shorter_is_reported(make, tmp_path):
     shards = ShardSet(make.shards(tmp_path, [make.tokens("a")]))
     os.truncate(tmp_path / "shard-000000.tar", 600)
     with pytest.raises(OSError, match="has become shorter"):

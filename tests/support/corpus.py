@@ -1,4 +1,4 @@
-"""A corpus with everything wrong in it that happens to video shards, and a few good clips between."""
+"""Video shards with every kind of damage, and a few intact clips between."""
 
 import io
 import tarfile
@@ -10,20 +10,20 @@ from t2v.video import encode_mp4
 
 
 def corrupted_corpus(
-    folder: Path, good: int = 4, frames: int = 6, size: int = 32, fps: float = 8
+    folder: Path, good: int = 4, frames: int = 6, size: int = 32, fps: float = 8.0
 ) -> tuple[Path, set[tuple[str, str]]]:
     """Write three shards without an index.
 
     Args:
-        folder: where they go; made where it is missing.
-        good: good clips at the beginning of each shard, and one more behind the bad ones of the first two.
-        frames: frames of each clip.
-        size: height and width of each clip.
-        fps: frames a second.
+        folder: Folder of the shards; created if it does not exist.
+        good: Number of intact clips at the start of each shard; the first two shards have one more at the end.
+        frames: Frames of each clip.
+        size: Height and width of each clip in pixels.
+        fps: Frames per second.
 
     Returns:
-        The folder; and the key of each bad sample with the name of its shard. One of them, `twice`, stands there once
-        more as a good one.
+        The folder, and the key of each sample that cannot be used with the name of its shard. The key `twice` is also
+        that of an intact sample.
     """
     number = iter(range(1000))
 
@@ -36,17 +36,17 @@ def corrupted_corpus(
         members = {f"{key}.mp4": clip() if mp4 is None else mp4}
         return members if txt is None else members | {f"{key}.txt": txt}
 
-    def fine(shard: str) -> list[dict[str, bytes]]:
+    def good_samples(shard: str) -> list[dict[str, bytes]]:
         return [sample(f"{shard}-{i}") for i in range(good)]
 
-    whole = clip()
+    intact = clip()
     folder.mkdir(parents=True, exist_ok=True)
     videos = folder / "clips-00000.tar"
     _write(
         videos,
-        *fine("videos"),
-        sample("truncated", whole[: len(whole) * 2 // 3]),
-        sample("truncated-head", whole[:200]),
+        *good_samples("videos"),
+        sample("truncated", intact[: len(intact) * 2 // 3]),
+        sample("truncated-head", intact[:200]),
         sample("zero", b""),
         sample("text", b"this is not a video " * 50),
         sample("videos-behind"),
@@ -54,7 +54,7 @@ def corrupted_corpus(
     texts = folder / "clips-00001.tar"
     _write(
         texts,
-        *fine("texts"),
+        *good_samples("texts"),
         sample("twice"),
         sample("twice", txt=b"another caption"),
         sample("silent", txt=None),
@@ -62,21 +62,28 @@ def corrupted_corpus(
         sample("texts-behind"),
     )
     names = folder / "clips-00002.tar"
-    _write(names, *fine("names"), sample("../escape"), sample("/absolute"), {"link.mp4": "/etc/passwd"}, sample("cut"))
+    _write(
+        names,
+        *good_samples("names"),
+        sample("../escape"),
+        sample("/absolute"),
+        {"link.mp4": "/etc/passwd"},
+        sample("cut"),
+    )
     content = names.read_bytes()
     with tarfile.open(names) as tar:
         member = tar.getmember("cut.mp4")
     names.write_bytes(content[: member.offset_data + member.size // 2])
-    bad = {
+    skipped = {
         videos: ("truncated", "truncated-head", "zero", "text"),
         texts: ("twice", "silent", "latin"),
         names: ("../escape", "/absolute", "link", "cut"),
     }
-    return folder, {(key, shard.name) for shard, keys in bad.items() for key in keys}
+    return folder, {(key, shard.name) for shard, keys in skipped.items() for key in keys}
 
 
 def _write(path: Path, *samples: dict[str, bytes | str]) -> None:
-    """A tar of members; text is where a link leads."""
+    """Write a tar of members; a string is the target of a link."""
     with tarfile.open(path, "w") as tar:
         for name, content in (member for sample in samples for member in sample.items()):
             member = tarfile.TarInfo(name)

@@ -4,7 +4,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data.examples.oracle import NOTHING, Answer, read, read_clip
+from data.examples.oracle import NOTHING, Answer, recognize, recognize_file
 from data.examples.shapes import (
     BACKGROUND,
     COLOURS,
@@ -36,7 +36,7 @@ def pixels(clip):
     return render(clip).permute(0, 2, 3, 1).numpy()
 
 
-def test_the_parts_share_every_word_and_no_combination():
+def test_the_splits_share_all_attributes_and_no_combination():
     train, held_out = combinations(held_out=False), combinations(held_out=True)
     assert len(train) + len(held_out) == len(COLOURS) * len(SHAPES) * len(DIRECTIONS)
     assert not set(train) & set(held_out)
@@ -45,7 +45,7 @@ def test_the_parts_share_every_word_and_no_combination():
         assert (colours, shapes, directions) == (set(COLOURS), set(SHAPES), set(DIRECTIONS))
 
 
-def test_a_caption_says_what_the_clip_shows():
+def test_a_caption_names_the_attributes_of_its_clip():
     for clip, caption in draw(held_out=False, clips=400, seed=0):
         assert clip.colour in caption
         assert any(word in caption for word in SHAPE_WORDS[clip.shape])
@@ -53,7 +53,7 @@ def test_a_caption_says_what_the_clip_shows():
         assert any(word in caption for word in words)
 
 
-def test_every_caption_to_train_on_is_true_and_several_clips_have_it():
+def test_training_captions_are_true_and_shared_by_several_clips():
     drawn = list(draw(held_out=False, clips=3600, seed=0))
     captions = training_captions(drawn, seed=0)
     assert captions == training_captions(drawn, seed=0)
@@ -75,7 +75,7 @@ def test_every_caption_to_train_on_is_true_and_several_clips_have_it():
             assert any(word in text for word in SHAPE_WORDS[clip.shape])
 
 
-def test_a_shape_moves_by_its_speed_and_stays_in_the_picture():
+def test_a_shape_moves_by_its_speed_within_the_picture():
     for clip, _ in draw(held_out=False, clips=150, seed=1):
         video = pixels(clip)
         assert video.shape == (FRAMES, IMAGE_SIZE, IMAGE_SIZE, 3)
@@ -88,23 +88,23 @@ def test_a_shape_moves_by_its_speed_and_stays_in_the_picture():
         np.testing.assert_array_equal(np.roll(covered[0], (dy * step, dx * step), (0, 1)), covered[1])
 
 
-def test_a_shape_rests_at_the_edge_it_meets():
+def test_a_shape_stops_at_the_edge():
     video = pixels(ShapeClip("red", "square", "left", "small", "fast", x=28, y=20))
     columns = [np.flatnonzero((frame != np.array(BACKGROUND)).any((0, 2)))[0] for frame in video]
     assert columns == [28, 24, 20, 16, 12, 8, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0]
 
 
-def test_the_oracle_reads_every_clip():
+def test_the_oracle_recognizes_every_clip():
     for clip, _ in [*draw(held_out=False, clips=144, seed=2), *held_out_prompts(1)]:
-        assert read(pixels(clip)) == Answer(clip.colour, clip.shape, clip.direction)
+        assert recognize(pixels(clip)) == Answer(clip.colour, clip.shape, clip.direction)
 
 
-def test_the_oracle_sees_nothing_in_an_empty_clip():
-    ground = np.broadcast_to(np.array(BACKGROUND, np.uint8), (FRAMES, IMAGE_SIZE, IMAGE_SIZE, 3))
-    assert read(ground) == NOTHING
+def test_the_oracle_finds_nothing_in_an_empty_clip():
+    background = np.broadcast_to(np.array(BACKGROUND, np.uint8), (FRAMES, IMAGE_SIZE, IMAGE_SIZE, 3))
+    assert recognize(background) == NOTHING
 
 
-def test_prompts_are_held_out_and_always_the_same():
+def test_prompts_are_held_out_and_deterministic():
     prompts = held_out_prompts(2)
     assert prompts == held_out_prompts(2)
     assert len(prompts) == 2 * len(combinations(held_out=True))
@@ -112,32 +112,32 @@ def test_prompts_are_held_out_and_always_the_same():
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shapes")
-    make_shapes(folder, train_clips=6, val_clips=3, num_workers=1)
-    return folder
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("shapes")
+    make_shapes(out, train_clips=6, val_clips=3, num_workers=1)
+    return out
 
 
-def test_the_files_are_what_the_captions_say(made, capsys):
+def test_the_files_show_the_attributes_in_their_table(folder, capsys):
     for part, count in (("train", 6), ("val", 3)):
-        with (made / part / "captions.csv").open(newline="") as file:
+        with (folder / part / "captions.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
         assert list(rows[0])[:2] == ["path", "caption"]
         names = dict.fromkeys(row["path"] for row in rows)
-        assert sorted(path.name for path in (made / part).glob("*.mp4")) == list(names)
+        assert sorted(path.name for path in (folder / part).glob("*.mp4")) == list(names)
         assert len(names) == count
         assert (len(rows) > count) == (part == "train")
         for row in rows:
-            path = made / part / row["path"]
+            path = folder / part / row["path"]
             info = probe(path)
             assert (info.frames, info.fps, info.height, info.width) == (FRAMES, FPS, IMAGE_SIZE, IMAGE_SIZE)
-            assert read_clip(path) == Answer(row["colour"], row["shape"], row["direction"])
-    assert sorted(path.name for path in made.iterdir()) == ["train", "val"]
-    make_shapes(made, train_clips=6, val_clips=3)
+            assert recognize_file(path) == Answer(row["colour"], row["shape"], row["direction"])
+    assert sorted(path.name for path in folder.iterdir()) == ["train", "val"]
+    make_shapes(folder, train_clips=6, val_clips=3)
     assert capsys.readouterr().out.count("complete already") == 2
 
 
-def test_a_clip_knows_nothing_of_how_many_there_are():
+def test_a_clip_does_not_depend_on_their_number():
     few, many = list(draw(True, 3, seed=0)), list(draw(True, 9, seed=0))
     assert many[:3] == few
     assert isinstance(few[0][0], ShapeClip)

@@ -1,0 +1,159 @@
+"""Clips of video shards: random windows to train on, and whole clips to tokenize."""
+
+import math
+import re
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float64, UInt8
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.captions import read_captions
+from data.datasets.base import Clips
+from data.plan import Bucket
+from data.shards import Sample, ShardSet
+from t2v.batch import VideoBatch
+from t2v.video import read_frames, resize_and_crop
+
+_SIDED = re.compile(r"\b(left|right)(wards?|most|hand|handed)?\b", re.IGNORECASE)
+"""Words that make a caption wrong for the mirrored clip."""
+
+
+class VideoClip(NamedTuple):
+    """One clip of a `VideoBatch`."""
+
+    video: UInt8[Tensor, "t c height width"]
+    captions: list[str]
+    key: str
+
+
+class VideoClips(Clips):
+    """Clips of video shards.
+
+    Args:
+        shards: Shards whose samples have mp4 and, optionally, txt and json.
+        buckets: Length, height and width of the clips.
+        fps: Frames per second of a clip; videos with another rate are resampled.
+        crop: If less than 1, a training clip shows a random window of the picture, whose sides are at least this
+            fraction of the largest window's. At 1, and for whole clips, it shows the largest window in the centre.
+        flip: Mirror half of the training clips horizontally, except those whose caption names left or right.
+        skipped_samples: JSON-lines file for the samples that cannot be used; see `Clips`.
+
+    Raises:
+        UserError: If no clip is left.
+    """
+
+    _needed = ("txt",)
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        buckets: Sequence[Bucket],
+        fps: float,
+        crop: float = 1.0,
+        flip: bool = False,
+        skipped_samples: Path | None = None,
+    ) -> None:
+        super().__init__(shards, "mp4", buckets, fps, skipped_samples)
+        self.crop, self.flip = crop, flip
+        size = max(min(_size(bucket)) for bucket in buckets)
+        smallest = round(crop * min(min(sample.height, sample.width) for sample in self.samples))
+        if crop < 1 and smallest < size:
+            warnings.warn(
+                f"data.crop={crop:g} cuts windows of down to {smallest} pixels out of '{shards.path}', which are "
+                f"enlarged to data.size={size}: prepare shards with --size {2 * math.ceil(size / crop / 2)}.",
+                stacklevel=2,
+            )
+
+    @staticmethod
+    def collate(clips: list[VideoClip]) -> VideoBatch:
+        """Stack clips of equal length; the channels stay innermost in memory, as decoders write them."""
+        videos, captions, keys = zip(*clips, strict=True)
+        video = torch.stack([rearrange(video, "t c h w -> t h w c") for video in videos])
+        return VideoBatch(rearrange(video, "b t h w c -> b t c h w"), list(captions), list(keys))
+
+    @property
+    def batch_bytes(self) -> int:
+        """Size of the largest batch in bytes."""
+        return max(bucket.batch_size * bucket.frames * 3 * math.prod(_size(bucket)) for bucket in self.buckets)
+
+    def _load(self, sample: Sample, bucket: Bucket, rng: np.random.Generator | None) -> VideoClip:
+        members = self.shards.read(sample, "mp4", "txt", "json")
+        captions = read_captions(members) or [""]
+        window = self.window(sample, bucket, rng)
+        transform = partial(resize_and_crop, size=_size(bucket))
+        if self.crop < 1 and rng is not None:
+            fraction = rng.uniform(self.crop, 1)
+            transform = partial(_crop_and_resize, size=_size(bucket), fraction=fraction, position=rng.random(2))
+        video = read_frames(members["mp4"], window.tolist(), transform=transform)
+        sided = any(_SIDED.search(caption) for caption in captions)
+        if self.flip and rng is not None and rng.random() < 0.5 and not sided:
+            video = video.flip(-1)
+        return VideoClip(video, captions, sample.key)
+
+
+class WholeClips(Dataset[VideoBatch | None]):
+    """Batches of whole clips, shard after shard; a batch has clips of equal length from one shard.
+
+    Args:
+        clips: The clips.
+        frames: Largest number of frames in a batch; a longer clip forms a batch by itself.
+        ranks: Number of ranks among which the batches are divided equally; empty batches are added for that.
+    """
+
+    def __init__(self, clips: VideoClips, frames: int, ranks: int = 1) -> None:
+        self.clips = clips
+        groups: dict[tuple[str, int], list[int]] = {}
+        for index, sample in enumerate(clips.samples):
+            groups.setdefault((sample.shard, clips.length(sample)), []).append(index)
+        self.batches: list[list[int]] = []
+        for (_, length), indices in groups.items():
+            size = max(1, frames // length)
+            self.batches += [indices[start : start + size] for start in range(0, len(indices), size)]
+        while len(self.batches) % ranks:
+            self.batches.append([])
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> VideoBatch | None:
+        """Return one batch without its corrupt clips, or None if no clip is left."""
+        bucket = self.clips.buckets[0]
+        loaded = [self.clips.load(index, bucket, rng=None) for index in self.batches[number]]
+        clips = [clip for clip in loaded if clip is not None]
+        return VideoClips.collate(clips) if clips else None
+
+
+def _size(bucket: Bucket) -> tuple[int, int]:
+    assert bucket.height is not None
+    assert bucket.width is not None
+    return bucket.height, bucket.width
+
+
+def _crop_and_resize(
+    video: UInt8[Tensor, "t c height width"],
+    size: tuple[int, int],
+    fraction: float,
+    position: Float64[np.ndarray, "2"],
+) -> UInt8[Tensor, "t c {size[0]} {size[1]}"]:
+    """Cut the same window out of every frame and resize it.
+
+    Args:
+        video: The frames.
+        size: Height and width of the result.
+        fraction: Sides of the window as a fraction of the sides of the largest window with the result's aspect ratio.
+        position: Position of the window from the top and from the left, in [0, 1].
+    """
+    height, width = video.shape[-2:]
+    scale = min(height / size[0], width / size[1]) * fraction
+    window_height, window_width = (max(1, round(scale * side)) for side in size)
+    top = round(float(position[0]) * (height - window_height))
+    left = round(float(position[1]) * (width - window_width))
+    return resize_and_crop(video[..., top : top + window_height, left : left + window_width], size)

@@ -1,0 +1,126 @@
+"""Stored indices: `shard-000000.index.json` beside `shard-000000.tar`, or in the user's cache folder."""
+
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fsspec import AbstractFileSystem
+
+from data.index.remote import RemoteFile, with_retries
+from data.index.tar import scan_tar
+from t2v.errors import UserError
+from t2v.files import atomic_path
+
+_VERSION = 3
+_BLOCK = 2**16
+"""Bytes of one request while a tar is scanned: a header, the head of the clip and the small members behind it."""
+_DATES = {"mtime", "created", "lastmodified", "last_modified", "updated", "etag"}
+"""Names, in lower case without hyphens, under which file systems report values that change with the content."""
+_READ_ONLY_PROTOCOLS = {"github", "hf", "http", "https"}
+"""Protocols over which no index is written: that would fail, or publish it."""
+
+
+def load_index(filesystem: AbstractFileSystem, shard: str) -> dict[str, Any] | None:
+    """Return the stored index of a shard, or None if there is none or it belongs to another tar.
+
+    Args:
+        filesystem: The file system of the shard.
+        shard: Path of the tar in it.
+
+    Returns:
+        `samples`: For each key the `members` (offset and size by extension) and the other fields of a `Sample`.
+        `skipped`: Key and reason of each skipped sample.
+
+    Raises:
+        FileNotFoundError: If there is no such shard.
+        OSError: If the file system cannot be reached.
+    """
+    info = with_retries(filesystem.info, shard)
+    path = _index_path(shard)
+    try:
+        cached = _cache_path(filesystem, info)
+        if cached.exists():
+            index = json.loads(cached.read_text())
+            outdated = False
+        else:
+            index = json.loads(filesystem.cat_file(path))
+            outdated = _is_older(filesystem, path, shard)
+        valid = index["version"] == _VERSION and index["tar_size"] == info["size"] and not outdated
+    except Exception:  # each file system has its own errors, and after any of them a new index can be made
+        return None
+    return index if valid else None
+
+
+def make_index(filesystem: AbstractFileSystem, shard: str) -> dict[str, Any]:
+    """Scan a shard and store its index.
+
+    Args:
+        filesystem: The file system of the shard.
+        shard: Path of the tar in it.
+
+    Returns:
+        The index; see `load_index`.
+
+    Raises:
+        UserError: If the file is not a tar.
+        OSError: If it cannot be read.
+    """
+    info = with_retries(filesystem.info, shard)
+    if info["size"] is None:
+        raise UserError(
+            f"The server of '{shard}' does not report the file's size, which reading by offset needs: copy the shards "
+            "to another server or to a disk."
+        )
+    file = io.BufferedReader(RemoteFile(filesystem, shard, info["size"]), _BLOCK)
+    try:
+        index = {"version": _VERSION, "tar_size": info["size"], **scan_tar(file, info["size"])}
+    except tarfile.TarError as error:
+        raise UserError(f"'{shard}' is not a tar file ({error}): make or copy it again.") from error
+    content = json.dumps(index).encode()
+    if not _store_beside(filesystem, _index_path(shard), content):
+        with suppress(OSError, RuntimeError):  # without a home folder or space the index stays in memory
+            path = _cache_path(filesystem, info)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(path) as temporary:
+                temporary.write_bytes(content)
+    return index
+
+
+def _index_path(shard: str) -> str:
+    """Return the path of the index beside a shard; the query of a URL is kept."""
+    return re.sub(r"\.tar(?=$|\?)", ".index.json", shard)
+
+
+def _cache_path(filesystem: AbstractFileSystem, info: dict[str, Any]) -> Path:
+    """Return the path of a shard's index in the cache folder, which is different after the shard has changed."""
+    dates = {name: str(info[name]) for name in sorted(info) if name.lower().replace("-", "") in _DATES}
+    tar = json.dumps([filesystem.unstrip_protocol(info["name"]), info["size"], dates])
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return caches / "t2v" / "index" / f"{hashlib.sha256(tar.encode()).hexdigest()}.json"
+
+
+def _is_older(filesystem: AbstractFileSystem, path: str, shard: str) -> bool:
+    try:
+        return filesystem.modified(path) < filesystem.modified(shard)
+    except NotImplementedError:  # a file system without dates
+        return False
+
+
+def _store_beside(filesystem: AbstractFileSystem, path: str, content: bytes) -> bool:
+    """Write an index on the shard's file system, local or remote, in one step; return whether that was possible."""
+    protocols = [filesystem.protocol] if isinstance(filesystem.protocol, str) else filesystem.protocol
+    if not _READ_ONLY_PROTOCOLS.isdisjoint(protocols):
+        return False
+    temporary = f"{path}.{os.getpid()}.partial"
+    try:
+        filesystem.pipe_file(temporary, content)
+        filesystem.mv(temporary, path)
+    except (OSError, NotImplementedError):
+        return False
+    return True

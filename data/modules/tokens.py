@@ -1,0 +1,105 @@
+"""The LightningDataModule of stage 2: token clips to train on, prompts to generate from."""
+
+from itertools import groupby
+from typing import Any
+
+from torch.utils.data import DataLoader, DistributedSampler
+
+from data.captions import read_metadata
+from data.datasets import TokenClips
+from data.modules.base import ShardDataModule, require_positive
+from data.modules.prompts import collate_prompts, number_prompts, read_prompts
+from data.plan import Bucket
+from data.shards import ShardSet
+from t2v.errors import UserError
+
+
+class TokenDataModule(ShardDataModule):
+    """Token clips of token shards, and prompts to generate from.
+
+    Args:
+        train: Training shards: a folder, one tar or a pattern, as written by `predict` of stage 1. Not needed to
+            generate from prompts.
+        val: Validation shards.
+        frames: Length of a clip. Shorter clips are left out, and of longer ones a random window is taken.
+        batch_size: Clips or prompts in a batch on each rank.
+        num_workers: Processes that read, on each rank.
+        prompts: Prompts that `predict` generates from: a list, or a text file with one prompt a line.
+        seed: Seed of the order of the clips and the random windows; prompt number i is generated with seed + i.
+        buckets: Train on batches of these kinds instead of `batch_size` clips of `frames` frames. Their height and
+            width are those of the tokens, and must not be given.
+        max_skipped_fraction: Fraction of an epoch's samples that cannot be used above which the run stops. Each is
+            listed in `skipped_samples.jsonl` in the run's folder and replaced by another.
+
+    Raises:
+        UserError: If an argument is out of range, shards or prompts are missing, no clip is long enough, or the shards
+            were written by different tokenizers.
+    """
+
+    def __init__(
+        self,
+        train: str,
+        val: str,
+        frames: int,
+        batch_size: int,
+        num_workers: int = 2,
+        prompts: list[str] | str = [],  # noqa: B006
+        seed: int = 0,
+        buckets: list[Bucket] = [],  # noqa: B006
+        max_skipped_fraction: float = 0.01,
+    ) -> None:
+        super().__init__(train, val, batch_size, num_workers, seed, buckets, max_skipped_fraction)
+        self.save_hyperparameters(logger=False, ignore="buckets")  # checkpoints hold plain values only
+        require_positive(frames=frames, batch_size=batch_size)
+        sized = [bucket for bucket in buckets if bucket.height or bucket.width]
+        if sized:
+            raise UserError(
+                f"data.buckets has height={sized[0].height}, width={sized[0].width}, but tokens keep the size with "
+                "which they were written: remove height and width."
+            )
+        self.frames, self.prompts = frames, prompts
+
+    def setup(self, stage: str) -> None:
+        """Open the shards, or read the prompts."""
+        super().setup(stage)
+        if stage == "predict":
+            read_prompts(self.prompts)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """How the shards were written: tokenizer, size, frame rate, text encoder.
+
+        Read from the json of the first sample of each shard, since a shard is written by one run.
+
+        Raises:
+            UserError: If a shard has no fingerprint, or two shards have different ones.
+        """
+        fingerprints: dict[str, dict[str, Any]] = {}
+        for path in dict.fromkeys((self.train, self.val)):
+            for shard, samples in groupby(self.shards(path).samples, lambda sample: sample.shard):
+                members = self.shards(path).read(next(samples), "json")
+                fingerprints[shard] = read_metadata(members).get("fingerprint") or {}
+        first, expected = next(iter(fingerprints.items()))
+        for shard, fingerprint in fingerprints.items():
+            if not fingerprint:
+                raise UserError(f"'{shard}' has no fingerprint of its tokenizer: write the token shards again.")
+            if fingerprint != expected:
+                names = sorted(k for k in expected.keys() | fingerprint.keys() if expected.get(k) != fingerprint.get(k))
+                raise UserError(
+                    f"'{shard}' and '{first}' differ in {', '.join(names)}: they were written by different tokenizers "
+                    "or settings; write all token shards with one of them."
+                )
+        return expected
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Return the prompts; if ranks cannot share them equally, the first prompts are repeated."""
+        jobs: Any = number_prompts(read_prompts(self.prompts), self.seed)
+        ranks = self._ranks()
+        sampler: DistributedSampler[Any] = DistributedSampler(jobs, ranks["num_replicas"], ranks["rank"], shuffle=False)
+        return DataLoader(jobs, batch_size=self.batch_size, sampler=sampler, collate_fn=collate_prompts)
+
+    def _open_clips(self, shards: ShardSet, training: bool) -> TokenClips:
+        buckets = [Bucket(self.frames, self.batch_size)]
+        if training and self.buckets:
+            buckets = self.buckets
+        return TokenClips(shards, buckets, self._skipped_samples)
