@@ -1,14 +1,15 @@
-# make demo   from nothing to generated clips, on one CPU
-# make test   what CI runs: lint and tests
-# make docs   the documentation as a site, in site/
+# make demo       from nothing to generated clips, on one CPU
+# make test       what CI runs: lint and tests
+# make test-all   the slow tests too, with the coverage of the source
+# make docs       the documentation as a site, in site/
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := dev,docs,footage,minilm,perceptual,prepare,ray,t5
+EXTRAS := demo,dev,docs,footage,perceptual,prepare,ray,t5
 
 .DEFAULT_GOAL := demo
-.PHONY: demo test lint docs clean
+.PHONY: demo test test-all lint docs clean
 
 demo: $(VENV)/.installed
 	@echo "==> Running the demo: footage, both stages, generated clips in runs/demo"
@@ -17,6 +18,10 @@ demo: $(VENV)/.installed
 test: lint
 	@echo "==> Running the tests"
 	$(BIN)/python -m pytest
+
+test-all: lint
+	@echo "==> Running all tests that need no GPU"
+	$(BIN)/python -m pytest -m "not gpu" --cov --cov-report=term:skip-covered
 
 lint: $(VENV)/.installed
 	@echo "==> Checking style, imports and types"

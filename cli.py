@@ -36,7 +36,9 @@ from callbacks.seeding import StepSeed
 from callbacks.signals import StopOnSignal, Stopped
 from callbacks.summary import RunSummary
 from t2v.checkpoints.storage import MARKER
-from t2v.errors import UserError
+from t2v.errors import UserError, parsing_message
+from t2v.training.lightning_private import command_parser, saves_sharded_checkpoints
+from t2v.training.recipe import RecipeFile
 from t2v.training.sharding import FolderCheckpointIO, ShardedStrategy
 
 STAGES = {"t2v.vqvae": "stage 1, the video tokenizer", "t2v.transformer": "stage 2, the transformer"}
@@ -120,14 +122,16 @@ class T2VCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Let ``${...}`` in configs refer to other keys, and `main` tell what is wrong with the arguments."""
-        return super().init_parser(parser_mode="omegaconf+", exit_on_error=False, **kwargs)
+        parser = LightningArgumentParser(parser_mode="omegaconf+", exit_on_error=False, **kwargs)
+        parser.add_argument("-c", "--config", action=RecipeFile, help="Path of a YAML or JSON config; may be repeated.")
+        return parser
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         """Load no pickles, and do not keep every prediction in memory: callbacks write them as they come."""
         super().setup_parser(*args, **kwargs)
         for command in LightningCLI.subcommands():
-            self._subcommand_parsers[command].set_defaults(weights_only=True)
-        self._subcommand_parsers["predict"].set_defaults(return_predictions=False)
+            command_parser(self, command).set_defaults(weights_only=True)
+        command_parser(self, "predict").set_defaults(return_predictions=False)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the command line, over the hyper-parameters of ``--ckpt_path`` where there is one."""
@@ -193,7 +197,7 @@ class T2VCLI(LightningCLI):
         strategy = trainer.strategy
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = FolderCheckpointIO(optimizers=self.subcommand == "fit")
-        if type(strategy) is ModelParallelStrategy and strategy._save_distributed_checkpoint:
+        if type(strategy) is ModelParallelStrategy and saves_sharded_checkpoints(strategy):
             raise UserError(
                 "trainer.strategy=ModelParallelStrategy writes a sharded checkpoint over the last one, and a run that "
                 f"is killed meanwhile has none: take t2v.training.sharding.{ShardedStrategy.__name__}, as in "
@@ -310,7 +314,7 @@ def _explain(error: BaseException | None) -> str | None:
 
     jsonargparse raises its own error from a class's; a DataLoader worker's holds the traceback as text.
     """
-    parsing = _one_line(str(error)) if isinstance(error, ArgumentError) else None
+    parsing = parsing_message(error) if isinstance(error, ArgumentError) else None
     while error is not None:
         if isinstance(error, (UserError, MisconfigurationException)):
             return str(error).rsplit(f"{UserError.__name__}: ", 1)[-1].strip()
@@ -318,13 +322,6 @@ def _explain(error: BaseException | None) -> str | None:
             return f"The checkpoint does not fit the model that the config describes. {error}"
         error = error.__cause__
     return parsing
-
-
-def _one_line(message: str) -> str:
-    """What jsonargparse says of a wrong argument, without its account of how it tried to read it."""
-    noise = ("Does not validate", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value")
-    lines = (line.strip().removeprefix("- ") for line in message.splitlines())
-    return " ".join(line for line in lines if line and not line.startswith(noise))
 
 
 def main(args: ArgsType = None) -> T2VCLI:

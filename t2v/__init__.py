@@ -22,4 +22,11 @@ def __getattr__(name: str) -> object:
     """Import a public name on first use, so that importing `t2v.batch` in a data worker does not import the models."""
     if name not in _MODULES:
         raise AttributeError(f"module 't2v' has no attribute '{name}'")
-    return getattr(import_module(_MODULES[name]), name)
+    try:
+        return getattr(import_module(_MODULES[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("t2v"):
+            raise
+        raise ImportError(
+            f't2v.{name} needs {error.name}, which generation does not: pip install -e ".[train]" in a checkout.'
+        ) from error

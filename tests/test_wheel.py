@@ -1,0 +1,88 @@
+"""The wheel, installed alone, generates: no package that only training needs is required."""
+
+from importlib.metadata import version
+
+import pytest
+import torch
+
+from t2v import VQVAE, TextToVideo, VideoTransformer
+from t2v.text import T5TextEncoder
+from t2v.transformer.config import AttentionConfig, TextConfig
+from t2v.video import probe
+from t2v.vqvae.quantizer import FSQuantizer
+from tests.support import environment
+from tests.support.tiny_t5 import save_tiny_t5
+
+PROMPT = "a red circle moves left"
+ONLY_FOR_TRAINING = (
+    "bitsandbytes",
+    "decord",
+    "lightning",
+    "lpips",
+    "omegaconf",
+    "tensorboard",
+    "torchao",
+    "torchmetrics",
+    "torchvision",
+    "webdataset",
+)
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    return environment.install(environment.build_wheel(folder), folder / "environment")
+
+
+def test_the_wheel_without_extras_generates_a_video(python, tmp_path):
+    save_tiny_t5(tmp_path / "t5", [PROMPT])
+    vqvae = VQVAE(
+        image_size=16,
+        base_channels=8,
+        channel_multipliers=(1,),
+        encoder_blocks=1,
+        decoder_blocks=1,
+        temporal_blocks=1,
+        patch_size=2,
+        latent_patch_size=4,
+        quantizer=FSQuantizer(levels=[4, 4]),
+    )
+    transformer = VideoTransformer(
+        vocab_size=16,
+        grid_size=2,
+        dim=16,
+        spatial_layers=1,
+        temporal_layers=1,
+        hidden_dim=24,
+        attention=AttentionConfig(heads=2, kv_heads=1, window=2),
+        text=TextConfig(dim=16),
+    )
+    model = TextToVideo(transformer, vqvae, T5TextEncoder(str(tmp_path / "t5")), fps=8.0, frames=3)
+    model.save_pretrained(tmp_path / "model")
+
+    done = environment.run(python, "-m", "t2v", "generate", "model", PROMPT, "-o", "out.mp4", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert probe(tmp_path / "out.mp4")[:2] == (3, 8.0)
+
+    script = f"""
+import importlib.util, t2v, torch
+video = t2v.TextToVideo.from_pretrained("model").generate({PROMPT!r})
+torch.save(video, "video.pt")
+print([name for name in {ONLY_FOR_TRAINING!r} if importlib.util.find_spec(name)])
+"""
+    done = environment.run(python, "-c", script, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+    assert torch.equal(torch.load(tmp_path / "video.pt"), model.generate(PROMPT))
+
+
+def test_the_wheel_is_typed_and_knows_its_version(python, tmp_path):
+    script = "import t2v, pathlib; print(t2v.__version__, (pathlib.Path(t2v.__file__).parent / 'py.typed').exists())"
+    done = environment.run(python, "-c", script, cwd=tmp_path)
+    assert done.stdout.split() == [version("t2v"), "True"], done.stderr
+
+
+def test_lightning_modules_name_the_extra_to_install(python, tmp_path):
+    done = environment.run(python, "-c", "import t2v; t2v.LitVQVAE", cwd=tmp_path)
+    assert done.returncode != 0
+    assert 'pip install -e ".[train]"' in done.stderr
