@@ -6,7 +6,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.optim.swa_utils import AveragedModel
+
+from t2v.torch_private import is_persistent
+from t2v.training.lightning_private import average_of, start_average
 
 
 class EMA(EMAWeightAveraging):
@@ -29,7 +31,7 @@ class EMA(EMAWeightAveraging):
         """Begin the average; Lightning's own way copies the model whole."""
         if stage == "fit" and pl_module.device_mesh is not None:
             pl_module.configure_model()
-            self._average_model = AveragedModel(_weights(pl_module), use_buffers=False, **self._kwargs)
+            start_average(self, _weights(pl_module))
         else:
             super().setup(trainer, pl_module, stage)
 
@@ -48,7 +50,7 @@ class EMA(EMAWeightAveraging):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Continue the average in `fit`; elsewhere the checkpoint's weights are the average."""
-        if self._average_model is not None:
+        if average_of(self) is not None:
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
 
@@ -58,7 +60,7 @@ def _weights(module: nn.Module) -> nn.Module:
     for name, parameter in module.named_parameters(recurse=False):
         copy.register_parameter(name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
     for name, buffer in module.named_buffers(recurse=False):
-        copy.register_buffer(name, buffer.clone(), persistent=name not in module._non_persistent_buffers_set)
+        copy.register_buffer(name, buffer.clone(), persistent=is_persistent(module, name))
     for name, child in module.named_children():
         copy.add_module(name, _weights(child))
     return copy

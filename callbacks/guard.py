@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from t2v.batch import TokenBatch, VideoBatch
 from t2v.errors import UserError
+from t2v.training.lightning_private import skip_average_update
 
 _MEMORY = 0.98
 """Of the running mean and variance: they look back about 50 steps."""
@@ -135,8 +136,8 @@ class NaNGuard(Callback):
             for name, before in self._buffers.items():
                 pl_module.get_buffer(name).copy_(before)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, WeightAveraging):  # it asks whether a step came since the last it has seen
-                callback._latest_update_step = trainer.global_step + 1
+            if isinstance(callback, WeightAveraging):
+                skip_average_update(callback, trainer.global_step + 1)
 
     def _watch(self, trainer: Trainer, loss: float, norm: float, seen: list[_Seen]) -> None:
         """Record a jump of the loss, and learn what is usual."""

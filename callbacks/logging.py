@@ -12,6 +12,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 
 from t2v.batch import PromptBatch, TextEmbedding, VideoBatch
+from t2v.torch_private import add_summary
 
 
 class ValidationLogger(Callback):
@@ -102,9 +103,7 @@ def log_gif(trainer: Trainer, tag: str, video: UInt8[Tensor, "t c h w"], fps: fl
     _, _, height, width = video.shape
     image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content.getvalue())
     for logger in _tensorboards(trainer):
-        # The writer has no public door for a summary made elsewhere; a second writer's file TensorBoard would not read.
-        writer = logger.experiment._get_file_writer()
-        writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), trainer.global_step)
+        add_summary(logger.experiment, Summary(value=[Summary.Value(tag=tag, image=image)]), trainer.global_step)
 
 
 def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:

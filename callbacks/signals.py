@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks.checkpoint import save_last
+from t2v.training.lightning_private import cluster_environment
 
 STOPPED = 75
 """Exit status of a run that a signal stopped (`EX_TEMPFAIL`): the same command goes on."""
@@ -88,7 +89,7 @@ class StopOnSignal(Callback):
 
 def _requeue_signal(trainer: Trainer) -> int | None:
     """The signal after which the job shall start again, if there is one."""
-    environment = trainer._accelerator_connector.cluster_environment  # of one device too, unlike the strategy's
+    environment = cluster_environment(trainer)
     if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
         return None
     return environment.requeue_signal

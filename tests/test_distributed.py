@@ -1,4 +1,4 @@
-"""Two processes train as one does, and what they save goes on with any number of them."""
+"""Two processes train as one does, and any number of processes can resume from their checkpoints."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import cli
 from t2v.__main__ import export
-from t2v.checkpoints.storage import MARKER, put, read_checkpoint
+from t2v.checkpoints.storage import MARKER, read_checkpoint, replace_checkpoint
 from t2v.errors import UserError
 from t2v.vqvae.loading import load_vqvae
 from tests.support.pipeline import ROOT, Pipeline, differences, training_state
@@ -24,15 +24,15 @@ STEPS = 20
 SHARDED = ["-c", str(ROOT / "configs/cluster/fsdp.yaml"), "--trainer.precision=32-true"]
 TWO = ["--trainer.devices=2", "--data.batch_size=4"]
 ONE = ["--trainer.devices=1", "--data.batch_size=4", "--trainer.accumulate_grad_batches=2"]
-"""Two batches a step, as two ranks take."""
+"""Two batches per step, as with two ranks."""
 TENSOR = [*SHARDED, *ONE, "--trainer.devices=2", "--trainer.strategy.tensor_parallel_size=2"]
 ADAMW = '--model.optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": 4e-3}}'
-"""In place of Muon, whose steps are products in bfloat16."""
+"""Replaces Muon, which computes in bfloat16."""
 PROMPTS = '["a red circle", "a large blue square moves left"]'
 
 
 def command(pipeline: Pipeline, stage: str, name: str, *flags: str) -> list[str]:
-    """A run of a stage that keeps a checkpoint every fourth step, and writes its losses to a folder of its name."""
+    """Return the command of a run that saves a checkpoint every fourth step and writes its losses to a folder."""
     run = pipeline.run / name
     callbacks = [
         {
@@ -67,12 +67,12 @@ def launch(pipeline: Pipeline, args: list[str], *program: str) -> subprocess.Com
 
 
 def at(pipeline: Pipeline, name: str, step: int | str) -> Path:
-    """A checkpoint of a run."""
+    """Return the path of a checkpoint of a run."""
     return pipeline.run / name / "checkpoints" / (f"step={step}.ckpt" if isinstance(step, int) else f"{step}.ckpt")
 
 
 def consolidated(folder: Path, path: Path) -> Path:
-    """One file of a sharded checkpoint, made with torch's own tool."""
+    """Convert a sharded checkpoint to one file by torch's own tool."""
     dcp_to_torch_save(folder, path)
     weights = torch.load(path, weights_only=False)
     torch.save({**torch.load(folder / MARKER, weights_only=True), "state_dict": weights["state_dict"]}, path)
@@ -81,7 +81,7 @@ def consolidated(folder: Path, path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_group():
-    """Forgets the process group that a run in shares made in this process."""
+    """Remove the process group of a sharded run in this process."""
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -96,8 +96,8 @@ def pipeline(trained_pipeline, tmp_path_factory) -> Pipeline:
 
 @pytest.fixture(scope="module")
 def runs(pipeline) -> SimpleNamespace:
-    """The transformer: one process, two with the whole model each, two that share it."""
-    flags = ["--model.objective.caption_dropout=0", "--model.objective.corruption=0", ADAMW]  # each rank draws for itself what it spoils
+    """Runs of the transformer: one process, DDP and FSDP with two processes."""
+    flags = ["--model.objective.caption_dropout=0", "--model.objective.corruption=0", ADAMW]  # random per rank
     pipeline.main(*command(pipeline, "transformer", "one", *flags, *ONE))
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     ddp = ["-c", str(ROOT / "configs/cluster/ddp.yaml")]
@@ -109,42 +109,42 @@ def runs(pipeline) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
-def test_the_losses_of_two_processes_are_those_of_one(pipeline, runs, name):
+def test_two_processes_have_the_losses_of_one(pipeline, runs, name):
     assert len(runs.one) == 2 * STEPS
     assert runs.one[-1] < 0.8 * runs.one[0]
     assert losses(pipeline.run / name / "losses", 2) == pytest.approx(runs.one, abs=1e-4)
 
 
-def test_muon_in_shares(pipeline, runs):
-    """The recipe's own optimizer, whose products of whole matrices need what other ranks hold."""
+def test_muon_with_sharded_weights(pipeline, runs):
+    """Muon multiplies full matrices, which are sharded over the ranks."""
     flags = [flag for flag in runs.flags if flag != ADAMW]
     pipeline.main(*command(pipeline, "transformer", "muon-one", *flags, *ONE), "--trainer.max_steps=6")
     done = launch(
         pipeline, [*command(pipeline, "transformer", "muon-fsdp", *flags, *SHARDED, *TWO), "--trainer.max_steps=6"]
     )
     assert done.returncode == 0, done.stderr
-    alone, shared = losses(pipeline.run / "muon-one/losses", 1), losses(pipeline.run / "muon-fsdp/losses", 2)
+    alone, sharded = losses(pipeline.run / "muon-one/losses", 1), losses(pipeline.run / "muon-fsdp/losses", 2)
     assert len(alone) == 12
-    assert shared == pytest.approx(alone, abs=1e-3)
+    assert sharded == pytest.approx(alone, abs=1e-3)
 
 
 @pytest.fixture(scope="module")
-def together(pipeline) -> list[float]:
-    """The losses of one process, and a run of two that share the work on its clips; captions are dropped alike."""
+def tensor_parallel(pipeline) -> list[float]:
+    """Losses of one process, after a tensor-parallel run too; both drop the same captions."""
     pipeline.main(*command(pipeline, "transformer", "alone", ADAMW, *ONE))
     done = launch(pipeline, command(pipeline, "transformer", "tensor", ADAMW, *TENSOR))
     assert done.returncode == 0, done.stderr
     return losses(pipeline.run / "alone/losses", 1)
 
 
-def test_two_processes_that_share_the_work_on_each_clip_learn_as_one(pipeline, together):
-    assert len(together) == 2 * STEPS
+def test_two_tensor_parallel_processes_have_the_losses_of_one(pipeline, tensor_parallel):
+    assert len(tensor_parallel) == 2 * STEPS
     for rank in range(2):
         of_rank = [float(line) for line in (pipeline.run / f"tensor/losses/{rank}").read_text().split()]
-        assert of_rank == pytest.approx(together, abs=1e-4)
+        assert of_rank == pytest.approx(tensor_parallel, abs=1e-4)
 
 
-def test_what_two_did_together_goes_on_alone_and_the_other_way_round(pipeline, together):
+def test_tensor_parallel_and_single_process_runs_resume_from_each_other(pipeline, tensor_parallel):
     pipeline.main(
         *command(pipeline, "transformer", "then-alone", ADAMW, *ONE), f"--ckpt_path={at(pipeline, 'tensor', 12)}"
     )
@@ -152,23 +152,23 @@ def test_what_two_did_together_goes_on_alone_and_the_other_way_round(pipeline, t
     done = launch(pipeline, [*then_tensor, f"--ckpt_path={at(pipeline, 'alone', 12)}"])
     assert done.returncode == 0, done.stderr
     for name in ("then-alone", "then-tensor"):
-        assert losses(pipeline.run / name / "losses", 1) == pytest.approx(together[24:], abs=1e-4)
+        assert losses(pipeline.run / name / "losses", 1) == pytest.approx(tensor_parallel[24:], abs=1e-4)
 
 
 @pytest.mark.parametrize(("one", "two"), [("one", "fsdp"), ("alone", "tensor")])
-def test_a_sharded_checkpoint_holds_what_one_process_has(pipeline, runs, together, one, two):
-    alone, shared = (training_state(at(pipeline, name, "last")) for name in (one, two))
+def test_a_sharded_checkpoint_equals_that_of_one_process(pipeline, runs, tensor_parallel, one, two):
+    alone, sharded = (training_state(at(pipeline, name, "last")) for name in (one, two))
     numbers = {name: value for name, value in alone.items() if isinstance(value, torch.Tensor)}
     weights = [name for name in numbers if not name.startswith("/optimizer")]
     assert len(weights) > 50
-    for name in weights:  # as vectors, since both optimizers make whole steps of the rounding of small gradients
-        assert (shared[name] - numbers[name]).float().norm() <= 0.1 * numbers[name].float().norm(), name
-    moments = sum(name.endswith("exp_avg_sq") for name in shared)
+    for name in weights:  # by norm, since the optimizers amplify the rounding errors of small gradients
+        assert (sharded[name] - numbers[name]).float().norm() <= 0.1 * numbers[name].float().norm(), name
+    moments = sum(name.endswith("exp_avg_sq") for name in sharded)
     assert moments == sum(name.endswith("exp_avg_sq") for name in alone) > 20
 
 
-def test_a_signal_to_one_of_two_ranks_stops_both_and_resuming_changes_nothing(pipeline, runs):
-    """Two ranks go on from step 12, are stopped in the middle of step 16, and one rank does the rest."""
+def test_a_signal_to_one_of_two_ranks_stops_both_and_resuming_is_exact(pipeline, runs):
+    """Two ranks resume from step 12, stop in the middle of step 16, and one rank resumes from there."""
     killer = ["--trainer.callbacks+=tests.support.killer.Killer", "--trainer.callbacks.step=15"]
     killer += ["--trainer.callbacks.name=SIGTERM", "--trainer.callbacks.rank=1"]
     resumed = command(pipeline, "transformer", "again", *runs.flags, *SHARDED, *TWO, *killer)
@@ -183,26 +183,26 @@ def test_a_signal_to_one_of_two_ranks_stops_both_and_resuming_changes_nothing(pi
     assert losses(pipeline.run / "rest/losses", 1) == pytest.approx(runs.one[32:], abs=1e-4)
 
 
-def test_a_file_goes_on_in_shares(pipeline, runs):
-    """One process, sharded by itself, goes on from what one process wrote as it does without."""
-    for name, strategy in (("plain", []), ("shares", SHARDED)):
+def test_a_sharded_run_resumes_from_a_file(pipeline, runs):
+    """One process resumes from a single file in the same way with and without sharding."""
+    for name, strategy in (("plain", []), ("sharded", SHARDED)):
         flags = command(pipeline, "transformer", name, *runs.flags, *strategy, *ONE)
         pipeline.main(*flags, f"--ckpt_path={at(pipeline, 'one', 12)}")
     assert losses(pipeline.run / "plain/losses", 1) == runs.one[24:]
-    assert losses(pipeline.run / "shares/losses", 1) == pytest.approx(runs.one[24:], abs=1e-4)
+    assert losses(pipeline.run / "sharded/losses", 1) == pytest.approx(runs.one[24:], abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["fsdp", "tensor"])
-def test_generation_validation_and_export_take_the_folder(pipeline, runs, together, tmp_path, name):
+def test_generation_validation_and_export_read_a_sharded_checkpoint(pipeline, runs, tensor_parallel, tmp_path, name):
     folder = at(pipeline, name, "last")
     file = consolidated(folder, tmp_path / "one.ckpt")
     assert read_checkpoint(folder)["state_dict"].keys() == read_checkpoint(file)["state_dict"].keys()
     videos, scores, exports = [], [], []
     for checkpoint, strategy in ((folder, SHARDED), (file, [])):
-        made = pipeline.run / "videos"
+        generated = pipeline.run / "videos"
         pipeline.cli("predict", "transformer", f"--ckpt_path={checkpoint}", "--data.prompts", PROMPTS)
-        videos.append({path.name: path.read_bytes() for path in made.rglob("*.mp4")})
-        shutil.rmtree(made)
+        videos.append({path.name: path.read_bytes() for path in generated.rglob("*.mp4")})
+        shutil.rmtree(generated)
         validated = pipeline.cli("validate", "transformer", f"--ckpt_path={checkpoint}", *strategy)
         scores.append(validated.trainer.callback_metrics["val/loss"])
         exported = tmp_path / f"{checkpoint.name}.exported"
@@ -214,15 +214,15 @@ def test_generation_validation_and_export_take_the_folder(pipeline, runs, togeth
     torch.testing.assert_close(*scores, atol=1e-5, rtol=0)
 
 
-def test_stage_one_in_shares(pipeline):
-    """Losses before the codebook begins are those of one process; its sharded checkpoint is a tokenizer."""
+def test_stage_one_with_sharded_weights(pipeline):
+    """Losses before quantization are those of one process, and the sharded checkpoint is a tokenizer."""
     flags = ["--trainer.max_steps=8", "--model.quantize_from_step=5"]
     pipeline.main(*command(pipeline, "vqvae", "vqvae-one", *flags, *ONE))
     done = launch(pipeline, command(pipeline, "vqvae", "vqvae-fsdp", *flags, *SHARDED, *TWO))
     assert done.returncode == 0, done.stderr
-    alone, shared = losses(pipeline.run / "vqvae-one/losses", 1), losses(pipeline.run / "vqvae-fsdp/losses", 2)
-    assert len(shared) == 16
-    assert shared[:10] == pytest.approx(alone[:10], abs=1e-4)
+    alone, sharded = losses(pipeline.run / "vqvae-one/losses", 1), losses(pipeline.run / "vqvae-fsdp/losses", 2)
+    assert len(sharded) == 16
+    assert sharded[:10] == pytest.approx(alone[:10], abs=1e-4)
 
     folder = at(pipeline, "vqvae-fsdp", "last")
     file = consolidated(folder, pipeline.folder / "vqvae.ckpt")
@@ -231,37 +231,37 @@ def test_stage_one_in_shares(pipeline):
 
 
 @pytest.mark.parametrize(
-    ("stage", "devices", "together", "message"),
+    ("stage", "devices", "tp_size", "message"),
     [
         ("transformer", 3, 2, "tensor_parallel_size=2 must divide the number of devices, 3"),
         ("transformer", 3, 3, "must divide the transformer's"),
-        ("vqvae", 2, 2, "a VQ-VAE has nothing that they could share"),
+        ("vqvae", 2, 2, "a VQ-VAE has no tensor parallelism"),
     ],
 )
-def test_work_that_cannot_be_shared_is_refused(pipeline, stage, devices, together, message):
-    flags = [f"--trainer.devices={devices}", f"--trainer.strategy.tensor_parallel_size={together}"]
+def test_an_impossible_tensor_parallel_size_is_rejected(pipeline, stage, devices, tp_size, message):
+    flags = [f"--trainer.devices={devices}", f"--trainer.strategy.tensor_parallel_size={tp_size}"]
     done = launch(pipeline, ["fit", *pipeline.config(stage), *SHARDED, *flags])
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_discriminators_are_refused_in_shares(pipeline, capsys):
+def test_discriminators_with_sharded_weights_are_rejected(pipeline, capsys):
     adversarial = "--model.adversarial=t2v.losses.AdversarialLoss"
     with pytest.raises(SystemExit):
         pipeline.cli("fit", "vqvae", *SHARDED, "--trainer.devices=1", adversarial)
-    assert "take configs/cluster/ddp.yaml in place of configs/cluster/fsdp.yaml" in capsys.readouterr().err
+    assert "use configs/cluster/ddp.yaml in place of configs/cluster/fsdp.yaml" in capsys.readouterr().err
 
 
-def test_checkpoints_that_are_written_over_each_other_are_refused(pipeline, capsys):
+def test_a_strategy_that_overwrites_sharded_checkpoints_is_rejected(pipeline, capsys):
     lightnings_own = '--trainer.strategy={"class_path": "ModelParallelStrategy"}'
     with pytest.raises(SystemExit):
         pipeline.cli("fit", "transformer", lightnings_own, "--trainer.devices=1")
     assert "take t2v.training.sharding.ShardedStrategy" in capsys.readouterr().err
 
 
-def sharded(folder: Path, name: str, step: int) -> Path:
-    """A folder as far as looking for the last checkpoint goes."""
+def complete_folder(folder: Path, name: str, step: int) -> Path:
+    """Create a folder that looks like a complete sharded checkpoint."""
     path = folder / name
     path.mkdir()
     torch.save({"global_step": step}, path / MARKER)
@@ -269,28 +269,28 @@ def sharded(folder: Path, name: str, step: int) -> Path:
 
 
 @pytest.mark.parametrize("stage", ["writing", "written", "moved", "named", "removing"])
-def test_last_is_complete_whenever_the_process_is_killed(tmp_path, stage):
+def test_the_last_checkpoint_is_complete_if_the_process_is_killed(tmp_path, stage):
     new = tmp_path / "last.ckpt.partial"
     match stage:
         case "writing":
-            sharded(tmp_path, "last.ckpt", 1)
-            (sharded(tmp_path, new.name, 2) / MARKER).unlink()
+            complete_folder(tmp_path, "last.ckpt", 1)
+            (complete_folder(tmp_path, new.name, 2) / MARKER).unlink()
         case "written":
-            sharded(tmp_path, "last.ckpt", 1)
-            sharded(tmp_path, new.name, 2)
+            complete_folder(tmp_path, "last.ckpt", 1)
+            complete_folder(tmp_path, new.name, 2)
         case "moved":
-            sharded(tmp_path, "last-old.ckpt", 1)
-            sharded(tmp_path, new.name, 2)
+            complete_folder(tmp_path, "last-old.ckpt", 1)
+            complete_folder(tmp_path, new.name, 2)
         case "named":
-            os.utime(sharded(tmp_path, "last-old.ckpt", 1) / MARKER, (1, 1))
-            sharded(tmp_path, "last.ckpt", 2)
+            os.utime(complete_folder(tmp_path, "last-old.ckpt", 1) / MARKER, (1, 1))
+            complete_folder(tmp_path, "last.ckpt", 2)
         case "removing":
-            (sharded(tmp_path, "last-old.ckpt", 1) / MARKER).unlink()
-            sharded(tmp_path, "last.ckpt", 2)
+            (complete_folder(tmp_path, "last-old.ckpt", 1) / MARKER).unlink()
+            complete_folder(tmp_path, "last.ckpt", 2)
     found = cli._newest_last(str(tmp_path))
     assert read_step(Path(found)) == (1 if stage in ("writing", "written", "moved") else 2)
     shutil.rmtree(new, ignore_errors=True)
-    put(sharded(tmp_path, new.name, 3), tmp_path / "last.ckpt")
+    replace_checkpoint(complete_folder(tmp_path, new.name, 3), tmp_path / "last.ckpt")
     assert read_step(Path(cli._newest_last(str(tmp_path)))) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
 
@@ -299,8 +299,8 @@ def read_step(folder: Path) -> int:
     return torch.load(folder / MARKER, weights_only=True)["global_step"]
 
 
-def test_a_folder_that_was_not_written_to_its_end_is_no_checkpoint(tmp_path, capsys):
-    (sharded(tmp_path, "last.ckpt", 1) / MARKER).unlink()
+def test_an_incomplete_folder_is_no_checkpoint(tmp_path, capsys):
+    (complete_folder(tmp_path, "last.ckpt", 1) / MARKER).unlink()
     (tmp_path / "last.ckpt/__0_0.distcp").touch()
     assert cli._newest_last(str(tmp_path)) is None
     for load in (read_checkpoint, lambda path: load_vqvae(str(path)), lambda path: cli._saved_model(str(path))):
@@ -311,10 +311,10 @@ def test_a_folder_that_was_not_written_to_its_end_is_no_checkpoint(tmp_path, cap
 @pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
 @pytest.mark.parametrize("overlay", ["ddp", "fsdp"])
 @pytest.mark.parametrize("config", ["vqvae/shapes", "vqvae/footage", "transformer/shapes", "transformer/8b"])
-def test_an_overlay_fits_both_stages(overlay, config, monkeypatch):
+def test_cluster_overlays_fit_both_stages(overlay, config, monkeypatch):
     monkeypatch.setattr(cli.T2VCLI, "_run_subcommand", lambda self, subcommand: None)
     files = [f"--config={ROOT}/configs/{name}.yaml" for name in (config, f"cluster/{overlay}")]
     with torch.device("meta"):
-        made = cli.main(["fit", *files, "--trainer.accelerator=cpu", "--trainer.devices=2"])
-    assert made.trainer.num_devices == 2
-    assert type(made.trainer.strategy).__name__ == {"ddp": "DDPStrategy", "fsdp": "ShardedStrategy"}[overlay]
+        built = cli.main(["fit", *files, "--trainer.accelerator=cpu", "--trainer.devices=2"])
+    assert built.trainer.num_devices == 2
+    assert type(built.trainer.strategy).__name__ == {"ddp": "DDPStrategy", "fsdp": "ShardedStrategy"}[overlay]

@@ -1,4 +1,4 @@
-"""FP8 as a precision plugin: which layers it converts, that they are used, and that checkpoints fit both ways."""
+"""The FP8 precision plugin: the converted layers, their numerics, and checkpoints that bfloat16 runs can load."""
 
 import os
 import subprocess
@@ -27,6 +27,7 @@ from t2v.training import Float8Precision
 from t2v.training.float8 import LAYERS, has_float8
 from t2v.training.objective import TokenObjective
 from t2v.transformer.config import AttentionConfig, TextConfig
+from t2v.transformer.decoding import Decoder
 from t2v.vqvae.quantizer import VectorQuantizer
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +36,7 @@ QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "enable_ch
 
 
 def model(hidden: int = 48, **changes) -> VideoTransformer:
-    """A model in which nothing stands at zero, so that every layer has a part in the loss."""
+    """A model without parameters that are zero, so that every layer changes the loss."""
     torch.manual_seed(0)
     network = VideoTransformer(CODES, 2, 32, 1, 1, hidden, AttentionConfig(2, 1, window=4), TextConfig(384), **changes)
     for parameter in network.parameters():
@@ -46,13 +47,13 @@ def model(hidden: int = 48, **changes) -> VideoTransformer:
 
 def batch(clips: int = 2) -> TokenBatch:
     generator = torch.Generator().manual_seed(1)
-    words = torch.randn(clips, 3, 384, generator=generator)
-    text = TextEmbedding(words, torch.ones(clips, 3, dtype=torch.bool), words.mean(1))
+    embedded = torch.randn(clips, 3, 384, generator=generator)
+    text = TextEmbedding(embedded, torch.ones(clips, 3, dtype=torch.bool), embedded.mean(1))
     return TokenBatch(torch.randint(CODES, (clips, 3, 2, 2), generator=generator), text, [""] * clips, [""] * clips)
 
 
 class Tokens(LightningDataModule):
-    """The same batch, again and again."""
+    """The same batch in every step."""
 
     def __init__(self, fingerprint: dict) -> None:
         super().__init__()
@@ -69,7 +70,7 @@ class Tokens(LightningDataModule):
 
 
 class Run:
-    """A module, its data, and trainers that may have the plugin or not."""
+    """A module, its data, and trainers with or without the plugin."""
 
     def __init__(self, folder: Path, network: VideoTransformer | None = None) -> None:
         torch.manual_seed(0)
@@ -106,28 +107,28 @@ def converted(network: nn.Module) -> dict[str, Float8Linear]:
 
 
 def loss_and_gradients(network: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    given = batch()
+    clips = batch()
     with torch.autocast("cpu", torch.bfloat16):
-        logits = network(given.tokens, given.text, torch.tensor([True, False]))
-        loss = token_loss(logits, given.tokens).objective
+        logits = network(clips.tokens, clips.text, torch.tensor([True, False]))
+        loss = token_loss(logits, clips.tokens).objective
     names, parameters = zip(*network.named_parameters(), strict=True)
     return loss.detach(), dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
-def test_the_converted_layers_are_those_of_the_blocks_and_every_pass_uses_them(recipe, capsys):
+def test_the_layers_of_the_blocks_are_converted_and_used_in_training_and_decoding(recipe, capsys):
     network = model()
     loss, gradients = loss_and_gradients(network)
     Float8Precision(recipe).convert_module(network)
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     used: list[str] = []
     for name, layer in converted(network).items():
         layer.register_forward_pre_hook(lambda *_, name=name: used.append(name))
     expected = {f"blocks.{i}.{layer.removeprefix('blocks.*.')}" for i in range(2) for layer in LAYERS}
     assert set(converted(network)) == expected
-    assert recipe in told
-    assert "emulated" in told
-    assert "blocks.*.attention.query_key_value: 2 layers, 64×32" in told
+    assert recipe in printed
+    assert "emulated" in printed
+    assert "blocks.*.attention.query_key_value: 2 layers, 64×32" in printed
 
     found, found_gradients = loss_and_gradients(network)
     assert set(used) == expected
@@ -139,38 +140,38 @@ def test_the_converted_layers_are_those_of_the_blocks_and_every_pass_uses_them(r
     assert all(not torch.equal(gradients[name], found_gradients[name]) for name in rounded)
 
     used.clear()
-    given = batch(1)
+    clip = batch(1)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        whole = network(given.tokens, given.text).flatten(1, 3)
-        state = network.start_decoding(given.text, frames=3)
-        steps = [network.step(token, state) for token in (None, *given.tokens.flatten(1)[:, :-1].unbind(1))]
-    assert used.count("blocks.1.mlp.out") == 1 + whole.shape[1]
-    torch.testing.assert_close(torch.stack(steps, dim=1).float(), whole.float(), atol=0.02, rtol=0)
+        logits = network(clip.tokens, clip.text).flatten(1, 3)
+        decoder = Decoder(network, clip.text, frames=3)
+        steps = [decoder.step(token) for token in (None, *clip.tokens.flatten(1)[:, :-1].unbind(1))]
+    assert used.count("blocks.1.mlp.out") == 1 + logits.shape[1]
+    torch.testing.assert_close(torch.stack(steps, dim=1).float(), logits.float(), atol=0.02, rtol=0)
 
 
-def test_sizes_that_kernels_cannot_take_and_a_head_that_is_not_called_are_left_out_and_told(capsys):
+def test_unsupported_sizes_and_the_head_are_left_in_bfloat16_and_listed(capsys):
     network = model(hidden=40)
     Float8Precision(layers=("blocks.*.mlp.*", "head")).convert_module(network)
     assert set(converted(network)) == {"blocks.0.mlp.gate_up", "blocks.1.mlp.gate_up"}
-    told = capsys.readouterr().out
-    assert "left in bfloat16: blocks.*.mlp.out: 2 layers, 32×40 are not both multiples of 16" in told
-    assert "left in bfloat16: head: 1 layer" in told
+    printed = capsys.readouterr().out
+    assert "bfloat16: blocks.*.mlp.out: 2 layers, 32×40 are not both multiples of 16" in printed
+    assert "bfloat16: head: 1 layer" in printed
 
 
 @pytest.mark.parametrize(
     ("network", "layers", "message"),
     [
-        (model, ("blocks.*.attn.*",), r"'blocks\.\*\.attn\.\*', but VideoTransformer has no such linear layer: .*mlp"),
+        (model, ("blocks.*.attn.*",), r"'blocks\.\*\.attn\.\*', since VideoTransformer has no such linear .*mlp"),
         (model, ("head",), "can convert no layer of VideoTransformer .*head.*bf16-mixed"),
         (lambda: VQVAE(16, 8, (1, 2), 1, 3, 1, 1, 2, 2, quantizer=VectorQuantizer(CODES, 4)), LAYERS, "VQVAE has no"),
     ],
 )
-def test_a_run_that_would_have_no_fp8_is_refused(network, layers, message):
+def test_a_plugin_that_would_convert_no_layer_is_rejected(network, layers, message):
     with pytest.raises(UserError, match=message):
         Float8Precision(layers=layers).convert_module(network())
 
 
-def test_an_unknown_recipe_is_refused():
+def test_an_unknown_recipe_is_rejected():
     with pytest.raises(UserError, match="recipe=blockwise of Float8Precision must be tensorwise or rowwise"):
         Float8Precision("blockwise")
 
@@ -184,12 +185,12 @@ def test_only_devices_without_fp8_are_emulated(capability, expected, monkeypatch
 
 
 @pytest.mark.parametrize("checkpointing", ["attention", "full"])
-def test_what_is_computed_again_has_the_same_gradients(checkpointing):
+def test_activation_checkpointing_does_not_change_the_gradients(checkpointing):
     networks = [model(), model(checkpointing=checkpointing)]
     for network in networks:
         Float8Precision().convert_module(network)
-    (loss, gradients), (again, found) = (loss_and_gradients(network) for network in networks)
-    assert torch.equal(loss, again)
+    (loss, gradients), (recomputed, found) = (loss_and_gradients(network) for network in networks)
+    assert torch.equal(loss, recomputed)
     for name, gradient in gradients.items():
         assert torch.equal(gradient, found[name]), name
 
@@ -198,7 +199,7 @@ def test_what_is_computed_again_has_the_same_gradients(checkpointing):
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_compiled_layers_have_the_same_gradients(checkpointing):
     network = model(checkpointing=checkpointing)
-    for block in network.blocks:  # Inductor's own code is a matter of its numerics
+    for block in network.blocks:  # Inductor's code has other rounding
         block.compile(fullgraph=True, backend="aot_eager")
     Float8Precision().convert_module(network)
     found, found_gradients = loss_and_gradients(network)
@@ -210,7 +211,7 @@ def test_compiled_layers_have_the_same_gradients(checkpointing):
         torch.testing.assert_close(found_gradients[name], gradient, msg=name)
 
 
-def test_a_checkpoint_of_fp8_is_one_of_bf16_and_the_other_way_round(tmp_path):
+def test_checkpoints_of_fp8_and_bfloat16_runs_are_interchangeable(tmp_path):
     run = Run(tmp_path)
     before = {name: (value.dtype, value.shape) for name, value in run.module.state_dict().items()}
     run.fit(Float8Precision()).save_checkpoint(tmp_path / "fp8.ckpt")
@@ -230,7 +231,7 @@ def test_a_checkpoint_of_fp8_is_one_of_bf16_and_the_other_way_round(tmp_path):
     assert len(converted(resumed.module)) == 12
 
 
-def test_prediction_and_an_average_of_the_weights_in_fp8(tmp_path):
+def test_prediction_and_moving_average_in_fp8(tmp_path):
     run = Run(tmp_path, model(device="meta"))
     run.fit(Float8Precision(), callbacks=[EMA(decay=0.5)])
     (videos,) = run.trainer(Float8Precision()).predict(run.module, run.data)
@@ -261,11 +262,11 @@ trainer.save_checkpoint(folder / "last.ckpt")
 
 
 @pytest.mark.slow
-def test_two_ranks_that_share_a_model_learn_in_fp8_as_one_does(tmp_path):
+def test_fp8_training_is_the_same_on_one_and_on_two_ranks_with_sharded_weights(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(SHARDED)
     weights = []
-    for ranks in ("1", "2"):  # all with the same batches, so that the mean of the gradients is that of one
+    for ranks in ("1", "2"):  # both ranks get the same batches, so that the mean gradient is that of one rank
         folder = tmp_path / ranks
         folder.mkdir()
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -279,7 +280,7 @@ def test_two_ranks_that_share_a_model_learn_in_fp8_as_one_does(tmp_path):
         torch.testing.assert_close(two[name], weight, atol=1e-6, rtol=1e-5, msg=name)
 
 
-def test_a_module_that_was_sharded_before_its_conversion_is_refused():
+def test_converting_a_sharded_module_is_rejected():
     with torch.device("meta"):
         network = nn.Sequential(nn.Linear(16, 16))
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)

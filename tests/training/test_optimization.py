@@ -1,4 +1,4 @@
-"""What both stages share of their optimisation: which weights decay, and the learning rate over a run."""
+"""Optimization of both stages: weight decay, the learning-rate schedule, and Muon."""
 
 import copy
 from itertools import pairwise
@@ -24,31 +24,31 @@ def vqvae() -> VQVAE:
 
 
 @pytest.mark.parametrize("build", [transformer, vqvae])
-def test_every_trained_parameter_is_in_one_group_with_the_decay_that_is_due(build):
+def test_every_trained_parameter_is_in_the_group_with_its_weight_decay(build):
     network = build()
     next(network.parameters()).requires_grad_(False)
-    hidden, decayed, kept = ({id(p) for p in group["params"]} for group in parameter_groups(network))
+    hidden, decayed, not_decayed = ({id(p) for p in group["params"]} for group in parameter_groups(network))
     assert "weight_decay" not in parameter_groups(network)[0] | parameter_groups(network)[1]  # the optimizer's own
     assert parameter_groups(network)[2]["weight_decay"] == 0.0
     named = {name: p for name, p in network.named_parameters() if p.requires_grad}
     assert sum(len(group["params"]) for group in parameter_groups(network)) == len(named)
     for name, parameter in named.items():
         plain = "embedding" not in name and "norm" not in name and not name.endswith("bias") and parameter.ndim > 1
-        assert (id(parameter) in hidden | decayed, id(parameter) in kept) == (plain, not plain), name
+        assert (id(parameter) in hidden | decayed, id(parameter) in not_decayed) == (plain, not plain), name
         assert (id(parameter) in hidden) == (name.startswith("blocks") and parameter.ndim == 2), name
 
 
-def test_embeddings_do_not_decay_and_a_tied_head_is_one_of_them():
+def test_embeddings_and_a_tied_head_do_not_decay():
     for tied in (False, True):
         model = transformer(tied_head=tied)
-        hidden, decayed, kept = ([id(p) for p in group["params"]] for group in parameter_groups(model))
-        assert id(model.token_embedding.weight) in kept
-        assert id(model.previous_frame.embedding.weight) in kept
+        hidden, decayed, not_decayed = ([id(p) for p in group["params"]] for group in parameter_groups(model))
+        assert id(model.token_embedding.weight) in not_decayed
+        assert id(model.previous_frame.embedding.weight) in not_decayed
         assert tied or id(model.head.weight) in decayed
-        assert len(hidden) + len(decayed) + len(kept) == len(list(model.parameters()))
+        assert len(hidden) + len(decayed) + len(not_decayed) == len(list(model.parameters()))
 
 
-def test_a_network_without_matrices_has_nothing_to_decay():
+def test_a_network_of_vectors_has_no_weight_decay():
     assert [len(group["params"]) for group in parameter_groups(nn.LayerNorm(4))] == [0, 0, 2]
 
 
@@ -61,7 +61,7 @@ def steps(optimizer, network, count) -> None:
         optimizer.step(lambda: network(tokens, embedding).square().mean().backward())  # noqa: B023
 
 
-def test_muon_moves_hidden_matrices_alike_in_all_directions_and_adamw_the_rest():
+def test_muon_updates_hidden_matrices_orthogonally_and_adamw_the_rest():
     network = transformer()
     start, twin = copy.deepcopy(network.state_dict()), copy.deepcopy(network)
     steps(MuonAdamW(parameter_groups(network), lr=0.01, weight_decay=0.0), network, 1)
@@ -75,8 +75,8 @@ def test_muon_moves_hidden_matrices_alike_in_all_directions_and_adamw_the_rest()
             assert torch.equal(moved[name], by_adamw), name
 
 
-def test_muon_resumes_bit_for_bit_and_follows_a_schedule(tmp_path):
-    ends = []
+def test_muon_resumes_exactly_and_follows_a_schedule(tmp_path):
+    results = []
     for stop in (4, 2):
         torch.manual_seed(0)
         network = transformer()
@@ -93,8 +93,8 @@ def test_muon_resumes_bit_for_bit_and_follows_a_schedule(tmp_path):
             steps(optimizer, network, 1)
             schedule.step()
         assert {group["lr"] for part in optimizer.parts for group in part.param_groups} == {0.01 / 5}
-        ends.append(network.state_dict())
-    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+        results.append(network.state_dict())
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
 
 
 def test_the_learning_rate_rises_over_the_warmup_and_falls_to_its_floor():

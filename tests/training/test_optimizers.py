@@ -1,4 +1,4 @@
-"""Optimizers of bitsandbytes from YAML: 8 bits of state, and a resumed run is the run that never stopped."""
+"""bitsandbytes optimizers from YAML: 8-bit state, and exact resuming."""
 
 import shutil
 
@@ -18,7 +18,7 @@ model:
 
 
 class Stop(Callback):
-    """Ends the run in the middle of its sixth step."""
+    """Stops the run in the middle of its sixth step."""
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, *_) -> None:
         if trainer.global_step == 5:
@@ -26,7 +26,7 @@ class Stop(Callback):
 
 
 @pytest.mark.parametrize("stage", ["vqvae", "transformer"])
-def test_a_run_with_8_bit_state_goes_on_as_if_it_had_not_stopped(copy_pipeline, stage, capfd):
+def test_a_resumed_run_with_8_bit_state_equals_an_uninterrupted_one(copy_pipeline, stage, capfd):
     pipeline = copy_pipeline()
     (pipeline.folder / "8bit.yaml").write_text(EIGHT_BIT)
     fit, checkpoint = (
@@ -35,7 +35,7 @@ def test_a_run_with_8_bit_state_goes_on_as_if_it_had_not_stopped(copy_pipeline, 
     )
     shutil.rmtree(checkpoint.parent)
     pipeline.main(*fit)
-    whole = training_state(checkpoint)
+    uninterrupted = training_state(checkpoint)
 
     shutil.rmtree(checkpoint.parent)
     with pytest.raises(RuntimeError, match="stopped by the test"):
@@ -43,6 +43,6 @@ def test_a_run_with_8_bit_state_goes_on_as_if_it_had_not_stopped(copy_pipeline, 
     capfd.readouterr()
     pipeline.main(*fit)
     assert "at step 4" in capfd.readouterr().out
-    assert not differences(whole, training_state(checkpoint))
-    states = {value.dtype for name, value in whole.items() if name.endswith(("/state1", "/state2"))}
+    assert not differences(uninterrupted, training_state(checkpoint))
+    states = {value.dtype for name, value in uninterrupted.items() if name.endswith(("/state1", "/state2"))}
     assert states == {torch.uint8, torch.float32}  # matrices, and vectors

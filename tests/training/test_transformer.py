@@ -1,4 +1,4 @@
-"""Training the transformer: the loss and its options, and models that are built without memory."""
+"""Training the transformer: the objective, and models that are built on the meta device."""
 
 import math
 import subprocess
@@ -19,6 +19,7 @@ from t2v.generation.sampling import Sampler
 from t2v.generation.settings import GenerationSettings
 from t2v.losses.tokens import token_loss
 from t2v.text import MiniLMTextEncoder
+from t2v.training.lightning_private import average_of
 from t2v.training.objective import TokenObjective
 from t2v.transformer.config import AttentionConfig, TextConfig
 from t2v.vqvae.quantizer import VectorQuantizer
@@ -43,7 +44,7 @@ def batch(clips: int = 2) -> TokenBatch:
 
 
 class Tokens(LightningDataModule):
-    """The same batch, again and again, with the fingerprint that the module asks for."""
+    """The same batch in every step, with a fingerprint."""
 
     def __init__(self, fingerprint: dict) -> None:
         super().__init__()
@@ -71,7 +72,7 @@ def fit(built: LitVideoTransformer, folder, steps: int = 2, **options) -> Traine
 @pytest.mark.parametrize("rows", [5, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("smoothing", "weight"), [(0.0, 0.0), (0.2, 0.0), (0.0, 0.3), (0.1, 0.01)])
-def test_the_loss_and_its_gradient_are_those_of_the_formula(rows, dtype, smoothing, weight):
+def test_the_loss_and_its_gradient_equal_the_formula(rows, dtype, smoothing, weight):
     logits = (3 * torch.randn(rows, CODES)).to(dtype).requires_grad_()
     tokens = torch.randint(CODES, (rows,))
     log_z = logits.float().logsumexp(-1)
@@ -86,51 +87,51 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula(rows, dtype, smoothi
     torch.testing.assert_close(logits.grad, 2 * gradient)
 
 
-def test_logits_stay_as_they_are_where_no_gradient_is_asked_for():
+def test_logits_are_not_modified_without_a_gradient():
     logits = torch.randn(2, 3, 2, 2, CODES)
     before = logits.clone()
     token_loss(logits, torch.randint(CODES, (2, 3, 2, 2)))
     assert torch.equal(logits, before)
 
 
-def train_once(built: LitVideoTransformer, given: TokenBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The tokens that the model is shown in a training step, the logits that it answers with, and the loss."""
-    passed = []
-    keep = built.model.register_forward_hook(lambda _, inputs, logits: passed.extend([inputs[0], logits.clone()]))
-    loss = built.training_step(given, 0)
-    keep.remove()
-    return passed[0], passed[1], loss
+def train_once(built: LitVideoTransformer, clips: TokenBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the input tokens of the model in a training step, its logits, and the loss."""
+    recorded = []
+    hook = built.model.register_forward_hook(lambda _, inputs, logits: recorded.extend([inputs[0], logits.clone()]))
+    loss = built.training_step(clips, 0)
+    hook.remove()
+    return recorded[0], recorded[1], loss
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log")
-def test_corruption_replaces_its_share_of_the_input_by_any_code_and_no_target():
-    given = batch(500)
-    assert torch.equal(train_once(module(), given)[0], given.tokens)
-    tokens = given.tokens.clone()
-    corrupted, logits, loss = train_once(module(corruption=0.25), given)
+def test_corruption_replaces_a_fraction_of_the_input_by_uniform_codes_and_no_target():
+    clips = batch(500)
+    assert torch.equal(train_once(module(), clips)[0], clips.tokens)
+    tokens = clips.tokens.clone()
+    corrupted, logits, loss = train_once(module(corruption=0.25), clips)
     torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 3), tokens.flatten()))
-    assert torch.equal(given.tokens, tokens)
-    wrong = corrupted != tokens
-    assert wrong.float().mean() == pytest.approx(0.25 * (1 - 1 / CODES), abs=0.02)
-    assert wrong.float().mean(0).amin() > 0.15  # at every place
-    counts = corrupted[wrong].bincount(minlength=CODES)
+    assert torch.equal(clips.tokens, tokens)
+    changed = corrupted != tokens
+    assert changed.float().mean() == pytest.approx(0.25 * (1 - 1 / CODES), abs=0.02)
+    assert changed.float().mean(0).amin() > 0.15  # at every position
+    counts = corrupted[changed].bincount(minlength=CODES)
     assert counts.min() > 0.5 * counts.float().mean()
     assert counts.max() < 1.5 * counts.float().mean()
 
 
-def test_validation_is_plain_cross_entropy_whatever_training_does(tmp_path):
+def test_validation_is_plain_cross_entropy_with_any_objective(tmp_path):
     options = {"label_smoothing": 0.3, "z_loss": 0.5, "corruption": 0.5, "caption_dropout": 0.9}
     built = module(**options)
     trainer = fit(built, tmp_path, steps=3)
-    given = trainer.datamodule.batch
+    clips = trainer.datamodule.batch
     with torch.no_grad():
-        logits = built.model(given.tokens, given.text)
-    expected = F.cross_entropy(logits.flatten(0, 3), given.tokens.flatten())
+        logits = built.model(clips.tokens, clips.text)
+    expected = F.cross_entropy(logits.flatten(0, 3), clips.tokens.flatten())
     torch.testing.assert_close(trainer.callback_metrics["val/loss"], expected)
     torch.testing.assert_close(trainer.callback_metrics["val/perplexity"], expected.exp())
 
 
-def test_training_logs_the_plain_cross_entropy_and_what_its_options_add(tmp_path):
+def test_training_logs_the_plain_cross_entropy_and_the_added_terms(tmp_path):
     extra = {"train/objective", "train/z_loss"}
     plain = fit(module(caption_dropout=0.0), tmp_path, steps=1)
     assert not extra & set(plain.callback_metrics)
@@ -142,7 +143,7 @@ def test_training_logs_the_plain_cross_entropy_and_what_its_options_add(tmp_path
     assert objective - loss == pytest.approx(0.5 * z_loss, rel=0.05)
 
 
-def test_z_loss_keeps_logits_small_and_smoothing_keeps_them_from_certainty():
+def test_z_loss_keeps_logits_small_and_smoothing_limits_the_probabilities():
     tokens = torch.randint(CODES, (64,))
     sizes = []
     for options in ((0.0, 0.0), (0.0, 0.1), (0.2, 0.0)):
@@ -170,12 +171,12 @@ def test_z_loss_keeps_logits_small_and_smoothing_keeps_them_from_certainty():
         ("z_loss", math.inf, r"objective\.z_loss=inf must be a finite weight of at least 0"),
     ],
 )
-def test_options_out_of_range_are_refused(option, value, message):
+def test_options_out_of_range_are_rejected(option, value, message):
     with pytest.raises(UserError, match=message):
         module(**{option: value})
 
 
-def test_a_model_built_on_meta_gets_the_weights_of_one_built_directly():
+def test_a_model_built_on_meta_gets_the_same_weights_as_one_built_directly():
     built = module(model(device="meta"))
     torch.manual_seed(0)
     built.configure_model()
@@ -185,10 +186,10 @@ def test_a_model_built_on_meta_gets_the_weights_of_one_built_directly():
         assert torch.equal(value, expected[name]), name
     weights = [parameter.data_ptr() for parameter in built.model.parameters()]
     built.configure_model()
-    assert [parameter.data_ptr() for parameter in built.model.parameters()] == weights  # and keeps them
+    assert [parameter.data_ptr() for parameter in built.model.parameters()] == weights  # a second call changes nothing
 
 
-def test_training_begins_on_meta_as_it_does_elsewhere(tmp_path):
+def test_training_can_start_from_a_model_on_meta(tmp_path):
     direct, deferred = module(), module(model(device="meta"))
     for built in (direct, deferred):
         fit(built, tmp_path)
@@ -196,7 +197,7 @@ def test_training_begins_on_meta_as_it_does_elsewhere(tmp_path):
     assert {name: (p.shape, p.dtype, p.device.type) for name, p in deferred.model.named_parameters()} == shapes
 
 
-def test_bf16_true_materialises_half_the_bytes_and_trains(tmp_path):
+def test_bf16_true_trains_a_model_built_on_meta(tmp_path):
     built = module(model(device="meta"))
     fit(built, tmp_path, precision="bf16-true")
     assert {parameter.dtype for parameter in built.model.parameters()} == {torch.bfloat16}
@@ -208,13 +209,13 @@ def test_a_moving_average_of_a_model_built_on_meta(tmp_path):
     built, average = module(model(device="meta")), EMA(decay=0.5)
     fit(built, tmp_path, steps=3, callbacks=[average])
     name, trained = next(iter(built.model.named_parameters()))
-    kept = dict(average._average_model.module.model.named_parameters())[name]
+    kept = dict(average_of(average).module.model.named_parameters())[name]
     assert not kept.is_meta
     assert not torch.equal(kept, trained)
     torch.testing.assert_close(kept, trained, atol=0.01, rtol=0)
 
 
-def test_a_checkpoint_overwrites_the_first_weights(tmp_path):
+def test_a_checkpoint_replaces_the_initial_weights(tmp_path):
     direct = module()
     fit(direct, tmp_path).save_checkpoint(tmp_path / "last.ckpt")
     deferred = module(model(device="meta"))
@@ -243,7 +244,7 @@ if ranks > 1:
 clips = torch.randint(32, (4, 3, 2, 2), generator=torch.Generator().manual_seed(1))
 text = torch.randn(4, 2, 384, generator=torch.Generator().manual_seed(2))
 mine = slice(rank * 4 // ranks, (rank + 1) * 4 // ranks)
-words = TextEmbedding(text[mine], torch.ones(4, 2, dtype=torch.bool)[mine], text.mean(1)[mine])
+embedded = TextEmbedding(text[mine], torch.ones(4, 2, dtype=torch.bool)[mine], text.mean(1)[mine])
 objective = TokenObjective(caption_dropout=0.0, z_loss=0.1)
 for device in ("cpu", "meta"):
     torch.manual_seed(0)
@@ -251,15 +252,15 @@ for device in ("cpu", "meta"):
     built = LitVideoTransformer(network, "none", MiniLMTextEncoder(), GenerationSettings(Sampler(), 3), objective)
     built._device_mesh = mesh if ranks > 1 else None
     built.configure_model()
-    built.training_step(TokenBatch(clips[mine], words, [], []), 0).backward()
-    whole, local = (lambda x: x, lambda x: x) if ranks == 1 else (lambda x: x.full_tensor(), lambda x: x.to_local())
-    weights = {name: (whole(p.detach()), whole(p.grad)) for name, p in built.model.named_parameters()}
+    built.training_step(TokenBatch(clips[mine], embedded, [], []), 0).backward()
+    full, local = (lambda x: x, lambda x: x) if ranks == 1 else (lambda x: x.full_tensor(), lambda x: x.to_local())
+    weights = {name: (full(p.detach()), full(p.grad)) for name, p in built.model.named_parameters()}
     torch.save((weights, sum(local(p).numel() for p in built.model.parameters())), f"{folder}/{device}{rank}of{ranks}")
 """
 
 
 @pytest.mark.slow
-def test_two_ranks_share_a_model_and_learn_as_one_does_from_both_their_clips(tmp_path):
+def test_two_ranks_with_sharded_weights_have_the_gradients_of_one(tmp_path):
     jobs = [("0", "1"), ("0", "2"), ("1", "2")]
     runs = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", RANK, *job, tmp_path], cwd=ROOT) for job in jobs]
     assert [run.wait(timeout=200) for run in runs] == [0, 0, 0]
@@ -272,5 +273,5 @@ def test_two_ranks_share_a_model_and_learn_as_one_does_from_both_their_clips(tmp
             )
             if device == "cpu":
                 torch.testing.assert_close(first[0][name], (weight, gradient))
-            else:  # drawn in shares: other numbers of the same size
+            else:  # each rank initializes its shards: other random numbers with the same norm
                 torch.testing.assert_close(first[0][name][0].norm(), weight.norm(), atol=0.05, rtol=0.25)

@@ -1,4 +1,4 @@
-"""Training the VQ-VAE: both sides of the adversarial term, the moving average, and resuming."""
+"""Training the VQ-VAE: adversarial training, the moving average, and resuming."""
 
 import copy
 
@@ -17,7 +17,7 @@ from t2v.vqvae.quantizer import FSQuantizer, VectorQuantizer
 
 
 class Clips(LightningDataModule):
-    """The same few clips in every epoch, in the same order."""
+    """The same clips in the same order in every epoch."""
 
     def _loader(self) -> DataLoader:
         video = torch.randint(0, 256, (6, 2, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -43,7 +43,7 @@ def module(adversarial_from: int | None = None, **changes) -> LitVQVAE:
 
 
 class StopAfter(Callback):
-    """Ends a run early, with the schedule of the whole."""
+    """Stops a run early, with the learning-rate schedule of the full run."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -67,7 +67,7 @@ def fit(built: LitVQVAE, steps: int, folder, *callbacks, ckpt_path=None) -> Trai
     return trainer
 
 
-def test_both_sides_learn_and_max_steps_counts_the_generators(tmp_path):
+def test_vqvae_and_discriminators_are_trained_and_max_steps_counts_the_vqvaes_steps(tmp_path):
     built = module(adversarial_from=2)
     before = copy.deepcopy(built.state_dict())
     trainer = fit(built, 5, tmp_path)
@@ -79,7 +79,7 @@ def test_both_sides_learn_and_max_steps_counts_the_generators(tmp_path):
     assert {"train/generator", "train/discriminator"} <= set(trainer.callback_metrics)
 
 
-def test_discriminators_wait_for_their_first_step(tmp_path):
+def test_discriminators_are_not_trained_before_their_start_step(tmp_path):
     built = module(adversarial_from=3)
     weights = [parameter.detach().clone() for parameter in built.adversarial.parameters() if parameter.ndim == 1]
     fit(built, 3, tmp_path)
@@ -92,7 +92,7 @@ def adversarial():
     return AdversarialLoss(weight=0.5, channels=4, layers=1)
 
 
-def test_the_generators_term_leaves_the_discriminators_alone_and_theirs_the_reconstruction(adversarial):
+def test_generator_and_discriminator_losses_have_separate_gradients(adversarial):
     video = torch.rand(2, 3, 3, 16, 16)
     reconstruction = torch.rand(2, 3, 3, 16, 16, requires_grad=True)
     adversarial.generator_loss(reconstruction, (reconstruction - video).abs().mean()).backward()
@@ -103,7 +103,7 @@ def test_the_generators_term_leaves_the_discriminators_alone_and_theirs_the_reco
     assert all(parameter.grad is not None for parameter in adversarial.parameters())
 
 
-def test_the_adversarial_gradient_is_in_proportion_to_the_others(adversarial):
+def test_the_adversarial_gradient_has_the_weighted_norm_of_the_other_terms(adversarial):
     video, reconstruction = torch.rand(2, 3, 3, 16, 16), torch.rand(2, 3, 3, 16, 16, requires_grad=True)
     others = 7 * (reconstruction - video).abs().mean()
     term = adversarial.generator_loss(reconstruction, others)
@@ -111,11 +111,11 @@ def test_the_adversarial_gradient_is_in_proportion_to_the_others(adversarial):
     torch.testing.assert_close(own.norm(), 0.5 * theirs.norm(), rtol=1e-3, atol=0)
 
 
-def test_discriminators_learn_to_tell_footage_from_noise(adversarial):
+def test_discriminators_learn_to_distinguish_video_from_noise(adversarial):
     optimizer = torch.optim.Adam(adversarial.parameters(), lr=1e-2)
     for _ in range(30):
-        footage, noise = torch.rand(4, 2, 3, 16, 16).cumsum(-1) / 16, torch.rand(4, 2, 3, 16, 16)
-        loss = adversarial.discriminator_loss(noise, footage)
+        video, noise = torch.rand(4, 2, 3, 16, 16).cumsum(-1) / 16, torch.rand(4, 2, 3, 16, 16)
+        loss = adversarial.discriminator_loss(noise, video)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -123,19 +123,18 @@ def test_discriminators_learn_to_tell_footage_from_noise(adversarial):
 
 
 @pytest.mark.parametrize("adversarial_from", [None, 3])
-def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, adversarial_from):
-    """Weights, average, codebook and discriminators; the stop lies after the codebook has begun."""
-    whole = module(adversarial_from)
-    fit(whole, 9, tmp_path / "whole", EMA(decay=0.9))
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, adversarial_from):
+    """Compare weights, average, codebook and discriminators of a run that stops after quantization has begun."""
+    fit(module(adversarial_from), 9, tmp_path / "full", EMA(decay=0.9))
     fit(module(adversarial_from), 9, tmp_path / "part", EMA(decay=0.9), StopAfter(6))
     fit(module(adversarial_from), 9, tmp_path / "part", EMA(decay=0.9), ckpt_path=tmp_path / "part/last.ckpt")
-    first, second = (torch.load(tmp_path / f"{run}/last.ckpt", weights_only=True) for run in ("whole", "part"))
+    first, second = (torch.load(tmp_path / f"{run}/last.ckpt", weights_only=True) for run in ("full", "part"))
     for part in ("state_dict", "current_model_state"):
         for name, value in first[part].items():
             assert torch.equal(value, second[part][name]), (part, name)
 
 
-def test_the_average_is_what_is_loaded_and_differs_from_what_is_trained(tmp_path):
+def test_loading_a_checkpoint_gives_the_moving_average(tmp_path):
     built = module()
     fit(built, 8, tmp_path, EMA(decay=0.9))
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
@@ -148,7 +147,7 @@ def test_the_average_is_what_is_loaded_and_differs_from_what_is_trained(tmp_path
     assert torch.equal(average[codebook], trained[codebook])
 
 
-def test_training_with_another_quantizer_loads_back(tmp_path):
+def test_a_checkpoint_with_another_quantizer_loads(tmp_path):
     model = VQVAE(16, 8, (1, 2), 1, 3, 1, 1, 2, 2, quantizer=FSQuantizer([4, 4, 3]))
     built = module(model=model)
     fit(built, 2, tmp_path)
