@@ -1,224 +1,258 @@
-"""Cutting: a few videos are analysed at a time, and what came of them is left in two files.
+"""Cutting: each job cuts a few consecutive videos and writes two files.
 
-`000000-000015.json` says which clips were cut and what was dropped, `000000-000015.clips` holds the clips' bytes one
-after the other. Both appear whole; the json comes last, and with it the videos are done. Each video is decoded once to
-find its scenes, and once to cut it.
+`000000-000015.json` lists the clips and what was dropped; `000000-000015.clips` contains the clips' bytes, one after
+the other. Both appear complete or not at all; the json is written last and marks the job as complete. Each video is
+decoded once to find its scenes, and once to cut it.
 """
 
 import faulthandler
 import json
 import os
 import tempfile
-from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import groupby, islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import torch
-from jaxtyping import UInt8
-from torch import Tensor
 from tqdm import tqdm
 
 from data.prepare.dropped import Dropped
-from data.prepare.engine import Run
-from data.prepare.filters import Filters, perceptual_hash, refuse_clip, refuse_video
-from data.prepare.scenes import scenes
+from data.prepare.duplicates import perceptual_hash
+from data.prepare.engine import Engine
+from data.prepare.filters import reason_to_drop_clip, reason_to_drop_video
 from data.prepare.sources import Video
+from data.prepare.video_clips import ClipFormat, VideoClip, cut_video
 from t2v.errors import UserError
-from t2v.video import DecodeError, VideoInfo, encode_mp4, probe, read_frames, resize_and_crop, stream_frames
+from t2v.files import atomic_path
+from t2v.video import DecodeError, VideoInfo, encode_mp4, probe
 
-JOB_BYTES = 2**28
-"""A job takes no more videos once it has so many bytes."""
-KILLS = "crashes the decoder, or takes too long"
-"""Why a video is dropped that twice ended the process that cut it."""
-
-
-class Format(NamedTuple):
-    """What every clip is like, and what footage it is cut from."""
-
-    size: int
-    fps: float
-    frames: int
-    scenes: float
-    """Threshold of a scene cut; 0 looks for none."""
-    filters: Filters
-    timeout: float
-    """Seconds for each clip."""
+MAX_JOB_BYTES = 2**28
+"""A job takes no further videos once it has this many bytes."""
+MAX_ATTEMPTS = 2
+CRASH_REASON = "crashes the decoder or exceeds the timeout"
+"""Why a video is dropped that ended the process that cut it, in each of `MAX_ATTEMPTS` attempts."""
 
 
-class Cutting(NamedTuple):
-    """A job: consecutive videos of the source."""
+class CutJob(NamedTuple):
+    """Consecutive videos of the source to cut."""
 
     folder: Path
-    """Where the two files go."""
+    """Folder for the two files."""
     first: int
-    """Number of its first video."""
+    """Number of the first video."""
     videos: list[Video]
-    form: Format
-    deadly: frozenset[int] = frozenset()
-    """Numbers of the videos that are not tried again."""
+    clip_format: ClipFormat
+    excluded: frozenset[int] = frozenset()
+    """Numbers of the videos that are dropped without another attempt."""
 
     @property
     def name(self) -> str:
-        """What the files are called."""
+        """Name of the files, without suffix."""
         return f"{self.first:06d}-{self.first + len(self.videos) - 1:06d}"
 
     @property
     def result(self) -> Path:
-        """The json."""
+        """The json file."""
         return self.folder / f"{self.name}.json"
 
     @property
     def clips(self) -> Path:
-        """The file of the clips' bytes."""
+        """The file with the clips' bytes."""
         return self.folder / f"{self.name}.clips"
 
     @property
-    def trace(self) -> Path:
-        """The number of the video being cut: who reads it after a crash knows which it was."""
-        return self.folder / f"{self.name}.now"
+    def current(self) -> Path:
+        """The file with the number of the video being cut; after a crash it identifies the video."""
+        return self.folder / f"{self.name}.current"
 
 
-def divide(videos: list[Video], videos_per_job: int, folder: Path, form: Format) -> list[Cutting]:
-    """The jobs of cutting: up to so many consecutive videos each, and few where they are large.
+class ClipRow(NamedTuple):
+    """A clip that was kept, as stored in the json file of its job."""
+
+    video: int
+    """Number of its video."""
+    number: int
+    """Number of the clip in its video, with those that the filters dropped counted too."""
+    start: float
+    """Start in the video, in seconds."""
+    offset: int
+    """First byte in the file of clips."""
+    size: int
+    """Bytes of the mp4."""
+    hash: int | None
+    """Perceptual hash; None if near-duplicates are kept."""
+    info: VideoInfo
+    """Length, rate and size of the video."""
+
+
+def make_jobs(videos: list[Video], videos_per_job: int, folder: Path, clip_format: ClipFormat) -> list[CutJob]:
+    """Divide the videos into jobs of consecutive videos, with fewer videos per job where they are large.
 
     Args:
-        videos: all videos of the source.
-        videos_per_job: how many a job takes at most.
-        folder: where the jobs leave their files.
-        form: what every clip is like.
+        videos: All videos of the source.
+        videos_per_job: Largest number of videos in a job.
+        folder: Folder for the jobs' files.
+        clip_format: Properties of the clips.
     """
-    jobs: list[Cutting] = []
+    jobs: list[CutJob] = []
+    bytes_in_job = 0
     for number, video in enumerate(videos):
-        last = jobs[-1].videos if jobs else []
-        if not last or len(last) == videos_per_job or sum(other.size for other in last) >= JOB_BYTES:
-            jobs.append(Cutting(folder, number, last := [], form))
-        last.append(video)
+        if not jobs or len(jobs[-1].videos) == videos_per_job or bytes_in_job >= MAX_JOB_BYTES:
+            jobs.append(CutJob(folder, number, [], clip_format))
+            bytes_in_job = 0
+        jobs[-1].videos.append(video)
+        bytes_in_job += video.size
     return jobs
 
 
-def cut_all(jobs: list[Cutting], run: Run) -> None:
-    """Run the jobs of cutting that are not done; a video that twice ends its process is given up.
+def cut_all(jobs: list[CutJob], run: Engine) -> None:
+    """Run the jobs that are not complete; exclude a video that ends its process twice.
 
     Args:
-        jobs: all jobs.
-        run: calls `cut` for each of them.
+        jobs: All jobs.
+        run: Engine that calls `cut` for each job.
 
     Raises:
-        UserError: where a process dies before it comes to a video.
+        UserError: If a process dies before it begins with a video.
     """
-    left = deque(job for job in jobs if read_result(job.result) is None)
-    total, remaining = (sum(len(job.videos) for job in some) for some in (jobs, left))
-    deaths: Counter[int] = Counter()
+    pending = deque(job for job in jobs if read_result(job.result) is None)
+    total = sum(len(job.videos) for job in jobs)
+    remaining = sum(len(job.videos) for job in pending)
+    crashes: Counter[int] = Counter()
     with tqdm(desc="cutting", total=total, initial=total - remaining, unit="video") as bar:
-        for job, lived in run(cut, left):
-            if lived:
+        for job, succeeded in run(cut, pending):
+            if succeeded:
                 bar.update(len(job.videos))
                 continue
             try:
-                number = int(job.trace.read_text())
+                number = int(job.current.read_text())
             except (OSError, ValueError):
                 raise UserError(
                     f"The process that was to cut '{job.videos[0].name}' and {len(job.videos) - 1} more was killed "
-                    "before it began, as happens where memory is short: lower num_workers; the same command goes on."
+                    "before it began, probably for lack of memory: lower num_workers; the same command continues."
                 ) from None
-            deaths[number] += 1
-            deadly = job.deadly | {number for number, count in deaths.items() if count > 1}
-            bar.write(f"'{job.videos[number - job.first].name}' {KILLS}: {deaths[number]} of 2 attempts.")
-            left.append(job._replace(deadly=deadly))
+            crashes[number] += 1
+            bar.write(
+                f"'{job.videos[number - job.first].name}' {CRASH_REASON}: {crashes[number]} of {MAX_ATTEMPTS} attempts."
+            )
+            failed = frozenset(number for number, count in crashes.items() if count >= MAX_ATTEMPTS)
+            pending.append(job._replace(excluded=job.excluded | failed))
 
 
-def cut(job: Cutting) -> None:
+def cut(job: CutJob) -> None:
     """Cut the videos of a job, filter and encode the clips, and write the two files.
 
     Args:
-        job: what to do.
+        job: The job.
     """
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = []
+    rows: list[ClipRow] = []
     dropped: list[Dropped] = []
-    partial = job.clips.with_name(f"{job.clips.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file, Path(os.devnull).open("w") as nowhere:
+    with (
+        atomic_path(job.clips) as clips_path,
+        clips_path.open("wb") as clips,
+        Path(os.devnull).open("w") as devnull,
+    ):
         for number, video in enumerate(job.videos, job.first):
-            if number in job.deadly:
-                dropped.append(Dropped(video.name, None, KILLS))
+            if number in job.excluded:
+                dropped.append(Dropped(video.name, None, CRASH_REASON))
                 continue
-            job.trace.write_text(str(number))
-            for row in _cut_video(video, job, dropped, nowhere):
-                place = (file.tell(), len(row["mp4"]))
-                file.write(row.pop("mp4"))
-                rows.append({"video": number, "place": place, **row})
-    partial.replace(job.clips)
-    partial.write_text(json.dumps({"clips": rows, "dropped": dropped}))
-    partial.replace(job.result)
-    job.trace.unlink(missing_ok=True)
+            job.current.write_text(str(number))
+            for row, mp4 in _cut_video(number, video, job, dropped, devnull):
+                rows.append(row._replace(offset=clips.tell()))
+                clips.write(mp4)
+    with atomic_path(job.result) as result:
+        result.write_text(json.dumps({"clips": rows, "dropped": dropped}))
+    job.current.unlink(missing_ok=True)
 
 
-def read_result(path: Path) -> tuple[list[dict[str, Any]], list[Dropped]] | None:
-    """The clips and what was dropped, from the json of a job; None where it is not there, or not whole.
+def read_result(path: Path) -> tuple[list[ClipRow], list[Dropped]] | None:
+    """Return the clips and what was dropped from the json of a job, or None if the job is not complete.
 
     Args:
-        path: the json.
+        path: The json file.
     """
     try:
         content = json.loads(path.read_text())
-        return content["clips"], [Dropped(*drop) for drop in content["dropped"]]
     except (OSError, ValueError):
         return None
+    clips = [ClipRow._make([*row, VideoInfo(*info)]) for *row, info in content["clips"]]
+    return clips, [Dropped(*drop) for drop in content["dropped"]]
 
 
-def _cut_video(video: Video, job: Cutting, dropped: list[Dropped], nowhere: IO[str]) -> Iterator[dict[str, Any]]:
-    """The kept clips of a video, as mp4; adds the others to `dropped`."""
-    form, tried, short = job.form, 0, []
+def _cut_video(
+    number: int, video: Video, job: CutJob, dropped: list[Dropped], devnull: IO[str]
+) -> Iterator[tuple[ClipRow, bytes]]:
+    """Yield the kept clips of a video with their mp4; append the others to `dropped`.
+
+    The process exits if a clip takes longer than the timeout.
+    """
+    clip_format, filters = job.clip_format, job.clip_format.filters
+    clips = 0
+    short_scenes: list[float] = []
+
+    def restart_timer(seconds: float) -> None:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=devnull)
+
     try:
-        with _opened(video, job.folder) as path:
-            faulthandler.dump_traceback_later(form.timeout, exit=True, file=nowhere)
+        with _as_file(video, job.folder) as path:
+            restart_timer(clip_format.timeout)
             info = probe(path)
-            if reason := refuse_video(info, form.filters):
+            reason = reason_to_drop_video(info, filters)
+            if reason:
                 dropped.append(Dropped(video.name, None, reason))
                 return
-            # A decoder slower than the video plays is as good as stuck.
-            faulthandler.dump_traceback_later(form.timeout + info.frames / info.fps, exit=True, file=nowhere)
-            for start, clip, mp4 in _clips(path, info, form):
-                faulthandler.dump_traceback_later(form.timeout, exit=True, file=nowhere)
-                if clip is None:
-                    short.append(start)
+            restart_timer(clip_format.timeout + info.frames / info.fps)  # no decoder is slower than playing the video
+            for clip in cut_video(path, info, clip_format):
+                restart_timer(clip_format.timeout)
+                if clip.frames is None:
+                    short_scenes.append(clip.start)
                     continue
-                tried += 1
-                if reason := refuse_clip(clip, form.filters):
-                    dropped.append(Dropped(video.name, start, reason))
-                    continue
-                yield {
-                    "number": tried - 1,
-                    "start": start,
-                    "seconds": info.frames / info.fps,
-                    "height": info.height,
-                    "width": info.width,
-                    "hash": None if form.filters.max_hash_distance is None else perceptual_hash(clip),
-                    "mp4": mp4 or encode_mp4(clip, form.fps),
-                }
-        told = f"too short (a clip takes {form.frames / form.fps:.3g} s)"
-        if tried:
-            dropped += (Dropped(video.name, start, f"scene {told}") for start in short)
-        else:
-            dropped.append(Dropped(video.name, None, told if len(short) < 2 else f"scenes {told}"))
+                clips += 1
+                reason = reason_to_drop_clip(clip.frames, filters)
+                if reason:
+                    dropped.append(Dropped(video.name, clip.start, reason))
+                else:
+                    yield _encode(clip, clips - 1, number, info, clip_format)
+        dropped += _drop_short_scenes(video, clips, short_scenes, clip_format)
     except (FileNotFoundError, PermissionError) as error:
         dropped.append(Dropped(video.name, None, f"does not open ({error.strerror})"))
-    except (UserError, OSError):  # a full disk, or a lost connection: nothing is wrong with the video
+    except (UserError, OSError):  # such as a full disk or a lost connection: not the video's fault
         raise
-    except Exception as error:  # decoders meet everything; one video must not stop the work of days
-        told = str(error) if isinstance(error, DecodeError) else f"{type(error).__name__}: {error}"
-        dropped.append(Dropped(video.name, None, f"{'decodes only in part' if tried else 'does not decode'} ({told})"))
+    except Exception as error:  # decoders raise many types, and one corrupt video must not stop a run of days
+        cause = str(error) if isinstance(error, DecodeError) else f"{type(error).__name__}: {error}"
+        kind = "decodes only in part" if clips else "does not decode"
+        dropped.append(Dropped(video.name, None, f"{kind} ({cause})"))
     finally:
         faulthandler.cancel_dump_traceback_later()
 
 
+def _encode(
+    clip: VideoClip, clip_number: int, video_number: int, info: VideoInfo, clip_format: ClipFormat
+) -> tuple[ClipRow, bytes]:
+    assert clip.frames is not None
+    mp4 = clip.mp4 or encode_mp4(clip.frames, clip_format.fps)
+    hash_ = None if clip_format.filters.max_hash_distance is None else perceptual_hash(clip.frames)
+    return ClipRow(video_number, clip_number, clip.start, 0, len(mp4), hash_, info), mp4
+
+
+def _drop_short_scenes(
+    video: Video, clips: int, short_scenes: list[float], clip_format: ClipFormat
+) -> Iterator[Dropped]:
+    """Yield each scene that is too short for a clip, or the whole video if it has no clips."""
+    too_short = f"too short (a clip takes {clip_format.frames / clip_format.fps:.3g} s)"
+    if clips:
+        for start in short_scenes:
+            yield Dropped(video.name, start, f"scene {too_short}")
+    else:
+        yield Dropped(video.name, None, too_short if len(short_scenes) < 2 else f"scenes {too_short}")
+
+
 @contextmanager
-def _opened(video: Video, folder: Path) -> Iterator[Path]:
-    """The video as a file of its own; one that lies in a tar is copied out of it."""
+def _as_file(video: Video, folder: Path) -> Iterator[Path]:
+    """Yield the path of a video; a video in a tar is copied to a temporary file."""
     if video.offset is None:
         yield video.path
         return
@@ -228,54 +262,3 @@ def _opened(video: Video, folder: Path) -> Iterator[Path]:
             tar.seek(video.offset)
             path.write_bytes(tar.read(video.size))
         yield path
-
-
-def _clips(
-    path: Path, info: VideoInfo, form: Format
-) -> Iterator[tuple[float, UInt8[Tensor, "t c h w"] | None, bytes | None]]:
-    """Start and frames of every clip, and its mp4 if the file is that already; of a scene too short, only the start."""
-    if _is_clip(path, info, form):
-        yield 0.0, read_frames(path, range(form.frames)), path.read_bytes()
-        return
-    starts = [start for start, _ in scenes(path, form.scenes)] if form.scenes else [0.0]
-    half = 0.5 / info.fps  # a frame's time and a cut's are rounded in different ways
-    for number, scene in groupby(stream_frames(path), lambda shown: bisect_right(starts, shown[0] + half, lo=1)):
-        clip = None
-        for clip in _groups(_at_rate(scene, form.fps), form):
-            yield round(clip[0][0], 6), torch.cat([frame for _, frame in clip]), None
-        if clip is None:
-            yield round(starts[number - 1], 6), None, None
-
-
-def _groups(
-    frames: Iterator[tuple[float, UInt8[Tensor, "c h w"]]], form: Format
-) -> Iterator[list[tuple[float, UInt8[Tensor, "1 c h w"]]]]:
-    """The frames of each clip with their times, resized; a remainder is left out."""
-    resized = ((time, resize_and_crop(frame[None], form.size)) for time, frame in frames)
-    while len(clip := list(islice(resized, form.frames))) == form.frames:
-        yield clip
-
-
-def _at_rate(
-    scene: Iterable[tuple[float, UInt8[Tensor, "c h w"]]], fps: float
-) -> Iterator[tuple[float, UInt8[Tensor, "c h w"]]]:
-    """The frames of a scene at the wanted rate: for each moment the frame nearest in time."""
-    before, start, shown, step, count = None, 0.0, 0.0, 1 / fps, 0
-    for time, frame in scene:
-        if before is None:
-            start = time
-        else:
-            step = time - start - shown
-            while count / fps < shown + step / 2 - 1e-6:
-                yield start + count / fps, before
-                count += 1
-        before, shown = frame, time - start
-    while before is not None and count / fps < shown + step / 2 - 1e-6:
-        yield start + count / fps, before
-        count += 1
-
-
-def _is_clip(path: Path, info: VideoInfo, form: Format) -> bool:
-    """Whether a file is one clip already."""
-    fits = (info.frames, info.height, info.width) == (form.frames, form.size, form.size)
-    return path.suffix.lower() == ".mp4" and fits and abs(info.fps - form.fps) < 1e-3

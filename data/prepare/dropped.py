@@ -1,36 +1,46 @@
-"""What was left out, and why."""
+"""Dropped videos and clips, and a summary of the reasons."""
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
+_EXAMPLES = 10
+"""Dropped videos or clips that the summary names for each reason."""
+
 
 class Dropped(NamedTuple):
-    """A video or a clip that was left out."""
+    """A video or clip that was dropped, and why."""
 
     source: str
     """The video's name."""
     start: float | None
-    """Where the clip begins in it, in seconds; None for a whole video."""
+    """Start of the clip in the video, in seconds; None for the whole video."""
     reason: str
-    """`what is wrong (the value; the limit)`: reasons are counted by what stands before ` (`."""
+    """`reason (value; limit)`; the part in parentheses is optional."""
+
+    @property
+    def kind(self) -> str:
+        """The reason without its values, by which reasons are counted."""
+        return self.reason.partition(" (")[0]
 
 
-def summary(dropped: Sequence[Dropped]) -> str:
-    """The reasons in one line, how often each came up, and what it struck.
+def summarize(dropped: Sequence[Dropped]) -> str:
+    """Return one line with the reasons, how often each occurred, and up to 10 examples of each.
 
     Args:
-        dropped: what was left out.
+        dropped: Dropped videos and clips.
     """
-    kinds = [drop.reason.split(" (")[0] for drop in dropped]
+    by_kind: defaultdict[str, list[Dropped]] = defaultdict(list)
+    for drop in dropped:
+        by_kind[drop.kind].append(drop)
     parts = []
-    for kind, count in Counter(kinds).items():
-        struck = [_name(drop, kind) for drop, other in zip(dropped, kinds, strict=True) if other == kind]
-        more = f" and {count - 10} more" if count > 10 else ""
-        parts.append(f"{count} {kind}: {', '.join(struck[:10])}{more}")
+    for kind, drops in by_kind.items():
+        names = ", ".join(_name(drop) for drop in drops[:_EXAMPLES])
+        more = f" and {len(drops) - _EXAMPLES} more" if len(drops) > _EXAMPLES else ""
+        parts.append(f"{len(drops)} {kind}: {names}{more}")
     return "; ".join(parts)
 
 
-def _name(drop: Dropped, kind: str) -> str:
-    place = "" if drop.start is None else f" at {round(drop.start, 2):g} s"
-    return f"{drop.source}{place}{drop.reason.removeprefix(kind)}"
+def _name(drop: Dropped) -> str:
+    start = "" if drop.start is None else f" at {round(drop.start, 2):g} s"
+    return f"{drop.source}{start}{drop.reason.removeprefix(drop.kind)}"

@@ -1,11 +1,10 @@
-"""Packing: near-duplicates are left out, and the clips go into shards.
+"""Packing: near-duplicates are dropped, and each job writes the clips of one shard.
 
-What goes where follows from the clips' order alone. It is worked out anew by each run, which takes seconds; a shard
-that is there already is left as it is.
+Which clip goes into which shard depends only on the order of the clips. Each run computes it again, which takes
+seconds; shards that exist already are not written again.
 """
 
-import os
-import shutil
+import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,38 +12,44 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from data.prepare.cutting import Cutting, read_result
+from data.prepare.cutting import CutJob, read_result
 from data.prepare.dropped import Dropped
-from data.prepare.engine import Run
-from data.prepare.filters import Duplicates
+from data.prepare.duplicates import HashSearch
+from data.prepare.engine import Engine
 from data.shards import ShardWriter
 from t2v.errors import UserError
 
 
 class Clip(NamedTuple):
-    """One clip on its way from a job's file into a shard."""
+    """A clip in the file of a cutting job."""
 
     key: str
     captions: list[str]
-    told: dict[str, Any]
-    """What goes into the sample's json."""
+    metadata: dict[str, Any]
+    """The sample's json."""
     file: Path
+    """File with the bytes of the job's clips."""
     offset: int
+    """First byte of the mp4 in the file."""
     size: int
+    """Bytes of the mp4."""
     hash: int | None
-    """Its perceptual hash; None where near-duplicates are kept."""
-    seconds: float
+    """Perceptual hash; None if near-duplicates are kept."""
+    video_seconds: float
     """Length of the video it was cut from."""
-    height: int
+    video_width: int
+    """Width of that video in pixels."""
+    video_height: int
     """Height of that video in pixels."""
-    width: int
 
 
-class Packing(NamedTuple):
-    """A job: the clips of one shard."""
+class PackJob(NamedTuple):
+    """The clips of one shard."""
 
     folder: Path
+    """Folder for the shard."""
     number: int
+    """Number of the shard."""
     clips: list[Clip]
 
     @property
@@ -53,89 +58,108 @@ class Packing(NamedTuple):
         return self.folder / f"shard-{self.number:06d}.tar"
 
 
-def read_clips(jobs: list[Cutting], dropped: list[Dropped]) -> Iterator[Clip]:
-    """All clips in order; adds what was dropped on cutting to `dropped`.
+def read_clips(jobs: list[CutJob], dropped: list[Dropped]) -> Iterator[Clip]:
+    """Yield all clips in order; append what the jobs dropped to `dropped`.
 
     Args:
-        jobs: the jobs of cutting, done.
-        dropped: what was left out.
+        jobs: The cutting jobs, all complete.
+        dropped: Dropped videos and clips.
     """
     for job in jobs:
         result = read_result(job.result)
         assert result is not None
-        rows, lost = result
-        dropped += lost
-        size = {"frames": job.form.frames, "fps": job.form.fps, "height": job.form.size, "width": job.form.size}
+        rows, dropped_by_job = result
+        dropped += dropped_by_job
+        clip_format = job.clip_format
         for row in rows:
-            video = job.videos[row["video"] - job.first]
-            told = {**video.extra, "caption": video.captions[0], "source": video.name, "start": row["start"], **size}
+            video = job.videos[row.video - job.first]
+            metadata = {
+                **video.extra,
+                "caption": video.captions[0],
+                "source": video.name,
+                "start": row.start,
+                "frames": clip_format.frames,
+                "fps": clip_format.fps,
+                "height": clip_format.size,
+                "width": clip_format.size,
+            }
             if len(video.captions) > 1:
-                told["captions"] = video.captions
-            key = f"{row['video']:06d}_{row['number']:04d}"
-            offset, length = row["place"]
-            of_video = (row["seconds"], row["height"], row["width"])
-            yield Clip(key, video.captions, told, job.clips, offset, length, row["hash"], *of_video)
+                metadata["captions"] = video.captions
+            yield Clip(
+                key=f"{row.video:06d}_{row.number:04d}",
+                captions=video.captions,
+                metadata=metadata,
+                file=job.clips,
+                offset=row.offset,
+                size=row.size,
+                hash=row.hash,
+                video_seconds=row.info.frames / row.info.fps,
+                video_width=row.info.width,
+                video_height=row.info.height,
+            )
 
 
-def without_duplicates(clips: Iterable[Clip], max_distance: int | None, dropped: list[Dropped]) -> list[Clip]:
-    """The clips that are not like an earlier one; adds the others to `dropped`.
+def drop_duplicates(clips: Iterable[Clip], max_distance: int | None, dropped: list[Dropped]) -> list[Clip]:
+    """Return the clips that are no near-duplicates of an earlier one; append the others to `dropped`.
 
     Args:
-        clips: all clips, in order.
-        max_distance: greatest number of bits in which hashes of near-duplicates differ; None keeps all.
-        dropped: what was left out.
+        clips: All clips, in order.
+        max_distance: Largest number of bits in which the hashes of near-duplicates differ; None keeps all clips.
+        dropped: Dropped videos and clips.
     """
     if max_distance is None:
         return list(clips)
-    kept, seen = [], Duplicates(max_distance)
+    kept = []
+    hashes = HashSearch(max_distance)
     for clip in clips:
         assert clip.hash is not None
-        if earlier := seen.find(clip.hash):
-            dropped.append(Dropped(clip.told["source"], clip.told["start"], f"near-duplicate (of {earlier})"))
-        else:
-            seen.add(clip.hash, clip.key)
+        earlier = hashes.find(clip.hash)
+        if earlier is None:
+            hashes.add(clip.hash, clip.key)
             kept.append(clip)
+        else:
+            source, start = clip.metadata["source"], clip.metadata["start"]
+            dropped.append(Dropped(source, start, f"near-duplicate (of {earlier})"))
     return kept
 
 
-def pack_all(clips: list[Clip], samples_per_shard: int, folder: Path, run: Run) -> None:
-    """Write the shards that are not there.
+def pack_all(clips: list[Clip], samples_per_shard: int, folder: Path, run: Engine) -> None:
+    """Write the shards that do not exist yet.
 
     Args:
-        clips: the kept clips, in order.
-        samples_per_shard: clips in a shard.
-        folder: where the shards go.
-        run: calls `pack` for each of them.
+        clips: The kept clips, in order.
+        samples_per_shard: Clips in a shard.
+        folder: Folder for the shards.
+        run: Engine that calls `pack` for each job.
 
     Raises:
-        UserError: where a process dies.
+        UserError: If a process dies.
     """
     starts = range(0, len(clips), samples_per_shard)
-    jobs = [Packing(folder, number, clips[at : at + samples_per_shard]) for number, at in enumerate(starts)]
-    left = deque(job for job in jobs if not job.shard.exists())
-    with tqdm(desc="packing", total=len(jobs), initial=len(jobs) - len(left), unit="shard") as bar:
-        for job, lived in run(pack, left):
-            if not lived:
+    jobs = [PackJob(folder, number, clips[at : at + samples_per_shard]) for number, at in enumerate(starts)]
+    pending = deque(job for job in jobs if not job.shard.exists())
+    with tqdm(desc="packing", total=len(jobs), initial=len(jobs) - len(pending), unit="shard") as bar:
+        for job, succeeded in run(pack, pending):
+            if not succeeded:
                 raise UserError(
-                    f"The process that wrote {job.shard.name} was killed, as happens where memory is short: lower "
-                    "num_workers; the same command goes on."
+                    f"The process that wrote {job.shard.name} was killed, probably for lack of memory: lower "
+                    "num_workers; the same command continues."
                 )
             bar.update()
 
 
-def pack(job: Packing) -> None:
-    """Write a shard with its index; the tar appears last.
+def pack(job: PackJob) -> None:
+    """Write a shard and its index; the tar appears last and marks the job as complete.
 
     Args:
-        job: what to do.
+        job: The job.
     """
-    folder = job.folder / f".{job.shard.name}.{os.getpid()}.partial"
-    with ShardWriter(folder, len(job.clips)) as writer:
-        for clip in job.clips:
-            with clip.file.open("rb") as file:
-                file.seek(clip.offset)
-                mp4 = file.read(clip.size)
-            writer.write({"__key__": clip.key, "mp4": mp4, "txt": clip.captions[0], "json": clip.told})
-    (folder / "shard-000000.index.json").replace(job.shard.with_suffix(".index.json"))
-    (folder / "shard-000000.tar").replace(job.shard)
-    shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(dir=job.folder, suffix=".partial") as temporary:
+        with ShardWriter(temporary, len(job.clips)) as writer:
+            for clip in job.clips:
+                with clip.file.open("rb") as file:
+                    file.seek(clip.offset)
+                    mp4 = file.read(clip.size)
+                writer.write({"__key__": clip.key, "mp4": mp4, "txt": clip.captions[0], "json": clip.metadata})
+        Path(temporary, "shard-000000.index.json").replace(job.shard.with_suffix(".index.json"))
+        Path(temporary, "shard-000000.tar").replace(job.shard)

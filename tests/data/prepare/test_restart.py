@@ -1,4 +1,4 @@
-"""A run that is killed goes on, and the shards are the same whoever makes them, and however often they are killed."""
+"""A killed run continues, and its shards equal those of an uninterrupted run, with any engine."""
 
 import signal
 import subprocess
@@ -18,7 +18,7 @@ FLAGS = [f"--{name}={value}" for name, value in OPTIONS.items()]
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """Twelve videos of three clips each, the last of which is a copy of the first, and one that does not decode."""
+    """Twelve videos of three clips each; the last is a copy of the first, and one does not decode."""
     folder = tmp_path_factory.mktemp("source")
     for number in range(12):
         generator = torch.Generator().manual_seed(number % 11)
@@ -32,13 +32,13 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(source, tmp_path_factory):
-    out = tmp_path_factory.mktemp("undisturbed") / "out"
-    go(source, out, num_workers=1)
+def uninterrupted(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted") / "out"
+    prepare_all(source, out, num_workers=1)
     return files(out)
 
 
-def go(source, out, **options):
+def prepare_all(source, out, **options):
     prepare(source, out, filters=Filters(max_hash_distance=16), **OPTIONS, **options)
 
 
@@ -46,48 +46,50 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def kill_when(there, source, out):
-    """Begin a run, kill it as soon as a file is there, and say what it had finished until then."""
+def kill_run_when(pattern, source, out):
+    """Start a run, kill it when a file of this pattern exists, and return the times of its complete files."""
     command = [sys.executable, "-m", "data.prepare", source, out, *FLAGS, "--filters.max_hash_distance=16"]
     process = subprocess.Popen([*command, "--num_workers=1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     partial = out.with_name(f"{out.name}.partial")
-    while process.poll() is None and not list(partial.glob(there)):
+    while process.poll() is None and not list(partial.glob(pattern)):
         pass
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert not out.exists()
-    finished = [path for pattern in ("clips/*.json", "shards/*.tar") for path in partial.glob(pattern)]
-    return {path.relative_to(partial): path.stat().st_mtime_ns for path in finished}
+    complete = [path for pattern in ("clips/*.json", "shards/*.tar") for path in partial.glob(pattern)]
+    return {path.relative_to(partial): path.stat().st_mtime_ns for path in complete}
 
 
-def test_a_killed_run_goes_on(source, undisturbed, tmp_path, capsys):
+def test_a_killed_run_continues(source, uninterrupted, tmp_path, capsys):
     out, partial = tmp_path / "out", tmp_path / "out.partial"
-    first = kill_when("clips/000002-*.json", source, out)
-    second = kill_when("shards/shard-000001.tar", source, out)
-    assert first.items() <= second.items(), "jobs that were finished were done again"
+    first = kill_run_when("clips/000002-*.json", source, out)
+    second = kill_run_when("shards/shard-000001.tar", source, out)
+    assert first.items() <= second.items(), "complete jobs were repeated"
     shards = {path.name: time for path, time in second.items() if path.suffix == ".tar"}
     assert shards
     for name in shards:
         with tarfile.open(partial / "shards" / name) as tar:
             assert len(tar.getnames()) == 3
-    with pytest.raises(UserError, match=r"out\.partial' holds a run that was stopped, .*: frames \(4, now 3\)\."):
+    with pytest.raises(
+        UserError, match=r"out\.partial' holds an interrupted run with other settings; .*: frames \(4, now 3\)\."
+    ):
         prepare(source, out, filters=Filters(max_hash_distance=16), **(OPTIONS | {"frames": 3}))
-    go(source, out, num_workers=2)
-    assert "Going on with" in capsys.readouterr().out
-    assert files(out) == undisturbed
+    prepare_all(source, out, num_workers=2)
+    assert "Continuing" in capsys.readouterr().out
+    assert files(out) == uninterrupted
     assert {name: (out / name).stat().st_mtime_ns for name in shards} == shards
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_ray_makes_the_same_shards(source, undisturbed, tmp_path):
+def test_ray_writes_equal_shards(source, uninterrupted, tmp_path):
     import ray
 
-    go(source, tmp_path / "out", num_workers=2, engine="ray")
-    assert files(tmp_path / "out") == undisturbed
+    prepare_all(source, tmp_path / "out", num_workers=2, engine="ray")
+    assert files(tmp_path / "out") == uninterrupted
     assert not ray.is_initialized()
 
 
-def test_an_unknown_engine(source, tmp_path):
+def test_an_unknown_engine_is_rejected(source, tmp_path):
     command = [sys.executable, "-m", "data.prepare", source, tmp_path / "out", "--engine=spark"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2

@@ -1,4 +1,4 @@
-"""Every layout of footage is recognised by itself, and gives its captions, files and reasons."""
+"""Each layout of a source is recognized and gives its videos, captions and reasons."""
 
 import io
 import json
@@ -12,12 +12,13 @@ from pyarrow import parquet
 from data.prepare.dropped import Dropped
 from data.prepare.filters import Filters
 from data.prepare.sources import digest, find_videos
+from data.prepare.tables import CaptionTable
 from t2v.errors import UserError
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three files that are named like videos; to list them nothing is decoded."""
+    """Three files with names of videos; listing them decodes nothing."""
     (tmp_path / "part").mkdir()
     for name in ("a.mp4", "b.webm", "part/c.mp4"):
         (tmp_path / name).write_bytes(name.encode())
@@ -25,10 +26,10 @@ def folder(tmp_path):
 
 
 def find(source, captions=None, filters=None):
-    return find_videos(source, captions, "path", "caption", filters or Filters())
+    return find_videos(source, CaptionTable(captions), filters or Filters())
 
 
-def told(videos):
+def captions_by_name(videos):
     return {video.name: video.captions for video in videos}
 
 
@@ -69,7 +70,7 @@ def test_tables(name, write, folder):
     ]
     write(folder / name, rows)
     videos, dropped = find(folder)
-    assert told(videos) == {"a.mp4": ["one", "two"], "part/c.mp4": ["three"]}
+    assert captions_by_name(videos) == {"a.mp4": ["one", "two"], "part/c.mp4": ["three"]}
     assert videos[0].extra == {"views": 3}
     assert (videos[0].path, videos[0].size, videos[0].offset) == (folder / "a.mp4", 5, None)
     assert dropped == [Dropped("gone.mp4", None, "missing file"), Dropped("b.webm", None, "no caption")]
@@ -77,7 +78,7 @@ def test_tables(name, write, folder):
 
 def test_a_video_in_several_rows_has_several_captions(folder):
     (folder / "captions.csv").write_text("path,caption\na.mp4,one\nb.webm,two\na.mp4,three\n")
-    assert told(find(folder)[0]) == {"a.mp4": ["one", "three"], "b.webm": ["two"]}
+    assert captions_by_name(find(folder)[0]) == {"a.mp4": ["one", "three"], "b.webm": ["two"]}
 
 
 def test_webvid(folder):
@@ -88,7 +89,7 @@ def test_webvid(folder):
         "9,https://example.org/9.mp4,PT00H00M09S,part,A dog\n"
     )
     videos, dropped = find(folder)
-    assert told(videos) == {"part/c.mp4": ["Aerial view of a lake"], "a.mp4": ["A cat"]}
+    assert captions_by_name(videos) == {"part/c.mp4": ["Aerial view of a lake"], "a.mp4": ["A cat"]}
     assert videos[1].extra["duration"] == "PT00H00M09S"
     assert dropped[0] == Dropped("9", None, "missing file")
 
@@ -105,7 +106,7 @@ def test_msr_vtt(folder):
     }
     (folder / "train_val_videodatainfo.json").write_text(json.dumps(content))
     videos, _ = find(folder)
-    assert told(videos) == {"part/c.mp4": ["a car", "a red car"], "a.mp4": ["a cat"]}
+    assert captions_by_name(videos) == {"part/c.mp4": ["a car", "a red car"], "a.mp4": ["a cat"]}
     assert videos[0].extra == {"split": "train", "start time": 1.5}
 
 
@@ -130,16 +131,16 @@ def test_shards_of_video2dataset(tmp_path):
     (tmp_path / "00000_stats.json").write_text("{}")
     videos, dropped = find(tmp_path)
     captions = {"0001": ["a caption"], "0002": ["from the json"], "0005": ["one", "two"]}
-    assert told(videos) == {f"00000.tar/{key}": texts for key, texts in captions.items()}
+    assert captions_by_name(videos) == {f"00000.tar/{key}": texts for key, texts in captions.items()}
     assert videos[1].extra == {"videoid": 7, "status": "success"}
     tar = (tmp_path / "00000.tar").read_bytes()
     assert [tar[video.offset : video.offset + video.size] for video in videos] == [b"first", b"second", b"fifth"]
     assert {drop.source.removeprefix("00000.tar/"): drop.reason for drop in dropped} == {
         "0003": "caption is not UTF-8",
         "0004": "missing file",
-        "0006": "its json does not read",
+        "0006": "its json is invalid",
     }
-    assert told(find(tmp_path / "00000.tar")[0]) == told(videos)
+    assert captions_by_name(find(tmp_path / "00000.tar")[0]) == captions_by_name(videos)
 
 
 def test_captions_are_cleaned_and_limited(folder):
@@ -147,7 +148,7 @@ def test_captions_are_cleaned_and_limited(folder):
     (folder / "b.txt").write_text("one two three four")
     (folder / "part/c.txt").write_bytes(b"\xff")
     videos, dropped = find(folder, filters=Filters(max_words=3))
-    assert told(videos) == {"a.mp4": ["A & B"]}
+    assert captions_by_name(videos) == {"a.mp4": ["A & B"]}
     assert [(drop.source, drop.reason.split(" (")[0]) for drop in dropped] == [
         ("part/c.mp4", "caption is not UTF-8"),
         ("b.webm", "caption too long"),
@@ -156,7 +157,7 @@ def test_captions_are_cleaned_and_limited(folder):
         find(folder, filters=Filters(min_words=0, max_words=0))
 
 
-def test_the_digest_sees_what_changes_the_shards(folder):
+def test_the_digest_changes_with_captions_metadata_and_sizes(folder):
     rows = [{"path": "a.mp4", "caption": "one", "views": 3}]
     digests = set()
     for _ in range(2):
@@ -181,7 +182,7 @@ def test_the_digest_sees_what_changes_the_shards(folder):
         ("captions.jsonl", b'{"path": "a.mp4"}', r"has no column caption; its columns are path"),
     ],
 )
-def test_tables_that_do_not_serve(name, content, sentence, folder):
+def test_invalid_tables(name, content, sentence, folder):
     (folder / name).write_bytes(content)
     with pytest.raises(UserError, match=sentence):
         find(folder)
@@ -193,13 +194,13 @@ def test_a_parquet_file_without_the_column(folder):
         find(folder)
 
 
-def test_sources_that_may_mean_two_things(folder):
+def test_ambiguous_sources(folder):
     (folder / "one.csv").touch()
     (folder / "two.csv").touch()
-    with pytest.raises(UserError, match=r"several tables \(one\.csv, two\.csv\): say with --captions"):
+    with pytest.raises(UserError, match=r"several tables \(one\.csv, two\.csv\): select one with --captions"):
         find(folder)
-    with pytest.raises(UserError, match=r"is no table of captions that can be read: give one of \.csv"):
+    with pytest.raises(UserError, match=r"is not a table of captions: use a file that ends in \.csv"):
         find(folder, captions=Path(folder / "a.mp4"))
     (folder / "00000.tar").touch()
-    with pytest.raises(UserError, match=r"holds both 3 videos and 1 shards"):
+    with pytest.raises(UserError, match=r"contains both 3 videos and 1 shards"):
         find(folder)

@@ -1,0 +1,129 @@
+"""The clips of one video: consecutive frames of one scene, at the wanted rate and size.
+
+Axis letters: t frames, c channels (3, red green blue), h w pixels.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from itertools import groupby, islice
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from data.prepare.filters import Filters
+from data.prepare.scenes import find_scenes
+from t2v.video import VideoInfo, read_frames, resize_and_crop, stream_frames
+
+_TOLERANCE = 1e-6
+"""Seconds, for rounding errors when frame times are compared."""
+
+
+class ClipFormat(NamedTuple):
+    """The properties that all clips share, and the limits for the videos they are cut from."""
+
+    size: int
+    """Height and width in pixels."""
+    fps: float
+    """Frames per second."""
+    frames: int
+    scene_threshold: float
+    """Mean change of a pixel, from 0 to 255, above which a new scene begins; 0 does not look for scenes."""
+    filters: Filters
+    timeout: float
+    """Seconds for each clip."""
+
+
+class VideoClip(NamedTuple):
+    """A clip of a video, or a scene that is too short for one."""
+
+    start: float
+    """Start in the video, in seconds."""
+    frames: UInt8[Tensor, "t c h w"] | None
+    """None if the scene is too short for a clip."""
+    mp4: bytes | None = None
+    """The file's bytes, if the video already is exactly one clip."""
+
+
+class TimedFrame(NamedTuple):
+    """A frame and its time."""
+
+    time: float
+    """Seconds since the first frame of the video."""
+    frame: UInt8[Tensor, "c h w"]
+
+
+def cut_video(path: Path, info: VideoInfo, clip_format: ClipFormat) -> Iterator[VideoClip]:
+    """Yield the clips of a video in order, and an entry without frames for each scene shorter than a clip.
+
+    Args:
+        path: The video.
+        info: Its length, rate and size.
+        clip_format: Properties of the clips.
+
+    Raises:
+        DecodeError: If the video cannot be decoded.
+    """
+    if _is_clip(path, info, clip_format):
+        yield VideoClip(0.0, read_frames(path, range(clip_format.frames)), path.read_bytes())
+        return
+    starts = [0.0]
+    if clip_format.scene_threshold:
+        starts = [start for start, _ in find_scenes(path, clip_format.scene_threshold)]
+    half_frame = 0.5 / info.fps  # the times of frames and cuts are rounded differently
+
+    def scene_number(frame: TimedFrame) -> int:
+        return bisect_right(starts, frame.time + half_frame, lo=1) - 1
+
+    for scene, frames in groupby((TimedFrame(*frame) for frame in stream_frames(path)), scene_number):
+        too_short = True
+        for clip in _group(_resample(frames, clip_format.fps), clip_format):
+            too_short = False
+            yield clip
+        if too_short:
+            yield VideoClip(round(starts[scene], 6), None)
+
+
+def _is_clip(path: Path, info: VideoInfo, clip_format: ClipFormat) -> bool:
+    """Return whether a file already is exactly one clip."""
+    size = clip_format.size
+    fits = (info.frames, info.height, info.width) == (clip_format.frames, size, size)
+    return path.suffix.lower() == ".mp4" and fits and abs(info.fps - clip_format.fps) < 1e-3
+
+
+def _group(frames: Iterator[TimedFrame], clip_format: ClipFormat) -> Iterator[VideoClip]:
+    """Resize the frames and group them into clips; a remainder is left out."""
+    while True:
+        clip = [
+            (time, resize_and_crop(frame[None], clip_format.size)) for time, frame in islice(frames, clip_format.frames)
+        ]
+        if len(clip) < clip_format.frames:
+            return
+        yield VideoClip(round(clip[0][0], 6), torch.cat([frame for _, frame in clip]))
+
+
+def _resample(frames: Iterable[TimedFrame], fps: float) -> Iterator[TimedFrame]:
+    """Yield the frames of a scene at the wanted rate: for each time of the output, the frame nearest to it."""
+    start: float | None = None
+    count = 0  # frames yielded
+    for frame, end in _with_ends(frames, fps):
+        if start is None:
+            start = frame.time
+        while count / fps < end - start - _TOLERANCE:
+            yield TimedFrame(start + count / fps, frame.frame)
+            count += 1
+
+
+def _with_ends(frames: Iterable[TimedFrame], fps: float) -> Iterator[tuple[TimedFrame, float]]:
+    """Yield each frame with the time until which it is the nearest one; the last lasts as long as the one before."""
+    previous: TimedFrame | None = None
+    step = 1 / fps
+    for current in frames:
+        if previous is not None:
+            step = current.time - previous.time
+            yield previous, previous.time + step / 2
+        previous = current
+    if previous is not None:
+        yield previous, previous.time + step / 2
