@@ -1,11 +1,16 @@
-"""The library's command line: `python -m t2v generate FOLDER "PROMPT" -o out.mp4`, `python -m t2v export`.
+"""The library's command line: `python -m t2v {generate,export}`.
 
-Training has its own command line, `cli.py` in a checkout of the repository.
+Training has its own command line, `cli.py` in a checkout of the repository. The models are imported only after the
+arguments are checked, since that takes seconds.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
-from t2v.errors import UserError, run_tool
+from jsonargparse import ArgumentParser
+
+from t2v.errors import UserError, exit_on_user_error
 
 
 def generate(
@@ -15,7 +20,8 @@ def generate(
     frames: int | None = None,
     seed: int = 0,
     guidance: float | None = None,
-    weights: str = "full",
+    weights: Literal["full", "fp8", "int8", "nf4"] = "full",
+    compiled: bool = False,
     device: str | None = None,
 ) -> None:
     """Generate one video from text and write it as an mp4.
@@ -24,23 +30,29 @@ def generate(
         folder: An exported model, as `python -m t2v export` writes it.
         prompt: The text.
         output: The .mp4 file to write; an existing file is replaced.
-        frames: Length of the video; the model's own default if not given.
+        frames: Length of the video; the model's default if not given.
         seed: The same prompt, seed and length give the same video on the same kind of device.
-        guidance: Strength of classifier-free guidance, 1 is none; the model's own default if not given.
-        weights: Storage of the transformer's weights: full, fp8, int8 or nf4.
-        device: Where to compute, such as cpu or cuda:0; the first GPU if there is one, else the CPU.
+        guidance: Guidance scale (classifier-free guidance), 1 is no guidance; the model's default if not given.
+        weights: Storage of the transformer's weights: unchanged, or quantized to 8 or 4 bits.
+        compiled: Compile the transformer's decoding step, which takes a minute or more and pays off for long videos.
+        device: Device of the models, such as cpu or cuda:0; the first GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: If an argument is invalid, the model cannot be loaded, or the video cannot be written.
     """
+    _check_output(output)
     from t2v.generation.text_to_video import TextToVideo
     from t2v.video import Mp4Writer
 
-    if output.suffix.lower() != ".mp4" or not output.absolute().parent.is_dir():
-        raise UserError(f"output={output} must be a .mp4 file in a folder that exists: change --output.")
-    model = TextToVideo.from_pretrained(folder, weights=weights)  # type: ignore[arg-type]
-    model.to(_device(device))
-    stream = model.stream(prompt, frames=frames, seed=seed, guidance=guidance)
-    with Mp4Writer(output, model.fps) as file:
-        for frame in stream:
-            file.write(frame[0])
+    device = _select_device(device)
+    model = TextToVideo.from_pretrained(folder, weights, compiled).to(device)
+    stream = model.stream(prompt, frames, seed, guidance=guidance)
+    try:
+        with Mp4Writer(output, model.fps) as file:
+            for frame in stream:
+                file.write(frame[0])
+    except OSError as error:
+        raise UserError(f"Cannot write output={output} ({error.strerror or error}): change --output.") from error
     print(f"Wrote        {output}")
 
 
@@ -49,18 +61,26 @@ def export(checkpoint: str, folder: str, tokenizer: str | None = None) -> None:
 
     Args:
         checkpoint: The .ckpt file or folder that `fit` of stage 2 wrote.
-        folder: Where the model goes; it must not exist yet, or be empty.
+        folder: The folder to write; it must not exist yet, or be empty.
         tokenizer: Checkpoint or exported folder of the VQ-VAE; by default the path used in training.
+
+    Raises:
+        UserError: If a file is missing or damaged, or the folder cannot be written.
     """
     from t2v.generation.text_to_video import TextToVideo, check_target
 
-    check_target(Path(folder))  # before the checkpoint is read, which takes longer
+    check_target(Path(folder))  # first, since reading the checkpoint takes longer
     TextToVideo.from_checkpoint(checkpoint, tokenizer).save_pretrained(folder)
     print(f'Wrote        {folder}; load it with t2v.TextToVideo.from_pretrained("{folder}")')
 
 
-def _device(name: str | None) -> str:
-    """The named device, or the first GPU if there is one, else the CPU."""
+def _check_output(output: Path) -> None:
+    if output.suffix.lower() != ".mp4" or not output.absolute().parent.is_dir() or output.is_dir():
+        raise UserError(f"output={output} must be a .mp4 file in a folder that exists: change --output.")
+
+
+def _select_device(name: str | None) -> str:
+    """Return the named device, or the first GPU if there is one, else the CPU."""
     import torch
 
     if name is None:
@@ -73,5 +93,28 @@ def _device(name: str | None) -> str:
     return name
 
 
+def main() -> None:
+    """Parse the command line and run one command.
+
+    Raises:
+        SystemExit: With status 2, after one `error:` line on stderr, after a user's mistake.
+    """
+    generate_parser = ArgumentParser(exit_on_error=False, description="Generate one video from text.")
+    generate_parser.add_argument(
+        "-o", "--output", type=Path, default=Path("video.mp4"), help="The .mp4 file to write; an old one is replaced."
+    )
+    generate_parser.add_function_arguments(generate, as_group=False, as_positional=True, skip={"output"})
+    export_parser = ArgumentParser(exit_on_error=False, description="Write a trained model into one folder.")
+    export_parser.add_function_arguments(export, as_group=False, as_positional=True)
+    parser = ArgumentParser(exit_on_error=False, prog="python -m t2v", description="Text-to-video generation.")
+    commands = parser.add_subcommands(dest="command")
+    commands.add_subcommand("generate", generate_parser, help="generate one video from text")
+    commands.add_subcommand("export", export_parser, help="write a trained model into one folder")
+    with exit_on_user_error():
+        arguments = parser.parse_args()
+        functions: dict[str, Callable[..., None]] = {"generate": generate, "export": export}
+        functions[arguments.command](**arguments[arguments.command].as_dict())
+
+
 if __name__ == "__main__":
-    run_tool({"generate": generate, "export": export}, program="python -m t2v")
+    main()

@@ -1,7 +1,8 @@
 """The exception for a user's mistake, and how a command reports it."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -13,21 +14,46 @@ class UserError(ValueError):
     """
 
 
-def run_tool(commands: Callable[..., Any] | dict[str, Callable[..., Any]], program: str | None = None) -> None:
+def run_tool(commands: Callable[..., Any] | dict[str, Callable[..., Any]]) -> None:
     """Run typed functions as a command: the signature gives the flags, the docstring gives the help.
 
     Args:
         commands: One function, or several as subcommands by name; required arguments are positional on the command
             line.
-        program: Name of the command in its help; by default the name of the script.
 
     Raises:
-        SystemExit: With status 2, after one line on stderr, if the function raises a `UserError`.
+        SystemExit: With status 2, after one line on stderr, if the function raises a `UserError` or the command line is
+            invalid.
     """
     from jsonargparse import auto_cli
 
+    with exit_on_user_error():
+        auto_cli(commands, exit_on_error=False)  # type: ignore[arg-type]  # a dict may hold plain functions
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Report a `UserError`, or jsonargparse's error for an invalid command line, and exit.
+
+    Raises:
+        SystemExit: With status 2, after one `error:` line on stderr.
+    """
+    from jsonargparse import ArgumentError
+
     try:
-        auto_cli(commands, **({"prog": program} if program else {}))  # type: ignore[arg-type]
+        yield
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from None
+        message = str(error)
+    except ArgumentError as error:
+        message = parsing_message(error)
+    else:
+        return
+    sys.stderr.write(f"error: {message}\n")
+    raise SystemExit(2)
+
+
+def parsing_message(error: Exception) -> str:
+    """Return the message of jsonargparse's error on one line, without the types that it tried."""
+    noise = ("Does not validate", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value")
+    lines = (line.strip().removeprefix("- ") for line in str(error).splitlines())
+    return " ".join(line for line in lines if line and not line.startswith(noise))
