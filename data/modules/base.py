@@ -70,7 +70,7 @@ class ShardDataModule(LightningDataModule):
             self._clips[path, training] = self._open_clips(self.shards(path), training)
         return self._clips[path, training]
 
-    def protocol(self, batches: float = math.inf) -> dict[str, Any]:
+    def protocol(self, batches: int | float = math.inf) -> dict[str, Any]:
         """Describe the clips of `validate` and `test`, so that their metrics can be compared.
 
         Args:
@@ -183,7 +183,7 @@ class ShardDataModule(LightningDataModule):
             )
 
 
-def require_positive(**values: float) -> None:
+def require_positive(**values: int | float) -> None:
     """Check that arguments of a DataModule are greater than 0.
 
     Args:

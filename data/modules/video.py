@@ -73,7 +73,7 @@ class VideoDataModule(ShardDataModule):
         self.size, self.frames, self.fps = size, frames, fps
         self.crop, self.flip = crop, flip
 
-    def protocol(self, batches: float = math.inf) -> dict[str, Any]:
+    def protocol(self, batches: int | float = math.inf) -> dict[str, Any]:
         """Describe the clips of `validate` and `test`; see `ShardDataModule.protocol`."""
         return {
             **super().protocol(batches),

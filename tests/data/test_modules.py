@@ -45,7 +45,9 @@ def trainer(folder, **options):
 
 
 def video_module(train, val, **options):
-    return data.VideoDataModule(str(train), str(val), **{"size": 32, "frames": 4, "fps": 8.0, "batch_size": 4, **options})
+    return data.VideoDataModule(
+        str(train), str(val), **{"size": 32, "frames": 4, "fps": 8.0, "batch_size": 4, **options}
+    )
 
 
 def token_module(train="none", val="none", **options):
@@ -112,7 +114,7 @@ def test_skipped_samples_are_listed_in_the_run_folder_and_too_many_stop_the_run(
 def test_a_corpus_with_every_kind_of_damage_trains_to_the_end(videos, tmp_path):
     folder, bad = corrupted_corpus(tmp_path / "corpus")
     recorder = Recorder()
-    module = video_module(folder, videos, num_workers=2, batch_size=2, max_skipped_fraction=1)
+    module = video_module(folder, videos, num_workers=2, batch_size=2, max_skipped_fraction=1.0)
     trainer(tmp_path / "run", max_epochs=2, num_sanity_val_steps=0).fit(recorder, module)
     rows = [json.loads(line) for line in (tmp_path / "run/skipped_samples.jsonl").read_text().splitlines()]
     assert sorted((row["key"], row["shard"].rsplit("/", 1)[-1]) for row in rows) == sorted(bad)
@@ -155,7 +157,7 @@ def test_only_training_clips_are_cropped_and_mirrored(make, tmp_path):
     assert next(iter(module.train_dataloader())).video.shape == (4, 4, 3, 32, 32)  # from videos of twice the size
 
 
-@pytest.mark.parametrize("crop", [0, 1.5])
+@pytest.mark.parametrize("crop", [0.0, 1.5])
 def test_a_crop_out_of_range_is_refused(crop):
     with pytest.raises(UserError, match=f"data.crop={crop} "):
         video_module("a", "b", crop=crop)
@@ -188,8 +190,8 @@ def test_a_batch_larger_than_the_data_is_refused(videos, tmp_path):
 
 
 def test_numbers_out_of_range_are_refused():
-    with pytest.raises(UserError, match=r"data\.frames=0, data\.fps=-1 must be greater than 0"):
-        video_module("a", "b", frames=0, fps=-1)
+    with pytest.raises(UserError, match=r"data\.frames=0, data\.fps=-1.0 must be greater than 0"):
+        video_module("a", "b", frames=0, fps=-1.0)
 
 
 def test_missing_shards_are_reported_before_the_run(tmp_path):
