@@ -1,13 +1,12 @@
 """The shapes transformer trained in FP8 and in bfloat16: validation loss, gradients, time.
 
-`python -m tests.benchmarks.fp8` trains the model of `configs/transformer/shapes.yaml` on the demo's tokens, once in
-bfloat16 and once by each recipe of `Float8Precision`, with the same seed: same first weights, same batches, and layers
-compiled as in the demo. Where there is no demo, it makes a few tokens first. Nothing is resumed and nothing is kept.
-The last two columns of the table are what must hold: a loss within 2 % of bfloat16's, and finite gradients in every
-step.
+`python -m tests.benchmarks.fp8` trains the model of `configs/transformer/shapes.yaml` on the demo's tokens, in bfloat16
+and by each recipe of `Float8Precision`, with the same seed: same initial weights, same batches, and layers compiled as
+in the demo. Without a demo it writes a few tokens first. The criteria are the last two columns: a loss within 2 % of
+bfloat16's, and finite gradients in every step.
 
-Validation is on the last shard of `tokens/train`, which training does without: clips never seen, of combinations that
-were. Seeds differ too, so that several tell more than one: after the rows comes a line with their mean.
+Validation uses the last shard of `tokens/train`, on which it does not train: new clips of known combinations. The last
+line is the mean over the seeds.
 """
 
 import contextlib
@@ -38,8 +37,8 @@ _PRECISIONS: dict[str, dict[str, Any]] = {
 }
 
 
-class Watch(Callback):
-    """Times the steps, and counts those whose gradients are all finite."""
+class StepMonitor(Callback):
+    """Measures the seconds of the steps, and counts steps with finite gradients."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -54,7 +53,8 @@ class Watch(Callback):
     ) -> None:
         gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients).item()
-        self.finite += all(bool(gradient.isfinite().all()) for gradient in gradients)
+        if all(bool(gradient.isfinite().all()) for gradient in gradients):
+            self.finite += 1
         self.largest = max(self.largest, norm)
 
     def on_train_batch_end(
@@ -68,12 +68,12 @@ def compare(
     seeds: list[int] = [0],  # noqa: B006
     only: list[str] = list(_PRECISIONS),  # noqa: B006
 ) -> None:
-    """Trains in each precision and prints a table.
+    """Train in each precision and print a table.
 
     Args:
-        steps: training steps of each run; the learning rate's schedule spans them.
-        seeds: of first weights and batches; each precision trains once with each.
-        only: which precisions; the first is what the others are compared with.
+        steps: Training steps of each run; the learning-rate schedule spans them.
+        seeds: Seeds of initial weights and batches; each precision trains once with each.
+        only: The precisions; the others are compared with the first.
     """
     demo = Path("runs/demo").absolute()
     with tempfile.TemporaryDirectory() as folder:
@@ -81,9 +81,7 @@ def compare(
         if not (demo / "tokens/val").exists():
             demo, changes = _small_demo(Path(folder)), {"vocab_size": 32, "grid_size": 4}
         print(f"{steps} steps, tokens of {demo}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-        print(
-            "| precision | seed | s a step (median) | s in all | largest gradient norm | val/loss | beside | finite |"
-        )
+        print("| precision | seed | s/step (median) | s total | largest gradient norm | val/loss | relative | finite |")
         print("|---|---|---|---|---|---|---|---|", flush=True)
         losses: dict[str, list[float]] = {name: [] for name in only}
         for seed, name in itertools.product(seeds, only):
@@ -93,22 +91,21 @@ def compare(
                 shipped = ["-c", str(ROOT / "configs/transformer/shapes.yaml")]
                 trainer = main(["fit", *shipped, "-c", json.dumps(overlay), "--seed_everything", str(seed)]).trainer
             losses[name].append(trainer.callback_metrics["val/loss"].item())
-            (watch,) = (
-                callback for callback in trainer.callbacks if type(callback).__name__ == "Watch"
-            )  # not __main__'s
+            # By name, since the class in the trainer is not the one of __main__.
+            (monitor,) = (each for each in trainer.callbacks if type(each).__name__ == StepMonitor.__name__)
             print(
-                f"| {name} | {seed} | {statistics.median(watch.seconds):.2f} | {time.perf_counter() - start:.0f} | "
-                f"{watch.largest:.2f} | {losses[name][-1]:.4f} | {losses[name][-1] / losses[only[0]][-1] - 1:+.2%} | "
-                f"{watch.finite} of {trainer.global_step} |",
+                f"| {name} | {seed} | {statistics.median(monitor.seconds):.2f} | {time.perf_counter() - start:.0f} | "
+                f"{monitor.largest:.2f} | {losses[name][-1]:.4f} | {losses[name][-1] / losses[only[0]][-1] - 1:+.2%} | "
+                f"{monitor.finite} of {trainer.global_step} |",
                 flush=True,
             )
         means = {name: statistics.mean(found) for name, found in losses.items()}
-        print("\nmean of the seeds: ", end="")
+        print("\nmean over the seeds: ", end="")
         print(", ".join(f"{name} {mean:.4f} ({mean / means[only[0]] - 1:+.2%})" for name, mean in means.items()))
 
 
 def _overlay(demo: Path, folder: str, steps: int, changes: dict[str, int], precision: dict[str, Any]) -> dict[str, Any]:
-    """What differs from the shipped config."""
+    """Return the differences from the shipped config."""
     return {
         "trainer": {
             "accelerator": "cpu",
@@ -120,7 +117,7 @@ def _overlay(demo: Path, folder: str, steps: int, changes: dict[str, int], preci
             "enable_progress_bar": False,
             "enable_checkpointing": False,
             "logger": False,
-            "callbacks": [{"class_path": f"{__spec__.name}.Watch"}],
+            "callbacks": [{"class_path": f"{__spec__.name}.{StepMonitor.__name__}"}],
             **precision,
         },
         "model": {
@@ -130,19 +127,19 @@ def _overlay(demo: Path, folder: str, steps: int, changes: dict[str, int], preci
                 "tokenizer": str(demo / "vqvae/checkpoints/last.ckpt"),
             }
         },
-        "data": {"init_args": _known_and_new(demo / "tokens/train")},
+        "data": {"init_args": _split_shards(demo / "tokens/train")},
     }
 
 
-def _known_and_new(tokens: Path) -> dict[str, str]:
-    """Shards to train on, and the last one of the same folder to validate on; the only one is for both."""
+def _split_shards(tokens: Path) -> dict[str, str]:
+    """Return the training shards and the last shard for validation; a single shard is used for both."""
     *others, last = sorted(tokens.glob("*.tar"))
     train = [str(path) for path in others or [last]]
     return {"train": f"{{{','.join(train)}}}" if others[1:] else train[0], "val": str(last)}
 
 
 def _small_demo(folder: Path) -> Path:
-    """Tokens of a few clips, by a VQ-VAE that has hardly learnt."""
+    """Write tokens of a few clips by a toy VQ-VAE."""
     pipeline = Pipeline(folder)
     with contextlib.redirect_stdout(io.StringIO()):
         pipeline.prepare()

@@ -1,13 +1,16 @@
-"""The planner against reality, and what it says of 80 GB: `python -m tests.benchmarks.memory`.
+"""The planner compared with real training steps, and the largest models for one card.
 
-- `peaks`: most memory of real training steps on the CPU beside the planner's figure. Every line is a process of its
-  own; what it held before the model was built is taken off its peak (VmHWM, set back by /proc/self/clear_refs). glibc
-  is told to give memory back at once, so that the peak is what the step needed and not what was kept for later.
-- `checkpointing`: memory and time of the levels at 107 M parameters, by turns in the same run. Let nothing else run.
-- `largest`: the largest models of the family of configs/transformer/8b.yaml that fit one card; nothing is measured.
+Run by `python -m tests.benchmarks.memory --what WHAT`:
+
+- `peaks`: peak memory of training steps on the CPU, predicted and measured, each in a process of its own. Measured is
+  the peak (VmHWM, reset by /proc/self/clear_refs) minus the memory before the model was built. glibc is configured to
+  return freed memory at once, so that the peak contains no cached memory.
+- `checkpointing`: memory and time by activation checkpointing at 107 M parameters, interleaved. Run nothing else.
+- `largest`: the largest models with the proportions of configs/transformer/8b.yaml that fit one card; planned only.
 """
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -28,20 +31,19 @@ from t2v.errors import run_tool
 from t2v.losses.tokens import token_loss
 from t2v.training.optimization import parameter_groups
 from t2v.training.planner.budget import (
-    Generation,
-    OptimizerBytes,
-    decode,
-    generate,
+    TrainingBudget,
+    decoding_bytes,
+    generation_budget,
     optimizer_bytes,
-    train,
+    precision_dtypes,
+    training_budget,
     transformer_step,
-    types,
 )
 from t2v.transformer.config import AttentionConfig, TextConfig
 from t2v.transformer.model import VideoTransformer
 from t2v.vqvae.model import VQVAE
 
-GB, GRID, TEXT, WORDS = 1e9, 16, 384, 16
+GB, GRID, TEXT_DIM, TEXT_LENGTH = 1e9, 16, 384, 16
 OPTIMIZERS: dict[str, Any] = {
     "AdamW": partial(torch.optim.AdamW, fused=True),
     "AdamW8bit": bitsandbytes.optim.AdamW8bit,
@@ -62,7 +64,7 @@ class Point(NamedTuple):
     precision: str
 
     def model(self, device: str) -> VideoTransformer:
-        """The transformer; 768 wide, with 7 and 5 layers, it has 107 M parameters."""
+        """Build the transformer; with width 768 and 7 + 5 layers it has 107 M parameters."""
         return VideoTransformer(
             16384 if self.dim >= 768 else 4096,
             GRID,
@@ -71,7 +73,7 @@ class Point(NamedTuple):
             self.temporal,
             hidden_dim=self.dim * 13 // 6 // 32 * 32,
             attention=AttentionConfig(heads=self.dim // 64, kv_heads=self.dim // 192 or 1),
-            text=TextConfig(TEXT),
+            text=TextConfig(TEXT_DIM),
             tied_head=self.dim >= 768,
             checkpointing=self.checkpointing,  # type: ignore[arg-type]
             device=device,
@@ -93,35 +95,40 @@ POINTS = (
 def measure(
     what: Literal["peaks", "checkpointing", "largest"] = "peaks", memory: float = 80.0, rounds: int = 3
 ) -> None:
-    """Prints tables.
+    """Print tables.
 
     Args:
-        what: which figures.
-        memory: GB of the card that `largest` is for.
-        rounds: steps of each level that `checkpointing` times.
+        what: The measurement.
+        memory: Memory of the card for `largest`, in GB.
+        rounds: Repetitions of each level of `checkpointing`.
     """
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {platform.machine()}\n")
-    {"peaks": _peaks, "checkpointing": lambda: _checkpointing(rounds), "largest": lambda: _largest(memory * GB)}[what]()
+    if what == "peaks":
+        _peaks()
+    elif what == "checkpointing":
+        _checkpointing(rounds)
+    else:
+        _largest(memory * GB)
 
 
 def _peaks() -> None:
-    print("| parameters | clips × frames | recomputing | optimizer | precision | predicted | measured | off |")
+    print("| parameters | clips × frames | checkpointing | optimizer | precision | predicted | measured | error |")
     print("|---|---|---|---|---|---|---|---|")
     for point in POINTS:
         model = point.model("meta")
         predicted = _predicted(point).peak
-        found = _measured(point, steps=2)
-        assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+        measured = _measured(point, steps=2)
+        assert measured["parameters"] == sum(parameter.numel() for parameter in model.parameters())
         print(
-            f"| {found['parameters'] / 1e6:.1f} M | {point.clips} × {point.frames} | {point.checkpointing} | "
-            f"{point.optimizer} | {point.precision} | {predicted / GB:.3f} GB | {found['peak'] / GB:.3f} GB | "
-            f"{predicted / found['peak'] - 1:+.1%} |",
+            f"| {measured['parameters'] / 1e6:.1f} M | {point.clips} × {point.frames} | {point.checkpointing} | "
+            f"{point.optimizer} | {point.precision} | {predicted / GB:.3f} GB | {measured['peak'] / GB:.3f} GB | "
+            f"{predicted / measured['peak'] - 1:+.1%} |",
             flush=True,
         )
 
 
 def _checkpointing(rounds: int) -> None:
-    """Activations are what the peak holds beside weights, gradients and the optimizer's state."""
+    """Activations are the peak minus weights, gradients and optimizer state."""
     points = [POINTS[-2]._replace(checkpointing=level) for level in ("none", "attention", "full")]
     states = sum(_predicted(points[0])[:3])
     peaks = [_measured(point, steps=2)["peak"] - states for point in points]
@@ -130,7 +137,7 @@ def _checkpointing(rounds: int) -> None:
         for times, point in zip(seconds, points, strict=True):
             times.append(_measured(point, steps=3)["seconds"])
     medians = [statistics.median(times) for times in seconds]
-    print("| recomputing | activations | less | seconds a step | more |\n|---|---|---|---|---|")
+    print("| activation checkpointing | activations | saved | s/step | slower |\n|---|---|---|---|---|")
     for point, peak, median in zip(points, peaks, medians, strict=True):
         print(
             f"| {point.checkpointing} | {peak / GB:.2f} GB | {1 - peak / peaks[0]:.0%} | {median:.2f} | "
@@ -138,16 +145,16 @@ def _checkpointing(rounds: int) -> None:
         )
 
 
-def _predicted(point: Point) -> Any:
+def _predicted(point: Point) -> TrainingBudget:
     model = point.model("meta")
     optimizer = optimizer_bytes(model, OPTIMIZERS[point.optimizer], point.precision, "cpu")
-    step = transformer_step(model, point.clips, point.frames, WORDS, point.precision, point.checkpointing, "cpu")
-    return train(model, step, optimizer, point.precision)
+    step = transformer_step(model, point.clips, point.frames, TEXT_LENGTH, point.precision, point.checkpointing, "cpu")
+    return training_budget(model, step, optimizer, point.precision)
 
 
 def _measured(point: Point, steps: int) -> dict[str, Any]:
-    """What a process of its own finds."""
-    # Without these glibc keeps what was freed: up to a third of the peak would be memory nobody holds.
+    """Measure in a process of its own."""
+    # Otherwise glibc keeps freed memory, up to a third of the peak.
     environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
     done = subprocess.run(
         [sys.executable, "-m", __spec__.name, "--task", json.dumps([*point, steps])],
@@ -157,11 +164,12 @@ def _measured(point: Point, steps: int) -> dict[str, Any]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return measured
 
 
 def _task(point: Point, steps: int) -> None:
-    """Trains a tiny model, so that all code is loaded, and then the one that is asked for."""
+    """Train a tiny model, so that all code is loaded, and then the model of the point."""
     _train(point._replace(dim=192, spatial=1, temporal=1, clips=1, frames=2), 1)
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
@@ -170,19 +178,23 @@ def _task(point: Point, steps: int) -> None:
 
 
 def _train(point: Point, steps: int) -> tuple[int, float]:
-    """Steps in Lightning's order: gradients of the step before are dropped between forward and backward pass."""
+    """Train in Lightning's order, which releases old gradients between forward and backward pass.
+
+    Returns:
+        The number of parameters, and the seconds of the last step.
+    """
     torch.manual_seed(0)
-    dtype, half = types(point.precision)
+    dtype, autocast_dtype = precision_dtypes(point.precision)
     model = point.model("cpu").to(dtype)
     optimizer = OPTIMIZERS[point.optimizer](parameter_groups(model), lr=1e-4)
     tokens = torch.randint(model.vocab_size, (point.clips, point.frames, GRID, GRID))
-    words = torch.randn(point.clips, WORDS, TEXT, dtype=dtype)
-    text = TextEmbedding(words, torch.ones(point.clips, WORDS, dtype=torch.bool), words.mean(1))
+    embedded = torch.randn(point.clips, TEXT_LENGTH, TEXT_DIM, dtype=dtype)
+    text = TextEmbedding(embedded, torch.ones(point.clips, TEXT_LENGTH, dtype=torch.bool), embedded.mean(1))
     drop = torch.zeros(point.clips, dtype=torch.bool)
     times = []
     for _ in range(steps):
         start = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=half is not None):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast_dtype is not None):
             loss = token_loss(model(tokens, text, drop), tokens, z_loss=1e-4).objective
         optimizer.zero_grad()
         loss.backward()
@@ -193,32 +205,45 @@ def _train(point: Point, steps: int) -> tuple[int, float]:
 
 
 def _status(key: str) -> int:
-    """A figure of this process in bytes."""
+    """Return a figure of this process in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(key)))
 
 
 def _largest(memory: float) -> None:
-    """Models of 8b.yaml's shape: heads of 128, four to a key head; three of five layers are spatial."""
-    rows: list[tuple[str, float, Callable[[VideoTransformer], float]]] = [
-        ("training, bf16-mixed, fused AdamW, recomputing full", 16, _training("bf16-mixed", OPTIMIZERS["AdamW"])),
-        ("training, bf16-mixed, AdamW8bit, recomputing full", 10, _training("bf16-mixed", OPTIMIZERS["AdamW8bit"])),
-        ("training, bf16-true, AdamW8bit, recomputing full", 6, _training("bf16-true", OPTIMIZERS["AdamW8bit"])),
+    """Models with the proportions of 8b.yaml: head width 128, four query heads per key head, 3:2 spatial layers."""
+    rows: list[tuple[str, float, Callable[[VideoTransformer], int]]] = [
+        (
+            "training, bf16-mixed, fused AdamW, activation checkpointing full",
+            16,
+            _training("bf16-mixed", OPTIMIZERS["AdamW"]),
+        ),
+        (
+            "training, bf16-mixed, AdamW8bit, activation checkpointing full",
+            10,
+            _training("bf16-mixed", OPTIMIZERS["AdamW8bit"]),
+        ),
+        (
+            "training, bf16-true, AdamW8bit, activation checkpointing full",
+            6,
+            _training("bf16-true", OPTIMIZERS["AdamW8bit"]),
+        ),
     ]
-    decoder = sum(decode(VQVAE(512), torch.bfloat16, 1))
-    for name, weights, each in (("bf16", "full", 2), ("fp8", "fp8", 1), ("int8", "int8", 1), ("nf4", "nf4", 0.5)):
-        rows.append((f"generating, weights in {name}", each, _generating(weights, decoder)))
-    print(f"| one card of {memory / GB:g} GB | parameters | layers | width | takes |\n|---|---|---|---|---|")
-    for name, each, takes in rows:
-        best = max((_deepest(heads, each, takes, memory) for heads in range(16, 200, 4)), key=_parameters)
+    decoder = sum(decoding_bytes(VQVAE(512), torch.bfloat16, 1))
+    for name, weights, bytes_each in (("bf16", "full", 2), ("fp8", "fp8", 1), ("int8", "int8", 1), ("nf4", "nf4", 0.5)):
+        rows.append((f"generation, weights in {name}", bytes_each, _generation(weights, decoder)))
+    print(f"| one card of {memory / GB:g} GB | parameters | layers | width | memory |\n|---|---|---|---|---|")
+    for name, bytes_each, required in rows:
+        best = max((_deepest(heads, bytes_each, required, memory) for heads in range(16, 200, 4)), key=_parameters)
         print(
             f"| {name} | {_parameters(best) / 1e9:.1f} B | {len(best.blocks)} | {len(best.start)} | "
-            f"{takes(best) / GB:.1f} GB |",
+            f"{required(best) / GB:.1f} GB |",
             flush=True,
         )
 
 
-def _family(heads: int, fives: int) -> VideoTransformer:
+def _scaled(heads: int, fives: int) -> VideoTransformer:
+    """Build a model with `heads` query heads and five times `fives` layers."""
     return VideoTransformer(
         dim=128 * heads,
         spatial_layers=3 * fives,
@@ -229,42 +254,44 @@ def _family(heads: int, fives: int) -> VideoTransformer:
     )
 
 
-def _deepest(heads: int, each: float, takes: Callable[[VideoTransformer], float], memory: float) -> VideoTransformer:
-    """The deepest of a width that fits, of 0.8 to 2 layers a head; the smallest where none fits.
+def _deepest(
+    heads: int, bytes_each: float, required: Callable[[VideoTransformer], int], memory: float
+) -> VideoTransformer:
+    """Return the deepest model of a width that fits, with 0.8 to 2 layers per head; the smallest if none fits.
 
     Args:
-        heads: what the width follows from.
-        each: bytes that a parameter takes at least.
-        takes: bytes that a model takes.
-        memory: bytes of the card.
+        heads: Query heads, which set the width.
+        bytes_each: Lower bound of the bytes of a parameter.
+        required: Returns the bytes of a model.
+        memory: Bytes of the card.
     """
-    least, most = -(-4 * heads // 25), 2 * heads // 5
-    first, second = (_parameters(_family(heads, fives)) for fives in (1, 2))
-    fives = 1 + int((memory / each - first) // (second - first))
+    least, most = math.ceil(4 * heads / 25), 2 * heads // 5
+    first, second = (_parameters(_scaled(heads, fives)) for fives in (1, 2))
+    fives = 1 + int((memory / bytes_each - first) // (second - first))
     if fives > most:
-        return _family(4, 1)  # a wider one is larger
+        return _scaled(4, 1)  # a wider one is larger
     while fives >= least:
-        model = _family(heads, fives)
-        if takes(model) <= memory:
+        model = _scaled(heads, fives)
+        if required(model) <= memory:
             return model
         fives -= 1
-    return _family(4, 1)
+    return _scaled(4, 1)
 
 
-def _training(precision: str, optimizer: Any) -> Callable[[VideoTransformer], float]:
-    def takes(model: VideoTransformer) -> float:
-        state: OptimizerBytes = optimizer_bytes(model, optimizer, precision)
-        return train(model, transformer_step(model, 1, 32, 256, precision, "full"), state, precision).peak
+def _training(precision: str, optimizer: Any) -> Callable[[VideoTransformer], int]:
+    def required(model: VideoTransformer) -> int:
+        state = optimizer_bytes(model, optimizer, precision)
+        step = transformer_step(model, 1, 32, 256, precision, "full")
+        return training_budget(model, step, state, precision).peak
 
-    return takes
+    return required
 
 
-def _generating(weights: Any, decoder: int) -> Callable[[VideoTransformer], float]:
-    def takes(model: VideoTransformer) -> float:
-        made: Generation = generate(model, weights, torch.bfloat16, 1, 256, True)
-        return sum(made) + decoder
+def _generation(weights: Any, decoder: int) -> Callable[[VideoTransformer], int]:
+    def required(model: VideoTransformer) -> int:
+        return sum(generation_budget(model, weights, torch.bfloat16, 1, 256, guided=True)) + decoder
 
-    return takes
+    return required
 
 
 def _parameters(model: nn.Module) -> int:

@@ -1,8 +1,8 @@
-"""A training step of the transformer beside one of `transformers`' Llama with as many parameters.
+"""A training step of the transformer relative to `transformers`' Llama with as many parameters.
 
-`python -m tests.benchmarks.train` runs both by turns, in float32 and under bf16 autocast: forward and backward pass of
-four clips of two frames of 256 tokens, and AdamW's fused step. Ours also reads the frame before and a text of 16
-vectors.
+`python -m tests.benchmarks.train` runs both, interleaved, in float32 and under bf16 autocast: forward and backward pass
+of four clips of two frames of 256 tokens, and a fused AdamW step. Our model also reads the previous frame and a text of
+16 tokens.
 """
 
 import os
@@ -25,8 +25,8 @@ from t2v.losses.tokens import token_loss
 from t2v.transformer.config import AttentionConfig, TextConfig
 from t2v.transformer.model import VideoTransformer
 
-VOCABULARY, WIDTH, HEADS, KV_HEADS, TEXT = 16384, 768, 12, 4, 384
-CLIPS, FRAMES, GRID, WORDS = 4, 2, 16, 16
+VOCAB_SIZE, WIDTH, HEADS, KV_HEADS, TEXT_DIM = 16384, 768, 12, 4, 384
+CLIPS, FRAMES, GRID, TEXT_LENGTH = 4, 2, 16, 16
 TOKENS = CLIPS * FRAMES * GRID**2
 Step = Callable[[], Tensor]
 
@@ -34,28 +34,28 @@ Step = Callable[[], Tensor]
 def train(
     rounds: int = 5, precisions: tuple[str, ...] = ("fp32", "bf16"), hidden: int = 1664, profiled: bool = False
 ) -> None:
-    """Prints tokens a second of both models, their ratio, and their share of a matrix product's rate.
+    """Print tokens per second of both models, their ratio, and their rate relative to a matrix product.
 
     Args:
-        rounds: steps of each model, by turns, after one to warm up and to count.
-        precisions: of fp32 and bf16 (autocast; weights stay in float32).
-        hidden: hidden width of our feed-forward layers; Llama's is chosen so that both have as many parameters.
-        profiled: whether to print what the time of a step of ours goes to.
+        rounds: Steps of each model, interleaved, after one step to warm up and to count FLOPs.
+        precisions: Among fp32 and bf16 (autocast; weights stay in float32).
+        hidden: Hidden width of our feed-forward layers; Llama's is chosen for the same number of parameters.
+        profiled: Whether to print the most expensive operators.
     """
     torch.manual_seed(0)
     ours = VideoTransformer(
-        VOCABULARY, GRID, WIDTH, 7, 5, hidden, AttentionConfig(HEADS, KV_HEADS), TextConfig(TEXT), tied_head=True
+        VOCAB_SIZE, GRID, WIDTH, 7, 5, hidden, AttentionConfig(HEADS, KV_HEADS), TextConfig(TEXT_DIM), tied_head=True
     )
     count = sum(p.numel() for p in ours.parameters())
     llama = LlamaForCausalLM(_llama(count))
-    theirs = sum(p.numel() for p in llama.parameters())
-    assert abs(theirs / count - 1) < 0.03, (theirs, count)
+    llama_count = sum(p.numel() for p in llama.parameters())
+    assert abs(llama_count / count - 1) < 0.03, (llama_count, count)
     print(f"python -m tests.benchmarks.train --rounds {rounds} --hidden {hidden} --precisions {list(precisions)}")
     print(_machine())
-    print(f"parameters: ours {count / 1e6:.1f} M, Llama {theirs / 1e6:.1f} M; {TOKENS} tokens a step\n")
-    tokens = torch.randint(VOCABULARY, (CLIPS, FRAMES, GRID, GRID))
-    words = torch.randn(CLIPS, WORDS, TEXT)
-    text = TextEmbedding(words, torch.ones(CLIPS, WORDS, dtype=torch.bool), words.mean(1))
+    print(f"parameters: ours {count / 1e6:.1f} M, Llama {llama_count / 1e6:.1f} M; {TOKENS} tokens per step\n")
+    tokens = torch.randint(VOCAB_SIZE, (CLIPS, FRAMES, GRID, GRID))
+    embedded = torch.randn(CLIPS, TEXT_LENGTH, TEXT_DIM)
+    text = TextEmbedding(embedded, torch.ones(CLIPS, TEXT_LENGTH, dtype=torch.bool), embedded.mean(1))
     losses: dict[str, Step] = {
         "ours": lambda: token_loss(ours(tokens, text), tokens).objective,
         "Llama": lambda: llama(input_ids=tokens.flatten(1), labels=tokens.flatten(1), use_cache=False).loss,
@@ -64,7 +64,7 @@ def train(
         "ours": torch.optim.AdamW(ours.parameters(), lr=1e-4, fused=True),
         "Llama": torch.optim.AdamW(llama.parameters(), lr=1e-4, fused=True),
     }
-    print("| precision | model | tokens/s | ratio | TFLOP a step | share of a matrix product's rate |")
+    print("| precision | model | tokens/s | ratio | TFLOP per step | rate relative to a matrix product |")
     print("|---|---|---|---|---|---|")
     for precision in precisions:
         steps = {name: _step(loss, optimizers[name], precision) for name, loss in losses.items()}
@@ -88,15 +88,15 @@ def train(
             )
         if profiled:
             for name, step in steps.items():
-                print(f"\n{name}\n{_where(step)}")
+                print(f"\n{name}\n{_operators(step)}")
 
 
 def _llama(parameters: int) -> LlamaConfig:
-    """A Llama with this many parameters, which its feed-forward layers make up for."""
+    """Return a Llama config with a number of parameters, which its hidden width is chosen for."""
     attention = 2 * WIDTH**2 + 2 * WIDTH * WIDTH * KV_HEADS // HEADS + 2 * WIDTH
-    hidden = ((parameters - VOCABULARY * WIDTH) / 12 - attention) / (3 * WIDTH)
+    hidden = ((parameters - VOCAB_SIZE * WIDTH) / 12 - attention) / (3 * WIDTH)
     return LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=VOCAB_SIZE,
         hidden_size=WIDTH,
         intermediate_size=round(hidden / 64) * 64,
         num_hidden_layers=12,
@@ -120,14 +120,14 @@ def _step(loss: Step, optimizer: torch.optim.Optimizer, precision: str) -> Step:
 
 
 def _flops(step: Step) -> int:
-    """Floating-point operations of a step's matrix products; it also warms up."""
+    """Return the FLOPs of a step; it is also the warm-up."""
     with FlopCounterMode(display=False) as counter:
         step()
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def _rate(precision: str) -> float:
-    """Floating-point operations a second of the best of a few large matrix products."""
+    """Return the FLOP/s of the fastest of a few large matrix products."""
     a = torch.randn(2048, 2048, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     times = []
     for _ in range(4):
@@ -137,7 +137,7 @@ def _rate(precision: str) -> float:
     return 2 * 2048**3 / min(times)
 
 
-def _where(step: Step) -> str:
+def _operators(step: Step) -> str:
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         step()
     rows = sorted(profiled.key_averages(), key=lambda row: -row.self_cpu_time_total)

@@ -1,9 +1,9 @@
-"""A training step of the VQ-VAE, beside the same step of an earlier commit, and where its time goes.
+"""A training step of the VQ-VAE relative to an earlier commit, and its most expensive operators.
 
-`python -m tests.benchmarks.training_step --against COMMIT` checks the commit out beside this tree, trains the same
-sizes on the same clips in both by turns, and compares Lightning's own profile of `run_training_batch`. Then it runs
-one process under torch's profiler: floating-point rate against a matrix product of this machine, and the three most
-expensive operators.
+`python -m tests.benchmarks.training_step --against COMMIT` checks the commit out in a temporary folder, trains the same
+sizes on the same clips with both, interleaved, and compares Lightning's profile of `run_training_batch`. Then it
+profiles one step: its floating-point rate relative to a matrix product on this machine, and the three most expensive
+operators.
 """
 
 import json
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -44,25 +45,25 @@ model:
         init_args: {weight: 0.1, frames: 4}
 data: {init_args: {crop: 1.0, flip: false, frames: 2, fps: 8, batch_size: 8}}
 """
-"""Brings this tree's `configs/vqvae/footage.yaml` to the sizes that it had at the earlier commit."""
+"""Changes `configs/vqvae/footage.yaml` to the sizes that it had at the earlier commit."""
 
 
 def compare(against: str = "", steps: int = 300, rounds: int = 2, precision: str = "bf16-mixed") -> None:
-    """Trains `configs/vqvae/footage.yaml` at two commits for speed and quality, then profiles this one.
+    """Train `configs/vqvae/footage.yaml` at two commits for speed and quality, then profile this one.
 
     Args:
-        against: the earlier commit; without one there is only the profile.
-        steps: training steps a run.
-        rounds: runs of each, by turns, with a seed of their own.
-        precision: Lightning's name of the precision.
+        against: The earlier commit; only the profile without one.
+        steps: Training steps of each run.
+        rounds: Runs of each commit, interleaved, each with its own seed.
+        precision: Name of the Lightning precision.
     """
     if against:
         with tempfile.TemporaryDirectory() as folder:
-            _side_by_side(Path(folder), against, steps, rounds, precision)
+            _compare_commits(Path(folder), against, steps, rounds, precision)
     _profile(precision)
 
 
-def _side_by_side(folder: Path, against: str, steps: int, rounds: int, precision: str) -> None:
+def _compare_commits(folder: Path, against: str, steps: int, rounds: int, precision: str) -> None:
     copy_footage(folder / "clips")
     for part in ("train", "val"):
         prepare(folder / "clips" / part, folder / "shards" / part, size=128, frames=8)
@@ -70,23 +71,23 @@ def _side_by_side(folder: Path, against: str, steps: int, rounds: int, precision
     earlier = folder / "earlier"
     subprocess.run(["git", "worktree", "add", "--quiet", "--detach", earlier, against], cwd=ROOT, check=True)
     try:
-        found: dict[Path, list[tuple[float, float]]] = {earlier: [], ROOT: []}
+        results: dict[Path, list[tuple[float, float]]] = {earlier: [], ROOT: []}
         for seed in range(rounds):
-            for tree, values in found.items():
+            for tree, values in results.items():
                 overlay = ["-c", str(folder / "sizes.yaml")] if tree == ROOT else []
                 values.append(_train(tree, folder, overlay, steps, precision, seed))
     finally:
         subprocess.run(["git", "worktree", "remove", "--force", earlier], cwd=ROOT, check=True)
-    mean = {tree: [statistics.mean(column) for column in zip(*values, strict=True)] for tree, values in found.items()}
+    mean = {tree: [statistics.mean(column) for column in zip(*values, strict=True)] for tree, values in results.items()}
     for name, tree in ((against, earlier), ("this tree", ROOT)):
         seconds, psnr = mean[tree]
-        runs = ", ".join(f"{1e3 * seconds:.0f} ms and {psnr:.2f} dB" for seconds, psnr in found[tree])
-        print(f"{name}: {1e3 * seconds:.0f} ms a step, {16 / seconds:.0f} frames/s, {psnr:.2f} dB ({runs})")
-    print(f"{mean[earlier][0] / mean[ROOT][0]:.2f} times as fast")
+        runs = ", ".join(f"{1e3 * seconds:.0f} ms and {psnr:.2f} dB" for seconds, psnr in results[tree])
+        print(f"{name}: {1e3 * seconds:.0f} ms per step, {16 / seconds:.0f} frames/s, {psnr:.2f} dB ({runs})")
+    print(f"{mean[earlier][0] / mean[ROOT][0]:.2f} times the speed of {against}")
 
 
 def _train(tree: Path, folder: Path, overlay: list[str], steps: int, precision: str, seed: int) -> tuple[float, float]:
-    """Seconds a training step, and PSNR on the held-out clips after all of them."""
+    """Return the seconds of a training step, and the PSNR on held-out clips after training."""
     run = folder / tree.name / str(seed)
     settings = {"class_path": "SimpleProfiler", "init_args": {"dirpath": str(run), "filename": "profile"}}
     flags = ["-c", "configs/vqvae/footage.yaml", *overlay, "--trainer.precision", precision]
@@ -97,16 +98,11 @@ def _train(tree: Path, folder: Path, overlay: list[str], steps: int, precision: 
     subprocess.run([*cli, "fit", *flags, *fit, json.dumps(settings)], cwd=tree, check=True, capture_output=True)
     validate = [*cli, "validate", *flags, "--ckpt_path", "last", "--data.frames", "8"]
     measured = subprocess.run(validate, cwd=tree, check=True, capture_output=True, text=True).stdout
-    rows = [
-        re.search(pattern, text)
-        for pattern, text in (
-            (r"run_training_batch\s*\|\s*([\d.e-]+)", (run / "fit-profile.txt").read_text()),
-            (r"val/psnr\W+([\d.]+)", measured),
-        )
-    ]
-    assert all(rows), measured
-    seconds, psnr = (float(row[1]) for row in rows if row)
-    return seconds, psnr
+    seconds = re.search(r"run_training_batch\s*\|\s*([\d.e-]+)", (run / "fit-profile.txt").read_text())
+    psnr = re.search(r"val/psnr\W+([\d.]+)", measured)
+    assert seconds is not None
+    assert psnr is not None, measured
+    return float(seconds[1]), float(psnr[1])
 
 
 def _profile(precision: str) -> None:
@@ -138,7 +134,7 @@ def _profile(precision: str) -> None:
         seconds = _best(step)
         rate = counter.get_total_flops() / seconds
         print(
-            f"{name}: {seconds * 1e3:.0f} ms a step of 16 frames, {16 / seconds:.0f} frames/s, "
+            f"{name}: {seconds * 1e3:.0f} ms per step of 16 frames, {16 / seconds:.0f} frames/s, "
             f"{rate / 1e9:.0f} GFLOP/s, {rate / peak:.0%} of a {dtype} matrix product ({peak / 1e9:.0f} GFLOP/s)"
         )
         if name == "eager":
@@ -150,8 +146,8 @@ def _profile(precision: str) -> None:
                 print(f"  {row.key}: {row.self_cpu_time_total / total:.0%}")
 
 
-def _best(function, repeats: int = 15) -> float:
-    """Seconds of the quickest call, after three to warm up."""
+def _best(function: Callable[[], object], repeats: int = 15) -> float:
+    """Return the seconds of the fastest call, after three warm-up calls."""
     times = []
     for i in range(repeats + 3):
         start = time.perf_counter()

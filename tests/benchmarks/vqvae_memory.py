@@ -1,6 +1,6 @@
 """Memory of the full-size VQ-VAE: `python -m tests.benchmarks.vqvae_memory`.
 
-Every line is a process of its own, whose largest resident set is reported.
+Each line is measured in a process of its own: its largest resident set.
 """
 
 import platform
@@ -16,12 +16,12 @@ from t2v.vqvae.model import VQVAE, to_uint8
 
 
 def measure(image_size: int = 512, precision: str = "bf16", frames: list[int] | None = None) -> None:
-    """Trains on a 17-frame clip, then decodes streams of several lengths, and prints time and peak memory of each.
+    """Train on a 17-frame clip, decode streams of several lengths, and print time and peak memory of each.
 
     Args:
-        image_size: 512, 256 or 128.
+        image_size: Height and width in pixels: 512, 256 or 128.
         precision: "bf16" (autocast) or "fp32".
-        frames: lengths of the streams; 16, 64 and 300 by default.
+        frames: Lengths of the streams; 16, 64 and 300 by default.
     """
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}")
     tasks = [("import only", "nothing", 0), ("forward and backward", "train", 17)]
