@@ -1,1 +1,1 @@
-"""Model weights on disk: training checkpoints, exported folders, and networks trained by others."""
+"""Model weights on disk: training checkpoints, exported folders, and weights of pretrained networks."""

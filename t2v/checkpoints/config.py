@@ -3,7 +3,7 @@
 import inspect
 import sys
 from collections.abc import Iterator
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 from t2v.errors import UserError
 
@@ -52,9 +52,10 @@ def from_config(config: Any, base_class: type) -> Any:
         )
     cls = classes[class_path]
     arguments = dict(config.get("init_args", {}))
+    parameters = inspect.signature(cls, eval_str=True).parameters
     for name, value in arguments.items():
         if isinstance(value, dict):
-            arguments[name] = from_config(value, _class_in_hint(get_type_hints(cls.__init__)[name]))
+            arguments[name] = from_config(value, _class_in_hint(parameters[name].annotation))
     return cls(**arguments)
 
 
@@ -67,6 +68,7 @@ def _concrete_subclasses(cls: type) -> Iterator[type]:
     """Yield a class and all its subclasses, except abstract ones."""
     if not inspect.isabstract(cls):
         yield cls
+    subclass: type
     for subclass in cls.__subclasses__():
         yield from _concrete_subclasses(subclass)
 

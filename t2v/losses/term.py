@@ -1,33 +1,30 @@
-"""What every term of the VQ-VAE's loss is."""
+"""Base class of the loss terms of the VQ-VAE."""
 
 from abc import ABC, abstractmethod
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-Video = Float[Tensor, "b t c h w"]
+from t2v.batch import Video
 
 
 class LossTerm(nn.Module, ABC):
     """One term of the loss.
 
+    Args:
+        weight: Factor in the sum of the terms.
+        start_step: First training step that uses the term.
+
     Attributes:
-        name: what it is logged as.
-        weight: its factor in the sum.
-        start_step: the first training step it counts in.
+        name: Name in logs.
     """
 
     name: str
 
-    def __init__(self, weight: float = 1.0, start_step: int = 0):
-        """
-        Args:
-            weight: factor in the sum.
-            start_step: first training step it counts in.
-        """
+    def __init__(self, weight: float = 1.0, start_step: int = 0) -> None:
         super().__init__()
         self.weight, self.start_step = weight, start_step
 
     @abstractmethod
     def forward(self, reconstruction: Video, video: Video) -> Float[Tensor, ""]:
-        """The term, unweighted."""
+        """Compute the term, without its weight."""

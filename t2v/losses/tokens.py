@@ -1,65 +1,69 @@
-"""The loss of predicted tokens, with its gradient in the memory of the logits.
+"""The loss of the transformer, with the gradient computed in the memory of the logits.
 
-Logits over thousands of codes are the largest tensor of a training step. Going over them a few rows at a time, once,
-and leaving the gradient where they were saves the copies that cross-entropy makes of all of them.
+Logits over thousands of codes are the largest tensor of a training step. `torch.nn.functional.cross_entropy` makes
+several copies of them; here they are processed once, a few rows at a time, and overwritten by their gradient.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 _ROWS = 128
-"""Rows at a time; their copies in float32 stay in the cache."""
+"""Rows processed at a time; their float32 copies fit in the CPU's cache."""
 
 
 class TokenLoss(NamedTuple):
-    """What `token_loss` returns; only the objective has a gradient."""
+    """The terms of `token_loss`; only the objective has a gradient."""
 
     objective: Float[Tensor, ""]
-    """What training minimises."""
+    """The value that training minimizes."""
     cross_entropy: Float[Tensor, ""]
-    """In nats a token, without smoothing."""
+    """In nats per token, without label smoothing."""
     z_loss: Float[Tensor, ""]
-    """Mean square of log Z, where Z is the sum that softmax divides by; without its weight."""
+    """Mean of log² Z, where Z is the softmax denominator; without its weight."""
     accuracy: Float[Tensor, ""]
-    """Share of tokens that the most probable code hits."""
+    """Fraction of tokens that are the most probable code."""
 
 
 def token_loss(
-    logits: Float[Tensor, "... v"], tokens: Int[Tensor, "..."], label_smoothing: float = 0.0, z_loss: float = 0.0
+    logits: Float[Tensor, "*shape v"], tokens: Int[Tensor, "*shape"], label_smoothing: float = 0.0, z_loss: float = 0.0
 ) -> TokenLoss:
-    """Cross-entropy with label smoothing plus `z_loss` · log² Z (https://arxiv.org/abs/2204.02311), in float32.
+    """Compute cross-entropy with label smoothing plus `z_loss` · log² Z (https://arxiv.org/abs/2204.02311), in float32.
 
     Args:
-        logits: used up where a gradient is asked for: their memory then holds it.
-        tokens: the codes to predict.
-        label_smoothing: share of a target that is spread over all codes evenly.
-        z_loss: weight of the square of log Z.
+        logits: Predictions. If a gradient is required, it overwrites them.
+        tokens: The targets.
+        label_smoothing: Fraction of each target that is distributed evenly over all codes.
+        z_loss: Weight of log² Z.
     """
-    return TokenLoss(*_Loss.apply(logits.flatten(0, -2), tokens.flatten(), label_smoothing, z_loss))
+    return TokenLoss(*_TokenLossFunction.apply(logits.flatten(0, -2), tokens.flatten(), label_smoothing, z_loss))
 
 
-class _Loss(torch.autograd.Function):
+class _TokenLossFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, tokens: Tensor, smoothing: float, z_weight: float) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, logits: Float[Tensor, "n v"], tokens: Int[Tensor, " n"], smoothing: float, z_weight: float
+    ) -> tuple[Tensor, ...]:
         sums = torch.zeros(4, device=logits.device)
-        for rows, codes in zip(logits.split(_ROWS), tokens[:, None].split(_ROWS), strict=True):
+        for rows, targets in zip(logits.split(_ROWS), tokens[:, None].split(_ROWS), strict=True):
             x = rows.float()
             log_p = x.log_softmax(dim=-1)
-            found = log_p.gather(-1, codes)
-            log_z = x.gather(-1, codes) - found
-            entropy, z_loss = -found.sum(), log_z.square().sum()
-            smoothed = (1 - smoothing) * entropy - smoothing * log_p.mean(-1).sum() if smoothing else entropy
-            hits = (log_p.argmax(-1, keepdim=True) == codes).sum()
-            sums += torch.stack([smoothed + z_weight * z_loss, entropy, z_loss, hits.float()])
+            target_log_p = log_p.gather(-1, targets)
+            log_z = x.gather(-1, targets) - target_log_p
+            cross_entropy, z_loss = -target_log_p.sum(), log_z.square().sum()
+            smoothed = cross_entropy
+            if smoothing:
+                smoothed = (1 - smoothing) * cross_entropy - smoothing * log_p.mean(-1).sum()
+            hits = (log_p.argmax(-1, keepdim=True) == targets).sum()
+            sums += torch.stack([smoothed + z_weight * z_loss, cross_entropy, z_loss, hits.float()])
             if ctx.needs_input_grad[0]:
                 gradient = log_p.exp_()
                 if z_weight:
                     gradient *= 1 + 2 * z_weight * log_z
                 gradient -= smoothing / logits.shape[-1]
-                gradient.scatter_add_(-1, codes, torch.full_like(found, smoothing - 1))
+                gradient.scatter_add_(-1, targets, torch.full_like(target_log_p, smoothing - 1))
                 rows.copy_(gradient)
         ctx.save_for_backward(logits)
         objective, *others = sums / len(logits)
@@ -67,6 +71,6 @@ class _Loss(torch.autograd.Function):
         return objective, *others
 
     @staticmethod
-    def backward(ctx, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        (of_sum,) = ctx.saved_tensors
-        return of_sum.mul_(gradient / len(of_sum)), None, None, None
+    def backward(ctx: Any, gradient: Float[Tensor, ""], *_: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient_of_sum,) = ctx.saved_tensors
+        return gradient_of_sum.mul_(gradient / len(gradient_of_sum)), None, None, None

@@ -1,4 +1,4 @@
-"""How much of a codebook is in use, over a whole epoch."""
+"""Codebook usage over an epoch."""
 
 import torch
 from jaxtyping import Float, Int
@@ -7,31 +7,30 @@ from torchmetrics import Metric
 
 
 class CodebookUsage(Metric):
-    """Counts codes over all batches and ranks; a mean over batches would depend on the batch size.
+    """Codebook usage and perplexity, from counts over all batches and ranks.
 
-    `compute` returns `usage`, the share of the codes seen at least once, and `perplexity`, the exponential of the
-    entropy of their distribution (from 1 to the size of the codebook).
+    `usage` is the fraction of codes that occur; `perplexity` is the exponential of the entropy of the code frequencies,
+    from 1 to the codebook size. A mean of values per batch would depend on the batch size.
+
+    Args:
+        codebook_size: Number of codes.
     """
 
     full_state_update = False
     counts: Tensor
 
-    def __init__(self, codebook_size: int):
-        """
-        Args:
-            codebook_size: number of codes.
-        """
+    def __init__(self, codebook_size: int) -> None:
         super().__init__()
         self.add_state("counts", torch.zeros(codebook_size, dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, tokens: Int[Tensor, "..."]) -> None:
-        """Counts tokens in [0, codebook_size)."""
+    def update(self, tokens: Int[Tensor, "*shape"]) -> None:
+        """Count tokens, each in [0, codebook_size)."""
         self.counts += torch.bincount(tokens.flatten(), minlength=len(self.counts))
 
     def compute(self) -> dict[str, Float[Tensor, ""]]:
-        """The share of codes in use and the perplexity."""
-        shares = self.counts / self.counts.sum().clamp(min=1)
+        """Return `usage` and `perplexity`."""
+        frequencies = self.counts / self.counts.sum().clamp(min=1)
         return {
             "usage": (self.counts > 0).float().mean(),
-            "perplexity": torch.exp(torch.special.entr(shares).sum()),
+            "perplexity": torch.exp(torch.special.entr(frequencies).sum()),
         }

@@ -1,4 +1,4 @@
-"""Networks that see a clip as one vector."""
+"""Frozen networks that map a clip to one vector."""
 
 from abc import ABC, abstractmethod
 
@@ -6,17 +6,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from t2v.batch import Video
 from t2v.checkpoints.pretrained import MobileNet, Protocol, load_torchvision
 from t2v.errors import UserError
-from t2v.metrics.metric import Video
 
 
 class ClipFeatures(nn.Module, ABC):
-    """Base of the frozen networks that see a clip as one vector.
+    """Base of the frozen networks that map a clip to one vector.
 
     Attributes:
-        name: what its figures are called after.
-        num_features: length of the vector.
+        name: Name in logs.
+        num_features: Width of the vector.
     """
 
     name: str
@@ -24,31 +24,33 @@ class ClipFeatures(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, video: Video) -> Float[Tensor, "b d"]:
-        """One vector a clip of RGB frames in [-1, 1]."""
+        """Return one vector for each clip of RGB frames in [-1, 1]."""
 
     @abstractmethod
     def protocol(self) -> Protocol:
-        """What a report must declare about the network."""
+        """Return what a report must state about the network."""
 
 
 class VideoNetworkFeatures(ClipFeatures):
-    """The last features of a network of torchvision that was trained to name the actions of Kinetics-400.
+    """Last features of a torchvision network that was trained to classify the actions of Kinetics-400.
 
-    Frames are resized, cropped and normalised as torchvision does for it. Where the network needs more than one
-    frame, a clip is brought to the number it needs by taking the nearest frames.
+    Frames are resized, cropped and normalized as torchvision does for the network. If it needs a certain number of
+    frames, the nearest frames of the clip are taken.
+
+    Args:
+        network: torchvision's name of a video network: r3d_18, mc3_18, r2plus1d_18, s3d, mvit_v2_s, swin3d_t …
+        weights_path: File with the weights; by default the file in torchvision's cache.
+
+    Raises:
+        UserError: If the network is unknown, or its file is missing, damaged or of another network.
     """
 
-    def __init__(self, network: str = "r3d_18", weights_path: str | None = None):
-        """
-        Args:
-            network: torchvision's name of a video network: r3d_18, mc3_18, r2plus1d_18, s3d, mvit_v2_s, swin3d_t ...
-            weights_path: torchvision's weights of it; by default the file in torchvision's cache.
-        """
+    def __init__(self, network: str = "r3d_18", weights_path: str | None = None) -> None:
         super().__init__()
         from torchvision.models import get_model_weights, list_models, video
 
         if network not in list_models(video):
-            raise UserError(f"network={network} is none of torchvision's: {', '.join(list_models(video))}.")
+            raise UserError(f"network={network} must be one of torchvision's: {', '.join(list_models(video))}.")
         self.network, self._protocol = load_torchvision(network, weights_path)
         self.name = network
         head = next(name for name in ("fc", "head", "classifier") if hasattr(self.network, name))
@@ -57,15 +59,16 @@ class VideoNetworkFeatures(ClipFeatures):
         setattr(self.network, head, nn.Identity())
         published = get_model_weights(network)["DEFAULT"]
         self.transform = published.transforms()
-        least = published.meta.get("min_temporal_size", 1)
-        self.frames: int | None = least if least > 1 else None
+        min_frames = published.meta.get("min_temporal_size", 1)
+        self.frames: int | None = min_frames if min_frames > 1 else None
 
     def forward(self, video: Video) -> Float[Tensor, "b d"]:
         if self.frames is not None:
             times = torch.linspace(0, video.shape[1] - 1, self.frames, device=video.device)
             video = video[:, times.round().long()]
         clips = self.transform(((video.float() + 1) / 2).contiguous())
-        return self.network.to(video.device)(clips)
+        features: Tensor = self.network.to(video.device)(clips)
+        return features
 
     def protocol(self) -> Protocol:
         sizes = {"resize": self.transform.resize_size, "crop": self.transform.crop_size, "frames": self.frames}
@@ -73,11 +76,11 @@ class VideoNetworkFeatures(ClipFeatures):
 
 
 class MobileNetClipFeatures(ClipFeatures):
-    """What a MobileNetV2 trained on ImageNet sees in a clip, for want of a video network's weights.
+    """Features of a clip from a MobileNetV2 trained on ImageNet, an alternative that needs no video network.
 
-    The features of a shallow depth are averaged over each frame; their mean over time stands for how the clip looks,
-    their mean absolute change from frame to frame for how it moves. 64 numbers, so that some tens of clips can say
-    something about their spread.
+    The features of an early stage are averaged over each frame. Their mean over time describes appearance, their mean
+    absolute change from frame to frame describes motion. 64 features, so that some tens of clips are enough to estimate
+    their covariance.
     """
 
     name = "mobilenet"
@@ -92,8 +95,8 @@ class MobileNetClipFeatures(ClipFeatures):
     def forward(self, video: Video) -> Float[Tensor, "b d"]:
         (maps,) = self.network.to(video.device)(video.flatten(0, 1).float())
         frames = maps.mean((2, 3)).unflatten(0, video.shape[:2])
-        steps = frames.diff(dim=1).abs().sum(1) / max(video.shape[1] - 1, 1)
-        return torch.cat([frames.mean(1), steps], 1)
+        changes = frames.diff(dim=1).abs().sum(1) / max(video.shape[1] - 1, 1)
+        return torch.cat([frames.mean(1), changes], 1)
 
     def protocol(self) -> Protocol:
         return self.network.protocol()

@@ -1,4 +1,4 @@
-"""What every metric of a reconstruction is."""
+"""Base classes of the metrics of a reconstruction."""
 
 from abc import abstractmethod
 
@@ -7,16 +7,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torchmetrics import Metric
 
+from t2v.batch import Video
 from t2v.checkpoints.pretrained import Protocol
-
-Video = Float[Tensor, "b t c h w"]
 
 
 class VideoMetric(Metric):
-    """A figure over all clips and ranks that compares reconstructions with their footage.
+    """A value over all clips and ranks that compares reconstructions with their originals.
 
     Attributes:
-        name: what it is logged as.
+        name: Name in logs.
     """
 
     full_state_update = False
@@ -24,19 +23,19 @@ class VideoMetric(Metric):
 
     @abstractmethod
     def update(self, reconstruction: Video, video: Video) -> None:
-        """Adds clips in [-1, 1]."""
+        """Add clips in [-1, 1]."""
 
     @abstractmethod
     def compute(self) -> Float[Tensor, ""]:
-        """The figure over everything added."""
+        """Return the value over all clips added."""
 
     def protocol(self) -> Protocol:
-        """What must be known to compare the figure with another: networks, files and their hashes."""
+        """Return what a report must state for the value to be comparable: networks, files and their hashes."""
         return {}
 
 
 class MeanVideoMetric(VideoMetric):
-    """Base of the metrics that are a mean; zero where nothing was seen."""
+    """Base of the metrics that are a mean; zero if no clip was added."""
 
     total: Tensor
     count: Tensor

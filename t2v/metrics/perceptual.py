@@ -2,27 +2,28 @@
 
 import torch
 
+from t2v.batch import Video
 from t2v.checkpoints.pretrained import Protocol
 from t2v.losses.perceptual import CHUNK, PerceptualLoss
-from t2v.metrics.metric import MeanVideoMetric, Video
+from t2v.metrics.metric import MeanVideoMetric
 
 
 class PerceptualDistance(MeanVideoMetric):
-    """Mean distance of all frames by a term of the loss, under the term's own name and in full precision."""
+    """Mean perceptual distance over all frames, in float32, with the name of the loss term that computes it.
 
-    def __init__(self, term: PerceptualLoss):
-        """
-        Args:
-            term: measures the distance; its weight, first step and choice of frames play no part.
-        """
+    Args:
+        term: Computes the distance; its weight, first step and number of frames are not used.
+    """
+
+    def __init__(self, term: PerceptualLoss) -> None:
         super().__init__()
         self.term, self.name = term, term.name
 
     def update(self, reconstruction: Video, video: Video) -> None:
         x, y = reconstruction.flatten(0, 1), video.flatten(0, 1)
         with torch.autocast(x.device.type, enabled=False):
-            for few_x, few_y in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
-                self.total += self.term.distance(few_x.float(), few_y.float()) * len(few_x)
+            for x_chunk, y_chunk in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
+                self.total += self.term.distance(x_chunk.float(), y_chunk.float()) * len(x_chunk)
         self.count += len(x)
 
     def protocol(self) -> Protocol:

@@ -1,48 +1,48 @@
 """Temporal quality of a reconstruction."""
 
+from t2v.batch import Video
 from t2v.checkpoints.pretrained import Protocol
-from t2v.metrics.metric import MeanVideoMetric, Video
+from t2v.metrics.metric import MeanVideoMetric
 from t2v.video.flow import DISFlow, OpticalFlow, warp
 
 
 class Flicker(MeanVideoMetric):
-    """Mean absolute error of the frame differences, reconstruction against footage, in the pixels' own units.
+    """Mean absolute error of the frame differences between reconstruction and original, for pixels in [-1, 1].
 
-    Zero when the reconstruction moves exactly as the footage does, even if every frame has the same error.
+    Zero if the reconstruction changes from frame to frame as the original does, even if every frame has the same error.
     """
 
     name = "flicker"
 
     def update(self, reconstruction: Video, video: Video) -> None:
-        """Adds clips; a clip of one frame adds nothing."""
+        """Add clips; a clip of one frame adds nothing."""
         error = (reconstruction.diff(dim=1) - video.diff(dim=1)).abs()
         self.total += error.sum(dtype=self.total.dtype)
         self.count += error.numel()
 
 
 class WarpError(MeanVideoMetric):
-    """Warping error of Lai et al. (https://arxiv.org/abs/1808.00449): how much looks change along the motion.
+    """Warping error of Lai et al. (https://arxiv.org/abs/1808.00449): change of appearance along the motion.
 
-    Every frame of the reconstruction is compared with the frame before it, warped by the footage's flow: the mean
-    squared difference of pixels in [0, 1] where the flow can be relied on, then the mean over frame pairs. The footage
-    itself has an error above zero, and a blur has a low one, so that it is read beside a measure of sharpness.
+    Every frame of the reconstruction is compared with the previous one, warped by the flow of the original: the mean
+    squared difference of the visible pixels in [0, 1], averaged over frame pairs. The original itself has an error
+    above zero, and a blurred video has a low error, so report a measure of sharpness too.
+
+    Args:
+        flow: Estimates the motion of the original; by default `t2v.video.flow.DISFlow`.
     """
 
     name = "warp_error"
 
-    def __init__(self, flow: OpticalFlow | None = None):
-        """
-        Args:
-            flow: estimates the motion of the footage; `t2v.video.flow.DISFlow` by default.
-        """
+    def __init__(self, flow: OpticalFlow | None = None) -> None:
         super().__init__()
         self.flow = flow or DISFlow()
 
     def update(self, reconstruction: Video, video: Video) -> None:
-        """Adds clips; a clip of one frame, or a pair without a pixel to follow, adds nothing."""
+        """Add clips; a clip of one frame, or a pair of frames without visible pixels, adds nothing."""
         if video.shape[1] < 2:
             return
-        flow, visible = self.flow.follow(video)
+        flow, visible = self.flow.flow_and_visibility(video)
         residual = (reconstruction[:, 1:] - warp(reconstruction[:, :-1], flow)) / 2
         errors = (residual.square().mean(2, keepdim=True) * visible).sum((2, 3, 4), dtype=self.total.dtype)
         pixels = visible.sum((2, 3, 4))

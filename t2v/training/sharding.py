@@ -26,7 +26,15 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from t2v.checkpoints.storage import MARKER, PARTIAL, is_complete, put, read_checkpoint, read_marker, remove
+from t2v.checkpoints.storage import (
+    MARKER,
+    is_complete,
+    partial_path,
+    read_checkpoint,
+    read_marker,
+    remove_checkpoint,
+    replace_checkpoint,
+)
 from t2v.errors import UserError
 from t2v.training.lightning_private import clear_device_mesh, set_data_parallel_size
 
@@ -78,9 +86,9 @@ class ShardedStrategy(ModelParallelStrategy):
     ) -> None:
         """Write a checkpoint folder, each rank its own shards; the folder appears when it is complete."""
         path = Path(self.broadcast(filepath))
-        partial = path.with_name(path.name + PARTIAL)
+        partial = partial_path(path)
         if self.is_global_zero:
-            remove(partial)  # from a run that was killed
+            remove_checkpoint(partial)  # from a run that was killed
         self.barrier()
         tensors = {name: checkpoint.pop(name) for name in WEIGHT_KEYS if name in checkpoint}
         for index, state in enumerate(checkpoint.pop("optimizer_states", [])):
@@ -91,13 +99,13 @@ class ShardedStrategy(ModelParallelStrategy):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            put(partial, path)
+            replace_checkpoint(partial, path)
         self.barrier()
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
         """Remove a checkpoint, a folder or a file."""
         if self.is_global_zero:
-            remove(Path(filepath))
+            remove_checkpoint(Path(filepath))
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a checkpoint, a folder or a file, into the model and the optimizers.
@@ -180,15 +188,15 @@ class FolderCheckpointIO(TorchCheckpointIO):
         if not path.is_dir():
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        partial = path.with_name(path.name + PARTIAL)
-        remove(partial)
+        partial = partial_path(path)
+        remove_checkpoint(partial)
         super().save_checkpoint(checkpoint, partial, storage_options)
-        put(partial, path)
+        replace_checkpoint(partial, path)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint, a folder or a file."""
         if is_complete(path):
-            remove(Path(path))
+            remove_checkpoint(Path(path))
         else:
             super().remove_checkpoint(path)
 

@@ -105,7 +105,7 @@ class LitVQVAE(LightningModule):
         terms["quantizer"] = quantizer_loss
         total: Tensor = loss + quantizer_loss
         if self.adversarial is not None and self.global_step < self.adversarial.start_step:
-            total = total + self.adversarial.idle()
+            total = total + self.adversarial.zero_loss()
         elif self.adversarial is not None:
             terms["generator"] = self.adversarial.generator_loss(reconstruction, loss)
             terms["discriminator"] = self.adversarial.discriminator_loss(reconstruction, video)

@@ -1,8 +1,8 @@
-"""Optical flow: where the content of a frame was in the frame before; and warping along it.
+"""Optical flow, from each frame to the one before it, and warping by it.
 
-- The flow of frame t at (x, y) is (u, v) in pixels: what is seen there was at (x + u, y + v) in frame t − 1.
-- A pixel is visible where following it back and forth ends near its start, as Ruder et al. define it
-  (https://arxiv.org/abs/1604.08610); the others are occluded, at the edge of a motion, or come from outside.
+- The flow of frame t at (x, y) is (u, v) in pixels: the content seen there was at (x + u, y + v) in frame t − 1.
+- A pixel is visible if following it backward and forward ends near its start, as defined by Ruder et al.
+  (https://arxiv.org/abs/1604.08610). The others are occluded, at a motion boundary, or come from outside the frame.
 """
 
 from abc import ABC, abstractmethod
@@ -11,81 +11,92 @@ from math import ceil
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from t2v.batch import Video
 from t2v.checkpoints.pretrained import Protocol, load_torchvision
 from t2v.errors import UserError
 
-Video = Float[Tensor, "b t c h w"]
-Pictures = Float[Tensor, "n c h w"]
+Pictures = Float[Tensor, "n c height width"]
+PictureFlow = Float[Tensor, "n 2 height width"]
+Flow = Float[Tensor, "b t 2 height width"]
+Mask = Bool[Tensor, "b t 1 height width"]
 
 
 class OpticalFlow(nn.Module, ABC):
-    """Estimates the motion of footage; it learns nothing and passes no gradient.
+    """Estimates the motion of a video; it is not trained and passes no gradient.
 
     Attributes:
-        min_size: shorter side below which frames are enlarged first, in pixels.
-        multiple: what height and width must be divisible by, or the frames are resized first.
+        min_size: Frames with a shorter side below this number of pixels are enlarged first.
+        multiple: Frames are resized first if height or width is not a multiple of this number of pixels.
     """
 
     min_size = 1
     multiple = 1
 
     @torch.no_grad()
-    def forward(self, video: Video) -> Float[Tensor, "b t-1 2 h w"]:
-        """The flow of every frame but the first, in pixels, of RGB frames in [-1, 1]."""
-        b, t, _, h, w = video.shape
+    def forward(self, video: Video) -> Float[Tensor, "b t-1 2 height width"]:
+        """Return the flow of every frame but the first, in pixels, for RGB frames in [-1, 1]."""
+        b, t, _, height, width = video.shape
         if t < 2:
-            return video.new_zeros(b, 0, 2, h, w)
-        scale = max(1.0, self.min_size / min(h, w))
-        height, width = (ceil(side * scale / self.multiple) * self.multiple for side in (h, w))
+            return video.new_zeros(b, 0, 2, height, width)
+        scale = max(1.0, self.min_size / min(height, width))
+        size = tuple(ceil(side * scale / self.multiple) * self.multiple for side in (height, width))
         pictures = video.flatten(0, 1).float()
-        if (height, width) != (h, w):
-            pictures = F.interpolate(pictures, (height, width), mode="bilinear")
-        clips = pictures.unflatten(0, (b, t))
-        flow = self.between(clips[:, 1:].flatten(0, 1), clips[:, :-1].flatten(0, 1))
-        if (height, width) != (h, w):
-            flow = F.interpolate(flow, (h, w), mode="bilinear")
-            flow = flow * flow.new_tensor([w / width, h / height])[:, None, None]
-        return flow.unflatten(0, (b, t - 1))
+        if size != (height, width):
+            pictures = F.interpolate(pictures, size, mode="bilinear")
+        clips = rearrange(pictures, "(b t) c h w -> b t c h w", b=b)
+        flow = self.estimate(clips[:, 1:].flatten(0, 1), clips[:, :-1].flatten(0, 1))
+        if size != (height, width):
+            flow = F.interpolate(flow, (height, width), mode="bilinear")
+            flow = flow * flow.new_tensor([width / size[1], height / size[0]])[:, None, None]
+        return rearrange(flow, "(b t) xy h w -> b t xy h w", b=b)
 
     @abstractmethod
-    def between(self, pictures: Pictures, previous: Pictures) -> Float[Tensor, "n 2 h w"]:
-        """The flow from pictures back to the ones before them, of a size that the estimator takes."""
+    def estimate(self, pictures: Pictures, previous: Pictures) -> PictureFlow:
+        """Return the flow from pictures to the previous ones; their size fits `min_size` and `multiple`."""
 
     @abstractmethod
     def protocol(self) -> Protocol:
-        """What a report must declare about the estimator."""
+        """Return what a report must state about the estimator."""
 
-    def follow(self, video: Video) -> tuple[Float[Tensor, "b t-1 2 h w"], Bool[Tensor, "b t-1 1 h w"]]:
-        """The flow of every frame but the first, and where it can be relied on."""
+    def flow_and_visibility(
+        self, video: Video
+    ) -> tuple[Float[Tensor, "b t-1 2 height width"], Bool[Tensor, "b t-1 1 height width"]]:
+        """Return the flow of every frame but the first, and which pixels are visible in the previous frame."""
         flow = self(video)
         return flow, visible(flow, self(video.flip(1)).flip(1))
 
 
 class DISFlow(OpticalFlow):
-    """Dense inverse search (https://arxiv.org/abs/1603.03590) by OpenCV: on the CPU, about 1 ms a pair of 128 px."""
+    """Dense inverse search (https://arxiv.org/abs/1603.03590) from OpenCV: on the CPU, about 1 ms per pair of 128 px.
 
-    min_size = 32  # OpenCV 5.0 ends the process on some smaller shapes: https://github.com/opencv/opencv/issues/14554
+    Args:
+        preset: "ultrafast", "fast" or "medium".
+
+    Raises:
+        UserError: If the preset is unknown or OpenCV is not installed.
+    """
+
+    min_size = 32  # OpenCV 5.0 crashes with some smaller shapes: https://github.com/opencv/opencv/issues/14554
     presets = ("ultrafast", "fast", "medium")
-    """OpenCV's names, in the order of its numbers."""
+    """Names of OpenCV's presets 0, 1 and 2."""
 
-    def __init__(self, preset: str = "medium"):
-        """
-        Args:
-            preset: "ultrafast", "fast" or "medium".
-        """
+    def __init__(self, preset: str = "medium") -> None:
         super().__init__()
         if preset not in self.presets:
-            raise UserError(f"preset={preset} is none of {', '.join(self.presets)}.")
+            raise UserError(f"preset={preset} must be one of {', '.join(self.presets)}.")
         try:
             import cv2
         except ImportError as error:
-            raise UserError("DISFlow needs OpenCV, which does not load: pip install 't2v[perceptual]'.") from error
+            raise UserError(
+                'DISFlow needs OpenCV, which cannot be imported: pip install -e ".[perceptual]".'
+            ) from error
         self.preset, self.opencv = preset, cv2.__version__
 
-    def between(self, pictures: Pictures, previous: Pictures) -> Float[Tensor, "n 2 h w"]:
+    def estimate(self, pictures: Pictures, previous: Pictures) -> PictureFlow:
         import cv2
 
         estimator = cv2.DISOpticalFlow.create(self.presets.index(self.preset))
@@ -100,25 +111,28 @@ class DISFlow(OpticalFlow):
 
 
 class RAFTFlow(OpticalFlow):
-    """RAFT (https://arxiv.org/abs/2003.12039) by torchvision, its weights read from a file."""
+    """RAFT (https://arxiv.org/abs/2003.12039) from torchvision; its weights are read from a file.
+
+    Args:
+        network: "raft_small" or "raft_large".
+        weights_path: File with the weights; by default the file in torchvision's cache.
+
+    Raises:
+        UserError: If the network is unknown, or its file is missing, damaged or of another network.
+    """
 
     min_size = 128
     multiple = 8
     chunk = 4
-    """Pairs estimated at a time; each holds the correlations of all its places with all others."""
+    """Pairs of pictures per forward pass; for each, correlations between all pairs of positions are in memory."""
 
-    def __init__(self, network: str = "raft_small", weights_path: str | None = None):
-        """
-        Args:
-            network: "raft_small" or "raft_large".
-            weights_path: torchvision's weights of it; by default the file in torchvision's cache.
-        """
+    def __init__(self, network: str = "raft_small", weights_path: str | None = None) -> None:
         super().__init__()
         if network not in ("raft_small", "raft_large"):
-            raise UserError(f"network={network} is none of raft_small, raft_large.")
+            raise UserError(f"network={network} must be raft_small or raft_large.")
         self.network, self._protocol = load_torchvision(network, weights_path)
 
-    def between(self, pictures: Pictures, previous: Pictures) -> Float[Tensor, "n 2 h w"]:
+    def estimate(self, pictures: Pictures, previous: Pictures) -> PictureFlow:
         network = self.network.to(pictures.device)
         pairs = zip(pictures.split(self.chunk), previous.split(self.chunk), strict=True)
         with torch.autocast(pictures.device.type, enabled=False):
@@ -128,40 +142,46 @@ class RAFTFlow(OpticalFlow):
         return {"flow": "RAFT", **self._protocol, "min_size": self.min_size, "multiple": self.multiple}
 
 
-def warp(frames: Video, flow: Float[Tensor, "b t 2 h w"]) -> Video:
-    """Frames seen along a flow: at (x, y) stands what was at (x + u, y + v), bilinearly; the border goes on outside."""
-    b, t, _, h, w = frames.shape
-    where = _sources(flow).movedim(2, -1)
-    grid = (2 * where + 1) / where.new_tensor([w, h]) - 1  # a pixel is an area, whose centre is at a half
-    warped = F.grid_sample(
-        frames.flatten(0, 1), grid.flatten(0, 1), mode="bilinear", padding_mode="border", align_corners=False
-    )
-    return warped.unflatten(0, (b, t))
+def warp(frames: Video, flow: Flow) -> Video:
+    """Sample frames along a flow: the result at (x, y) is the frame at (x + u, y + v), by bilinear interpolation.
 
-
-def visible(backward: Float[Tensor, "b t 2 h w"], forward: Float[Tensor, "b t 2 h w"]) -> Bool[Tensor, "b t 1 h w"]:
-    """Where a backward flow can be relied on, by Ruder et al. (https://arxiv.org/abs/1604.08610).
+    Outside the frame, the nearest border pixel is used.
 
     Args:
-        backward: flow of frames to the ones before them.
-        forward: flow of those to the frames.
+        frames: The frames to sample.
+        flow: One flow in pixels for each frame.
     """
-    there = warp(forward, backward)
-    strayed = _square(there + backward) > 0.01 * (_square(there) + _square(backward)) + 0.5
+    height, width = frames.shape[-2:]
+    sources = rearrange(_source_positions(flow), "b t xy h w -> (b t) h w xy")
+    grid = (2 * sources + 1) / sources.new_tensor([width, height]) - 1  # the centre of pixel 0 is at 0.5
+    warped = F.grid_sample(frames.flatten(0, 1), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return rearrange(warped, "(b t) c h w -> b t c h w", b=len(frames))
+
+
+def visible(backward: Flow, forward: Flow) -> Mask:
+    """Return the pixels at which a backward flow is reliable, by Ruder et al. (https://arxiv.org/abs/1604.08610).
+
+    Args:
+        backward: Flow from frames to the previous frames.
+        forward: Flow from the previous frames to the frames.
+    """
+    returned = warp(forward, backward)
+    occluded = _square(returned + backward) > 0.01 * (_square(returned) + _square(backward)) + 0.5
     down, right = torch.gradient(backward, dim=(-2, -1))
-    at_edge = _square(down) + _square(right) > 0.01 * _square(backward) + 0.002
-    x, y = _sources(backward).split(1, dim=2)
+    at_boundary = _square(down) + _square(right) > 0.01 * _square(backward) + 0.002
+    x, y = _source_positions(backward).chunk(2, dim=2)
     outside = (x < 0) | (x > x.shape[-1] - 1) | (y < 0) | (y > y.shape[-2] - 1)
-    return ~(strayed | at_edge | outside)
+    return ~(occluded | at_boundary | outside)
 
 
-def _sources(flow: Float[Tensor, "b t 2 h w"]) -> Float[Tensor, "b t 2 h w"]:
-    """Where the content of every pixel was, in pixels."""
-    h, w = flow.shape[-2:]
-    x = torch.arange(w, device=flow.device, dtype=flow.dtype).expand(h, w)
-    y = torch.arange(h, device=flow.device, dtype=flow.dtype)[:, None].expand(h, w)
+def _source_positions(flow: Flow) -> Flow:
+    """Return the position (x, y) in pixels that each flow vector points to."""
+    height, width = flow.shape[-2:]
+    x = torch.arange(width, device=flow.device, dtype=flow.dtype).expand(height, width)
+    y = torch.arange(height, device=flow.device, dtype=flow.dtype)[:, None].expand(height, width)
     return flow + torch.stack([x, y])
 
 
-def _square(vectors: Float[Tensor, "b t 2 h w"]) -> Float[Tensor, "b t 1 h w"]:
+def _square(vectors: Flow) -> Float[Tensor, "b t 1 height width"]:
+    """Return the squared length of each vector."""
     return vectors.square().sum(2, keepdim=True)

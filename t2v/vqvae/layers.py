@@ -46,8 +46,9 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "n c_in h w"]) -> Float[Tensor, "n c_out h w"]:
         hidden = self.conv1(F.silu(self.norm1(x)))
-        residual: Tensor = self.conv2(F.silu(self.norm2(hidden)))
-        return residual + self.skip(x)
+        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        output: Tensor = hidden + self.skip(x)
+        return output
 
 
 class Downsample(nn.Conv2d):

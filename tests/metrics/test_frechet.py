@@ -1,3 +1,5 @@
+"""Fréchet distance between sets of clips."""
+
 import warnings
 
 import numpy as np
@@ -9,7 +11,7 @@ from t2v.metrics import ClipFeatures, FrechetVideoDistance, MobileNetClipFeature
 
 
 class MeanColour(ClipFeatures):
-    """Three numbers a clip."""
+    """Three features per clip."""
 
     name = "colour"
     num_features = 3
@@ -25,18 +27,18 @@ def clips(colours: torch.Tensor) -> torch.Tensor:
     return colours[:, None, :, None, None].expand(-1, 2, -1, 4, 4)
 
 
-def test_it_is_the_distance_of_two_gaussians():
+def test_it_equals_the_distance_of_two_gaussians():
     real = torch.randn(200, 3) @ torch.tensor([[1.0, 0.5, 0.0], [0.0, 0.7, 0.2], [0.0, 0.0, 0.3]])
     fake = torch.randn(200, 3) * torch.tensor([0.5, 1.0, 0.4]) + 0.3
     a, b = (np.cov(x.double().numpy().T) for x in (real, fake))
     expected = (real.mean(0) - fake.mean(0)).square().sum().item()
     expected += np.trace(a + b - 2 * scipy.linalg.sqrtm(a @ b).real)
 
-    whole, parts, rank = (FrechetVideoDistance(MeanColour()) for _ in range(3))
-    whole.update(clips(fake), clips(real))
-    assert whole.compute().item() == pytest.approx(expected, rel=1e-4)
-    assert whole.name == "frechet_colour"
-    assert whole.protocol() == {"network": "none", "clips": 200}
+    at_once, parts, rank = (FrechetVideoDistance(MeanColour()) for _ in range(3))
+    at_once.update(clips(fake), clips(real))
+    assert at_once.compute().item() == pytest.approx(expected, rel=1e-4)
+    assert at_once.name == "frechet_colour"
+    assert at_once.protocol() == {"network": "none", "clips": 200}
 
     parts.update(clips(fake[:1]), clips(real[:1]))
     parts.update(clips(fake[1:120]), clips(real[1:120]))
@@ -45,10 +47,10 @@ def test_it_is_the_distance_of_two_gaussians():
     assert parts.compute().item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_one_clip_makes_no_number_and_one_warning():
+def test_one_clip_gives_nan_and_one_warning():
     metric = FrechetVideoDistance(MeanColour())
     metric.update(clips(torch.randn(1, 3)), clips(torch.randn(1, 3)))
-    with pytest.warns(UserWarning, match="needs at least 2 clips and saw 1"):
+    with pytest.warns(UserWarning, match="needs at least 2 clips but got 1"):
         assert metric.compute().isnan()
     assert metric.protocol()["clips"] == 1
     metric.reset()
@@ -58,7 +60,7 @@ def test_one_clip_makes_no_number_and_one_warning():
         assert metric.compute().isnan()
 
 
-def test_mobilenet_features_tell_noise_from_footage():
+def test_the_mobilenet_distance_grows_with_noise():
     video = torch.nn.functional.avg_pool3d(torch.rand(6, 3, 6, 40, 40), (1, 9, 9), 1).transpose(1, 2) * 2 - 1
 
     def distance(reconstruction: torch.Tensor) -> float:
@@ -67,12 +69,12 @@ def test_mobilenet_features_tell_noise_from_footage():
         return metric.compute().item()
 
     noise = torch.randn(video.shape)
-    little, much = distance(video + 0.05 * noise), distance(video + 0.2 * noise)
-    assert distance(video) == pytest.approx(0, abs=1e-3 * little)
-    assert 0 < little < much
+    low, high = distance(video + 0.05 * noise), distance(video + 0.2 * noise)
+    assert distance(video) == pytest.approx(0, abs=1e-3 * low)
+    assert 0 < low < high
 
 
-def test_half_of_the_mobilenet_features_are_motion():
+def test_half_of_the_mobilenet_features_describe_motion():
     features = MobileNetClipFeatures()
     still = (torch.rand(2, 1, 3, 32, 32) * 2 - 1).expand(2, 4, 3, 32, 32)
     assert features(still).shape == (2, features.num_features)

