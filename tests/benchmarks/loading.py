@@ -1,18 +1,20 @@
 """Speed and memory of the training loaders: `python -m tests.benchmarks.loading`.
 
-Shards of small and of larger clips, and by turns, in another order every round and in equally many processes, an epoch
-of
+On shards of small and of larger clips, epochs of these loaders are measured, interleaved in a random order in every
+round and with the same number of processes:
 
-- decord alone: `VideoReader` and `get_batch` of the very frames that our loader delivers, files held in memory;
-- webdataset: `WebDataset(...).shuffle(...).decode(...)` on the same shards, with decord, windows and cutting as ours;
+- decord alone: `VideoReader` and `get_batch` of the frames that our loader delivers, with the files in memory;
+- webdataset: `WebDataset(...).shuffle(...).decode(...)` on the same shards, with decord and our windows and resizing;
 - our `VideoDataModule`;
-- webdataset and our `TokenDataModule` on token shards of as many clips.
+- webdataset and our `TokenDataModule` on token shards with the same number of clips.
 
-Then twenty epochs of our loaders, and after each the memory of the main process and of every worker. Speeds are medians
-of the rounds, ratios of speeds medians of the rounds' ratios. Processor time is that of all processes of a side.
+Then follow twenty epochs of our loaders, with the memory of the main process and of every worker after each. Speeds are
+medians of the rounds, ratios of speeds are medians of the rounds' ratios. Processor time is that of all processes of a
+loader.
 """
 
 import io
+import math
 import os
 import platform
 import statistics
@@ -45,16 +47,16 @@ from t2v.errors import run_tool
 from t2v.video import encode_mp4, resize_and_crop
 
 FRAMES, FPS = 16, 8
-"""Of a clip in a batch."""
-WIDTH, WORDS = 384, (6, 18)
-"""Of the text embeddings: how wide, and how many vectors at least and less than."""
+"""Length and frame rate of a clip in a batch."""
+WIDTH, TEXT_TOKENS = 384, (6, 18)
+"""Width of the text embeddings, and range of their lengths (the upper limit is exclusive)."""
 COLOURS, SHARDS = ("red", "green", "blue", "yellow"), 8
-"""A clip of each colour is encoded, and comes again and again under other keys."""
+"""One clip of each colour is encoded, and written many times with other keys."""
 
 
 @dataclass(frozen=True)
 class Footage:
-    """What is stored, and what is wanted of it."""
+    """Stored videos, and the batches to load from them."""
 
     pixels: int
     frames: int
@@ -66,7 +68,7 @@ class Footage:
 
     @property
     def stride(self) -> int:
-        """Stored frames from one wanted frame to the next."""
+        """Stored frames per loaded frame."""
         return self.fps // FPS
 
     def __str__(self) -> str:
@@ -82,25 +84,25 @@ FOOTAGE = (
 
 
 @dataclass
-class Side:
-    """One that takes part: `epoch(number)` goes through all clips and gives their number."""
+class Contender:
+    """A loader to measure: `epoch(number)` iterates over all clips and returns their number."""
 
     epoch: Callable[[int], int]
     processes: list[psutil.Process] = field(default_factory=lambda: [psutil.Process()])
     speeds: list[float] = field(default_factory=list)
-    """Clips a second, of each round."""
+    """Clips per second in each round."""
     costs: list[float] = field(default_factory=list)
-    """Processor seconds a clip, of each round."""
+    """Processor seconds per clip in each round."""
 
     def warm_up(self, others: set[psutil.Process]) -> None:
-        """The first epoch, which starts its workers: they are added to those that there are."""
+        """Run the first epoch, which starts the workers, and add them to `others`."""
         self.epoch(0)
         started = set(psutil.Process().children()) - others
         self.processes.extend(started)
         others |= started
 
     def measure(self, number: int) -> None:
-        """One epoch."""
+        """Measure one epoch."""
         processor, start = self._processor(), time.perf_counter()
         clips = self.epoch(number)
         self.speeds.append(clips / (time.perf_counter() - start))
@@ -111,25 +113,31 @@ class Side:
         return sum(each.user + each.system for each in times)
 
 
-def loading(rounds: int = 7, workers: int = 2, epochs: int = 20, share: float = 1.0) -> None:
-    """Prints both tables.
+def loading(rounds: int = 7, workers: int = 2, epochs: int = 20, fraction: float = 1.0) -> None:
+    """Print both tables.
 
     Args:
-        rounds: epochs of each side, by turns, after one to warm up.
-        workers: processes of each side that decode or read.
-        epochs: epochs in which memory must not grow.
-        share: of the usual number of clips.
+        rounds: Measured epochs of each loader, after one to warm up.
+        workers: Processes of each loader that decode or read.
+        epochs: Epochs of the memory measurement.
+        fraction: Fraction of the usual number of clips.
     """
     torch.set_num_threads(1)
     print(
-        f"python -m tests.benchmarks.loading --rounds {rounds} --workers {workers} --epochs {epochs} --share {share:g}"
+        f"python -m tests.benchmarks.loading --rounds {rounds} --workers {workers} --epochs {epochs} "
+        f"--fraction {fraction:g}"
     )
     print(_machine())
     with tempfile.TemporaryDirectory() as name:
-        shards = {Path(name) / str(i): replace(each, clips=round(share * each.clips)) for i, each in enumerate(FOOTAGE)}
+        shards = {
+            Path(name) / str(i): replace(each, clips=round(fraction * each.clips)) for i, each in enumerate(FOOTAGE)
+        }
         for folder, footage in shards.items():
             _write_shards(folder, footage)
-        print("\n| clips | | clips/s | frames/s | processor ms a clip | ours beside it (by processor time) |")
+        print(
+            "\n| clips | | clips/s | frames/s | processor ms per clip "
+            "| speed of ours relative to it (by processor time) |"
+        )
         print("|---" * 6 + "|")
         for folder, footage in shards.items():
             _compare(folder, footage, rounds, workers)
@@ -141,29 +149,29 @@ def loading(rounds: int = 7, workers: int = 2, epochs: int = 20, share: float = 
 
 
 def _write_shards(folder: Path, footage: Footage) -> None:
-    """Video shards, and token shards of the same clips."""
+    """Write video shards, and token shards of the same clips."""
     rng = np.random.default_rng(footage.pixels)
-    made = [
+    videos_by_colour = [
         encode_mp4(_draw(footage, ShapeClip(c, "circle", "right", "large", "fast", 0, 20)), footage.fps)
         for c in COLOURS
     ]
-    size = -(-footage.clips // SHARDS)
+    size = math.ceil(footage.clips / SHARDS)
     shape = (footage.frames // footage.stride, footage.grid, footage.grid)
     with ShardWriter(folder / "video", size) as videos, ShardWriter(folder / "tokens", size) as tokens:
         for i in range(footage.clips):
             caption = f"a large {COLOURS[i % len(COLOURS)]} circle moves right fast"
             sample = {"__key__": f"{i:06d}", "json": {"caption": caption}}
-            videos.write({**sample, "mp4": made[i % len(COLOURS)], "txt": caption})
+            videos.write({**sample, "mp4": videos_by_colour[i % len(COLOURS)], "txt": caption})
             arrays = {
                 "tokens.npy": rng.integers(2**14, size=shape, dtype=np.uint16),
-                "text.npy": rng.normal(size=(rng.integers(*WORDS), WIDTH)).astype(np.float16),
+                "text.npy": rng.normal(size=(rng.integers(*TEXT_TOKENS), WIDTH)).astype(np.float16),
                 "pooled.npy": rng.normal(size=(1, WIDTH)).astype(np.float16),
             }
             tokens.write({**sample, **arrays})
 
 
-def _draw(footage: Footage, clip: ShapeClip) -> UInt8[Tensor, "t c h w"]:
-    """A shape before a soft pattern that moves two pixels a frame, under noise of a few grey levels."""
+def _draw(footage: Footage, clip: ShapeClip) -> UInt8[Tensor, "t c height width"]:
+    """Draw a shape on a soft pattern that moves two pixels per frame, with noise of a few grey levels."""
     rng = torch.Generator().manual_seed(len(clip.colour))
     shape = F.interpolate(render(clip).float(), footage.pixels)
     pattern = F.interpolate(torch.rand(1, 3, 8, 8, generator=rng) * 192, footage.pixels, mode="bicubic")[0]
@@ -175,49 +183,49 @@ def _draw(footage: Footage, clip: ShapeClip) -> UInt8[Tensor, "t c h w"]:
 
 
 def _compare(folder: Path, footage: Footage, rounds: int, workers: int) -> None:
-    """Rows of the first table."""
+    """Print the rows of the first table."""
     modules = {kind: _module(folder, kind, footage, workers) for kind in ("video", "tokens")}
     others = set(psutil.Process().children())
     with _decord_alone(modules["video"], workers) as decord_alone:
-        sides = {
-            "decord alone": Side(decord_alone),
-            "webdataset": Side(_web_epochs(folder / "video", footage, workers)),
-            "ours": Side(_epochs(modules["video"])),
-            "webdataset, tokens": Side(_web_epochs(folder / "tokens", footage, workers)),
-            "ours, tokens": Side(_epochs(modules["tokens"])),
+        contenders = {
+            "decord alone": Contender(decord_alone),
+            "webdataset": Contender(_web_epochs(folder / "video", footage, workers)),
+            "ours": Contender(_epochs(modules["video"])),
+            "webdataset, tokens": Contender(_web_epochs(folder / "tokens", footage, workers)),
+            "ours, tokens": Contender(_epochs(modules["tokens"])),
         }
-        for side in sides.values():
-            side.warm_up(others)
+        for contender in contenders.values():
+            contender.warm_up(others)
         order = np.random.default_rng(0)
         for number in range(1, rounds + 1):
-            for name in order.permutation(list(sides)):
-                sides[name].measure(number)
+            for name in order.permutation(list(contenders)):
+                contenders[name].measure(number)
     pairs = {
         "decord alone": "ours",
         "webdataset": "ours",
         "ours": "ours, tokens",
         "webdataset, tokens": "ours, tokens",
     }
-    for name, side in sides.items():
-        speed, beside = statistics.median(side.speeds), "–"
+    for name, contender in contenders.items():
+        speed, relative = statistics.median(contender.speeds), "–"
         if name in pairs:
-            ours = sides[pairs[name]]
-            faster = statistics.median(a / b for a, b in zip(ours.speeds, side.speeds, strict=True))
-            cheaper = sum(side.costs) / sum(ours.costs)  # which is counted in hundredths of a second
-            beside = f"{faster:.2f} ({cheaper:.2f})"
-        cost = 1000 * statistics.median(side.costs)
-        print(f"| {footage} | {name} | {speed:.0f} | {speed * FRAMES:.0f} | {cost:.3g} | {beside} |", flush=True)
+            ours = contenders[pairs[name]]
+            faster = statistics.median(a / b for a, b in zip(ours.speeds, contender.speeds, strict=True))
+            cheaper = sum(contender.costs) / sum(ours.costs)  # the system counts it in hundredths of a second
+            relative = f"{faster:.2f} ({cheaper:.2f})"
+        cost = 1000 * statistics.median(contender.costs)
+        print(f"| {footage} | {name} | {speed:.0f} | {speed * FRAMES:.0f} | {cost:.3g} | {relative} |", flush=True)
 
 
 def _watch(head: str, module: ShardDataModule, epochs: int) -> None:
-    """Rows of the second table."""
-    side = Side(_epochs(module))
-    side.warm_up(set(psutil.Process().children()))
+    """Print the rows of the second table."""
+    contender = Contender(_epochs(module))
+    contender.warm_up(set(psutil.Process().children()))
     memory = []
     for number in range(1, epochs):
-        side.epoch(number)
-        told = [process.memory_full_info() for process in side.processes]
-        memory.append([(info.rss / 2**20, info.uss / 2**20) for info in told])
+        contender.epoch(number)
+        usage = [process.memory_full_info() for process in contender.processes]
+        memory.append([(info.rss / 2**20, info.uss / 2**20) for info in usage])
     for i, (first, last, most) in enumerate(zip(memory[0], memory[-1], np.max(memory, axis=0), strict=True)):
         cells = [f"{rss:.1f} ({uss:.1f})" for rss, uss in (first, last, most)]
         print(f"{head} {f'worker {i}' if i else 'main'} | {' | '.join(cells)} | {last[0] / first[0] - 1:+.2%} |")
@@ -231,18 +239,18 @@ def _module(folder: Path, kind: str, footage: Footage, workers: int) -> ShardDat
 
 
 def _epochs(module: ShardDataModule) -> Callable[[int], int]:
-    """Our training loader, as the trainer uses it."""
+    """Return a function that runs an epoch of our training loader, as the trainer does."""
     loader: Any = module.train_dataloader()
 
     def epoch(number: int) -> int:
-        loader.place = lambda: (number, 0)
+        loader.progress = lambda: (number, 0)
         return sum(len(batch.keys) for batch in loader)
 
     return epoch
 
 
 def _web_epochs(folder: Path, footage: Footage, workers: int) -> Callable[[int], int]:
-    """webdataset's loader of the same batches."""
+    """Return a function that runs an epoch of webdataset's loader of the same batches."""
     shards = sorted(map(str, folder.glob("*.tar")))
     decoded = webdataset.WebDataset(shards, shardshuffle=len(shards)).shuffle(1000)
     if folder.name == "video":
@@ -278,7 +286,7 @@ def _token_clip(sample: dict[str, Any]) -> TokenClip:
 
 @contextmanager
 def _decord_alone(module: ShardDataModule, workers: int) -> Iterator[Callable[[int], int]]:
-    """The frames that our plan names, and nothing but their number comes back."""
+    """Yield a function that decodes the frames of an epoch of our plan; the processes return only their number."""
     clips = module.clips(module.train, training=True)
     plan = Plan(clips.shard_sizes, module.seed, clips.buckets, clips.fits)
     (bucket,) = clips.buckets
@@ -287,7 +295,7 @@ def _decord_alone(module: ShardDataModule, workers: int) -> Iterator[Callable[[i
 
         def epoch(number: int) -> int:
             draws = [draw for batch in plan.batches(number) for draw in batch.draws]
-            jobs = [(d.sample, clips._window(clips.samples[d.sample], bucket, d.rng()).tolist()) for d in draws]
+            jobs = [(d.sample, clips.window(clips.samples[d.sample], bucket, d.rng()).tolist()) for d in draws]
             return sum(pool.imap_unordered(_get_batch, jobs, chunksize=bucket.batch_size))
 
         yield epoch
@@ -295,9 +303,9 @@ def _decord_alone(module: ShardDataModule, workers: int) -> Iterator[Callable[[i
 
 
 _contents: list[bytes] = []
-"""In a process of decord's: all files."""
+"""The files, in a process that decodes with decord alone."""
 _rng = np.random.default_rng()
-"""Where webdataset's windows come from."""
+"""Generator of webdataset's windows."""
 
 
 def _get_batch(job: tuple[int, list[int]]) -> int:

@@ -1,9 +1,9 @@
 """Speed of reading clips: `python -m tests.benchmarks.reading`.
 
-decord as it is used by itself, PyAV, and `read_frames`, which chooses between them, in another order every round: all
-64 frames of a clip, 16 consecutive ones from its middle, and every fourth, at 64, 256 and 512 pixels. The clips, a
-moving pattern with noise, are encoded by `Mp4Writer` and held in memory; each reader decodes with one thread. decord
-converts pixels beside the thread that decodes: processor time tells what as many workers as cores would see.
+decord, PyAV, and `read_frames` with either reader, interleaved in a random order in every round, read all 64 frames of
+a clip, 16 consecutive ones from its middle, and every fourth, at 64, 256 and 512 pixels. The clips, a moving pattern
+with noise, are encoded by `Mp4Writer` and held in memory; each reader decodes with one thread. decord converts pixels
+in a second thread, so compare processor times if all cores run a worker.
 """
 
 import io
@@ -22,6 +22,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from t2v.errors import run_tool
+from t2v.errors import run_tool
 from t2v.video import encode_mp4, read_frames
 from t2v.video import reading as video
 
@@ -29,8 +30,8 @@ FRAMES = 64
 ACCESSES = {"all frames": range(FRAMES), "a window of 16": range(24, 40), "every fourth": range(0, FRAMES, 4)}
 
 
-def draw(size: int) -> UInt8[Tensor, "t c h w"]:
-    """A soft pattern that moves two pixels a frame, under noise of a few grey levels."""
+def draw(size: int) -> UInt8[Tensor, "t c height width"]:
+    """Draw a soft pattern that moves two pixels per frame, with noise of a few grey levels."""
     rng = torch.Generator().manual_seed(size)
     coarse = torch.rand(1, 3, 16, 16, generator=rng) * 255
     pattern = F.interpolate(coarse, (size, size), mode="bicubic")[0]
@@ -38,13 +39,13 @@ def draw(size: int) -> UInt8[Tensor, "t c h w"]:
     return torch.stack([pattern.roll(2 * t, -1) + noise[t] for t in range(FRAMES)]).clamp(0, 255).byte()
 
 
-def with_decord(content: bytes, indices: Sequence[int]) -> UInt8[np.ndarray, "t h w c"]:
-    """As its documentation tells."""
+def with_decord(content: bytes, indices: Sequence[int]) -> UInt8[np.ndarray, "t height width c"]:
+    """Read frames as decord's documentation shows."""
     return decord.VideoReader(io.BytesIO(content), num_threads=1).get_batch(list(indices)).asnumpy()
 
 
-def with_pyav(content: bytes, indices: Sequence[int]) -> UInt8[np.ndarray, "t h w c"]:
-    """All frames at once, as decord gives them."""
+def with_pyav(content: bytes, indices: Sequence[int]) -> UInt8[np.ndarray, "t height width c"]:
+    """Read frames with PyAV into one array, as decord returns them."""
     return np.stack(list(video._read_with_pyav(content, list(indices), lambda: None)))
 
 
@@ -57,7 +58,7 @@ READERS: dict[str, Callable[[bytes, Sequence[int]], object]] = {
 
 
 def seconds(reader: Callable[[bytes, Sequence[int]], object], content: bytes, indices: Sequence[int]) -> np.ndarray:
-    """Wall time, and processor time of all threads."""
+    """Return wall time, and processor time of all threads."""
     wall, cpu = time.perf_counter(), time.process_time()
     reader(content, indices)
     return np.array([time.perf_counter() - wall, time.process_time() - cpu])
@@ -71,16 +72,17 @@ def main(rounds: int = 15) -> None:
     """
     torch.set_num_threads(1)
     order = np.random.default_rng(0)
-    video._decord()  # as it is set up for `read_frames`
+    video._decord()  # sets decord up as for `read_frames`
     print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, ",
         end="",
     )
     print(
-        f"decord {decord.__version__}, PyAV {av.__version__}; milliseconds a clip, medians of {rounds} rounds: ", end=""
+        f"decord {decord.__version__}, PyAV {av.__version__}; milliseconds per clip, medians of {rounds} rounds: ",
+        end="",
     )
-    print("on the clock / of processors\n")
-    print(f"| pixels | kB | what is read | {' | '.join(READERS)} |")
+    print("wall time / processor time\n")
+    print(f"| pixels | kB | frames | {' | '.join(READERS)} |")
     print("|---" * (3 + len(READERS)) + "|")
     for size in (64, 256, 512):
         content = encode_mp4(draw(size), fps=8)
@@ -88,7 +90,7 @@ def main(rounds: int = 15) -> None:
             assert (with_decord(content, indices) == with_pyav(content, indices)).all()
             times: dict[str, list[np.ndarray]] = {name: [] for name in READERS}
             for _ in range(rounds):
-                for name in order.permutation(list(READERS)):  # decord finds its caches warm behind read_frames
+                for name in order.permutation(list(READERS)):  # caches are warm after read_frames
                     times[name].append(seconds(READERS[name], content, indices))
             medians = (1000 * np.median(each, axis=0) for each in times.values())
             cells = [f"{wall:.1f} / {cpu:.1f}" for wall, cpu in medians]
