@@ -168,7 +168,7 @@ class Clips(Dataset[Any]):
         )
 
     def _random_index(self, frames: int, rng: np.random.Generator) -> int:
-        """Return the index of a random clip of at least so many frames."""
+        """Return the index of a random clip with at least `frames` frames."""
         while True:
             index = int(rng.integers(len(self)))
             if self.length(self.samples[index]) >= frames:

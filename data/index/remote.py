@@ -47,7 +47,7 @@ def read_range(filesystem: AbstractFileSystem, path: str, start: int, stop: int)
     Raises:
         OSError: If the file cannot be read, or the file system returns another number of bytes.
     """
-    content = with_retries(filesystem.cat_file, path, start, stop)
+    content: bytes = with_retries(filesystem.cat_file, path, start, stop)
     if len(content) != stop - start:
         cause = "it has become shorter" if len(content) < stop - start else "its server does not serve parts of files"
         raise OSError(f"'{path}' returned {len(content)} bytes instead of {stop - start}: {cause}")

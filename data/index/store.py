@@ -107,7 +107,7 @@ def _cache_path(filesystem: AbstractFileSystem, info: dict[str, Any]) -> Path:
 
 def _is_older(filesystem: AbstractFileSystem, path: str, shard: str) -> bool:
     try:
-        return filesystem.modified(path) < filesystem.modified(shard)
+        return bool(filesystem.modified(path) < filesystem.modified(shard))
     except NotImplementedError:  # a file system without dates
         return False
 

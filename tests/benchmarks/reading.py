@@ -22,7 +22,6 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from t2v.errors import run_tool
-from t2v.errors import run_tool
 from t2v.video import encode_mp4, read_frames
 from t2v.video import reading as video
 
