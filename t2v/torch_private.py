@@ -15,6 +15,8 @@ __all__ = ["FakeTensor", "FakeTensorMode", "TorchDispatchMode"]
 _aten = torch.ops.aten
 ITEM = _aten._local_scalar_dense.default
 """The operator of `Tensor.item()`."""
+TO_COPY = _aten._to_copy.default
+"""The operator of copies to another device or type."""
 CPU_ATTENTION = _aten._scaled_dot_product_flash_attention_for_cpu
 CPU_ATTENTION_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu_backward
 GPU_ATTENTION_BACKWARDS = (

@@ -160,9 +160,10 @@ def test_a_dispatch_mode_sees_the_operators_that_are_counted():
     with Record():
         output = nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
         output.sum().item()
+        query.to(torch.bfloat16)
         torch_private.backward_under_modes(output.sum())
     packets = {operator.overloadpacket for operator in seen}
-    assert torch_private.ITEM in seen
+    assert {torch_private.ITEM, torch_private.TO_COPY} <= seen
     assert torch_private.CPU_ATTENTION in packets
     assert torch_private.CPU_ATTENTION_BACKWARD in packets, "modes no longer see the backward pass"
 

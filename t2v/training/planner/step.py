@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from t2v.torch_private import (
     CPU_ATTENTION,
     ITEM,
+    TO_COPY,
     FakeTensor,
     TorchDispatchMode,
     backward_under_modes,
@@ -107,8 +108,11 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        # There are no values to read; 1 is valid as a token, a number of steps and a condition.
         if func is ITEM and (args[0].is_meta or isinstance(args[0], FakeTensor)):
-            return 1  # there is no value; 1 is valid as a token, a number of steps and a condition
+            return 1
+        if func is TO_COPY and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):  # `Tensor.tolist`
+            return torch.ones(args[0].shape, dtype=kwargs.get("dtype", args[0].dtype), device="cpu")
         key = (func, _signature((args, kwargs))) if makes_new_storage(func) else None
         if key in _cache:
             output = _empty(_cache[key])
