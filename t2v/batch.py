@@ -6,6 +6,7 @@ Axis letters: b batch, t frames, c channels, h w grid, l text length, d width; h
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
@@ -77,6 +78,6 @@ def check_token_range(tokens: Int[Tensor, "*shape"], size: int, cause: str) -> N
     Raises:
         UserError: If a token is out of range.
     """
-    low, high = (int(limit) for limit in tokens.aminmax())
+    low, high = torch.stack(tokens.aminmax()).tolist()
     if low < 0 or high >= size:
         raise UserError(f"Token {low if low < 0 else high} is outside the codebook (0 to {size - 1}): {cause}")

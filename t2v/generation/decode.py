@@ -45,7 +45,8 @@ def generate_frames(
         The frames in order, from the first after the start frames.
 
     Raises:
-        UserError: If `frames`, a seed, the guidance scale, the temperature or the start frames are invalid.
+        UserError: If `frames`, a seed, the guidance scale, the temperature or the start frames are invalid; while
+            generating, if logits are not finite.
     """
     batch = len(text.pooled)
     if frames < 1:
@@ -98,15 +99,30 @@ def _generate(
         token = start[:, -1, -1, -1]
 
     for frame, scale in enumerate(scales, start=frames - len(scales)):
-        drawn = []
-        for _ in range(grid * grid):
+        drawn, largest = [], []
+        for _ in range(grid * grid):  # nothing here waits for the device
             logits = decoder.step(token)
             if guided:
                 with_text, without_text = logits.float().chunk(2)
                 logits = without_text.lerp(with_text, scale)  # without_text + scale · (with_text − without_text)
+            largest.append(logits.amax())  # NaN if any is
             drawn.append(sampler(logits, generators, frame, frames))
             token = drawn[-1].repeat(branches)
+        if not torch.stack(largest).isfinite().all():
+            raise UserError(_not_finite(model, frame))
         yield torch.stack(drawn, dim=1).view(batch, 1, grid, grid)
+
+
+def _not_finite(model: VideoTransformer, frame: int) -> str:
+    """Return the message for logits that are NaN or infinite, with the likely cause."""
+    start = f"The logits of frame {frame} are not finite"
+    weights = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    if all(weight.isfinite().all() for weight in weights):
+        return (
+            f"{start} though all weights are, so an activation had an overflow: generate with 32-true or bf16 in place "
+            "of float16, with a smaller guidance scale, or with weights=full."
+        )
+    return f"{start}, since weights of the transformer are NaN or infinite: load a checkpoint from before that step."
 
 
 def _check_start(model: VideoTransformer, start: Int[Tensor, "_ t h w"], batch: int, frames: int) -> None:

@@ -57,6 +57,7 @@ class Decoder:
         self._frame_size = grid * grid
         self._recent = torch.zeros(len(self._pooled), grid, grid, dtype=torch.long, device=self._device)
         self._previous: Float[Tensor, "b n d"] | None = None
+        self._slot_numbers = torch.arange(self._frame_size * model.attention.window, device=self._device)
         self.position = 0
         self.text = [block.text_attention.project_text(tokens) for block in self._blocks]
         self.caches = [
@@ -122,7 +123,7 @@ class Decoder:
         """Compute what all positions of a frame share: rotation, gates, features of the previous frame."""
         model, start = self._model, frame * self._frame_size
         self._rotation: Rotation = model.rotation(start, start + self._frame_size, model.grid_size, model.grid_size)
-        self._gates = model.gates(torch.tensor([frame], device=self._device), self._frames)
+        self._gates = model.gates(torch.full((1,), frame, device=self._device), self._frames)
         if frame > 0:
             self._previous = model.previous_frame(self._recent[:, None])[:, 0]
 
@@ -131,7 +132,7 @@ class Decoder:
 
         A compiled step reads 1, 4, 16, … frames with a mask, so that few shapes are compiled.
         """
-        write = torch.tensor([position % size], device=self._device)
+        write = self._slot_numbers[position % size, None]
         filled = min(position + 1, size)
         if not self._compiled:
             return CacheSlots(write, filled, None)

@@ -10,11 +10,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from t2v.autocast import without_autocast
 from t2v.torch_private import linear_row
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMS normalization (https://arxiv.org/abs/1910.07467), computed in the dtype of the input.
+    """RMS normalization (https://arxiv.org/abs/1910.07467), from any dtype to the same.
+
+    CUDA's autocast would return float32, of which the backward pass would keep a copy; the kernels compute in float32
+    in any case.
 
     Args:
         dim: Width of the input.
@@ -24,7 +28,8 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(dim, eps=1e-6)
 
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        with without_autocast(x):
+            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class Linear(nn.Linear):
@@ -134,9 +139,14 @@ class TextGate(nn.Module):
             frame: Frame numbers, from 0.
             frames: Length of the whole video.
         """
-        angle = torch.pi * frame[:, None] / frames * 2 ** torch.arange(self._FREQUENCIES, device=frame.device)
+        angle = torch.pi * frame[:, None].float() / frames * 2 ** torch.arange(self._FREQUENCIES, device=frame.device)
         length = torch.full_like(angle[:, :1], frames).log2() / 8
-        features = torch.cat([angle.sin(), angle.cos(), length], dim=-1).to(self.hidden.weight.dtype)
-        x: Tensor = self.out(F.silu(self.hidden(features)))
-        scale = 2 * x.sigmoid()
+        features = torch.cat([angle.sin(), angle.cos(), length], dim=-1)
+        with without_autocast(features):  # in bfloat16, frames of a long video would share a scale
+            hidden = F.silu(_float32_linear(self.hidden, features))
+            scale = 2 * _float32_linear(self.out, hidden).sigmoid()
         return rearrange(scale, "t (layers heads) -> layers t heads", layers=self.layers)
+
+
+def _float32_linear(layer: nn.Linear, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
+    return F.linear(x, local_tensor(layer.weight).float(), local_tensor(layer.bias).float())

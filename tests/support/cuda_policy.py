@@ -4,127 +4,102 @@
   `FakeTensorMode`): the real dispatcher and CUDA's real autocast decide types and devices. A tensor on the wrong
   device, or of a type that an operation refuses, raises as on a GPU. Copies of values between host and GPU, for which
   the host waits until the GPU has finished all its work, are recorded.
-- `CudaAutocast` gives real CPU kernels CUDA's autocast policy (norms, losses and softmax in float32, matrix products in
-  bfloat16), which differs from the CPU's. Values, gradients and optimizer steps are real.
+- `cuda_autocast` gives real CPU kernels CUDA's autocast policy (norms, losses and softmax in float32, matrix products
+  in bfloat16), which differs from the CPU's. Values, gradients and optimizer steps are real.
 
-A backward pass cannot run on fake CUDA tensors, since PyTorch's autograd engine asks CUDA's driver for its context.
+A backward pass cannot run on fake CUDA tensors, since PyTorch's autograd engine asks CUDA's driver for its context;
+`FakeCudaStrategy` lets a Lightning trainer run without one.
 """
 
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch._dynamo  # before `fake_cuda` replaces what it imports
-import torch.nn.functional as F
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.overrides import TorchFunctionMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.library import Library, fallthrough_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchmetrics import Metric
 
 aten = torch.ops.aten
 
-# https://docs.pytorch.org/docs/stable/amp.html#cuda-op-specific-behavior
 LOWER_PRECISION = {
-    torch.matmul,
-    Tensor.matmul,
-    Tensor.__matmul__,
-    Tensor.__rmatmul__,
-    torch.mm,
-    torch.bmm,
-    torch.addmm,
-    torch.baddbmm,
-    torch.einsum,
-    F.linear,
-    F.conv1d,
-    F.conv2d,
-    F.conv3d,
-    F.conv_transpose1d,
-    F.conv_transpose2d,
-    F.conv_transpose3d,
-    F.scaled_dot_product_attention,
+    *("_convolution", "_convolution.deprecated", "convolution", "cudnn_convolution", "cudnn_convolution_transpose"),
+    *("conv1d", "conv2d", "conv3d", "conv_tbc", "conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input"),
+    *("addbmm", "addmm", "addmv", "addr", "baddbmm", "bmm", "chain_matmul", "einsum", "linalg_multi_dot"),
+    *("linalg_vecdot", "linear", "matmul", "mm", "mv", "prelu", "scaled_dot_product_attention"),
+    *("_scaled_dot_product_flash_attention", "_thnn_fused_gru_cell", "_thnn_fused_lstm_cell"),
+    *("_cudnn_rnn", "gru_cell", "lstm_cell", "rnn_relu_cell", "rnn_tanh_cell"),
 }
-FLOAT32 = {
-    torch.cumsum,
-    Tensor.cumsum,
-    torch.cumprod,
-    torch.exp,
-    Tensor.exp,
-    torch.log,
-    Tensor.log,
-    torch.log2,
-    Tensor.log2,
-    torch.log1p,
-    torch.pow,
-    Tensor.pow,
-    Tensor.__pow__,
-    torch.prod,
-    torch.reciprocal,
-    torch.rsqrt,
-    Tensor.rsqrt,
-    torch.softmax,
-    Tensor.softmax,
-    F.softmax,
-    torch.log_softmax,
-    Tensor.log_softmax,
-    F.log_softmax,
-    torch.sum,
-    Tensor.sum,
-    torch.norm,
-    Tensor.norm,
-    torch.linalg.vector_norm,
-    F.normalize,
-    torch.cosine_similarity,
-    F.cosine_similarity,
-    torch.layer_norm,
-    F.layer_norm,
-    torch.group_norm,
-    F.group_norm,
-    torch.rms_norm,
-    F.rms_norm,
-    F.cross_entropy,
-    F.nll_loss,
-    F.mse_loss,
-    F.l1_loss,
-    F.smooth_l1_loss,
-    F.softplus,
-    F.binary_cross_entropy_with_logits,
+"""Operators that CUDA's autocast computes in its lower precision (aten/src/ATen/autocast_mode.h)."""
+WIDEST_TYPE = {
+    *("addcdiv", "addcmul", "atan2", "bilinear", "cross", "dot", "grid_sampler", "index_put", "scatter_add"),
+    *("tensordot", "vdot"),
 }
+"""Operators that it computes in the widest type of their inputs; it computes the others that it has in float32."""
 
 
-class CudaAutocast(TorchFunctionMode):
-    """CUDA's autocast policy over CPU kernels, wherever autocast is enabled for the CPU."""
+@contextmanager
+def cuda_autocast() -> Iterator[None]:
+    """Give `torch.autocast("cpu")` CUDA's policy, in eager and in compiled code."""
+    cuda, cpu = (
+        {
+            name.removeprefix("aten::")
+            for name in torch._C._dispatch_get_registrations_for_dispatch_key(key)
+            if name.startswith("aten::")
+        }
+        for key in ("AutocastCUDA", "AutocastCPU")
+    )
+    assert cuda >= LOWER_PRECISION | WIDEST_TYPE, "this version of PyTorch has another policy"
+    library = Library("aten", "IMPL", "AutocastCPU")
+    try:
+        for name in cuda | cpu:
+            kernel = _autocast_kernel(name) if name in cuda else fallthrough_kernel
+            library.impl(name, kernel, allow_override=True)
+        yield
+    finally:
+        library._destroy()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if not torch.is_autocast_enabled("cpu"):
-            return func(*args, **kwargs)
-        if func in LOWER_PRECISION:
-            args, kwargs = _cast((args, kwargs), torch.get_autocast_dtype("cpu"))
-        elif func in FLOAT32:
-            args, kwargs = _cast((args, kwargs), torch.float32)
+
+def _autocast_kernel(name: str) -> Callable[..., Any]:
+    packet, _, overload = name.partition(".")
+    operator = getattr(getattr(aten, packet), overload or "default")
+    autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        if name in LOWER_PRECISION:
+            dtype = torch.get_autocast_dtype("cpu")
+        elif name in WIDEST_TYPE and torch.float32 not in {each.dtype for each in _tensors((args, kwargs))}:
+            dtype = None
         else:
-            return func(*args, **kwargs)
-        with torch.autocast("cpu", enabled=False):
-            return func(*args, **kwargs)
+            dtype = torch.float32
+        with torch._C._ExcludeDispatchKeyGuard(autocast):
+            return operator(*args, **kwargs) if dtype is None else operator(*_cast(args, dtype), **_cast(kwargs, dtype))
+
+    return kernel
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [each for each in torch.utils._pytree.tree_leaves(value) if isinstance(each, Tensor)]
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() and value.dtype != torch.float64 else value
-    if isinstance(value, tuple | list):
-        return type(value)(_cast(each, dtype) for each in value)
-    if isinstance(value, dict):
-        return {name: _cast(each, dtype) for name, each in value.items()}
-    return value
+    def cast(each: Any) -> Any:
+        eligible = isinstance(each, Tensor) and each.is_floating_point() and each.dtype != torch.float64
+        return each.to(dtype) if eligible else each
+
+    return torch.utils._pytree.tree_map(cast, value)
 
 
 READS = {aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default}
-"""Operations whose result a GPU must hand to the host."""
-
-
+"""Operators whose result a GPU must hand to the host."""
 SAME_TYPE = {
     aten.index_copy.default,
     aten.index_copy_.default,
@@ -135,7 +110,8 @@ SAME_TYPE = {
     aten.scatter_add.default,
     aten.scatter_add_.default,
 }
-"""Operations whose kernels refuse different types, which their shapes-only versions do not check."""
+"""Operators whose kernels refuse different types, which their shapes-only versions do not check."""
+INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 
 
 class HostReads(TorchDispatchMode):
@@ -151,21 +127,36 @@ class HostReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in READS and _is_cuda(args[0]):
-            self.record()
+        if func in READS:
+            self.record(args[0])
             return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
         if func in SAME_TYPE and args[0].dtype != args[-1].dtype:
             raise RuntimeError(f"{func}: self is {args[0].dtype} and source is {args[-1].dtype}, which CUDA refuses")
-        if func is aten._to_copy.default and _is_cuda(args[0]) and str(kwargs.get("device", "cuda")) == "cpu":
+        if func is aten.bincount.default:  # its length depends on values
+            self.record(args[0])
+            return args[0].new_empty((args[2:] or (kwargs["minlength"],))[0], dtype=torch.long)
+        if func is aten.nonzero.default:
+            self.record(args[0])
+            return args[0].new_empty(1, args[0].ndim, dtype=torch.long)
+        if func in INDEXING:  # a mask is counted, indices of the host are copied
+            index = [each for each in args[1] if each is not None]
+            if any(each.dtype == torch.bool or not _is_cuda(each) for each in index):
+                self.record(args[0])
+        if func is aten._to_copy.default and not kwargs.get("non_blocking", False):
+            target = torch.device(kwargs.get("device") or args[0].device)
+            if target.type != args[0].device.type:
+                self.record()
+        if func is aten.copy_.default and args[0].device.type != args[1].device.type:
             self.record()
         return func(*args, **kwargs)
 
-    def record(self) -> None:
-        """Note the line of this project that is being run."""
-        frames = [
-            frame for frame in traceback.extract_stack() if "/t2v/" in frame.filename or "/callbacks/" in frame.filename
-        ]
-        last = frames[-1] if frames else traceback.extract_stack()[-3]
+    def record(self, source: Tensor | None = None) -> None:
+        """Note the line of this project that is being run, if `source` is on the GPU."""
+        if source is not None and not _is_cuda(source):
+            return
+        frames = [frame for frame in traceback.extract_stack() if "/site-packages/" not in frame.filename]
+        ours = [frame for frame in frames if "/t2v/" in frame.filename or "/callbacks/" in frame.filename]
+        last = (ours or frames)[-1]
         self.places.append(f"{last.filename.rpartition('/')[2]}:{last.lineno} {last.name}")
 
 
@@ -183,12 +174,8 @@ class _Generator(torch.Generator):
 
 
 @contextmanager
-def fake_cuda(autocast: torch.dtype | None = None, default: torch.dtype = torch.float32) -> Iterator[HostReads]:
-    """Run code on CUDA tensors without data.
-
-    Args:
-        autocast: What CUDA's autocast casts to, such as torch.bfloat16 for `bf16-mixed`; None turns it off.
-        default: The default type of new tensors: torch.bfloat16 for `bf16-true`.
+def fake_cuda() -> Iterator[HostReads]:
+    """Run code on CUDA tensors without data; new tensors are on the CPU, as ever, unless a device is given.
 
     Yields:
         The record of reads by the host.
@@ -203,40 +190,91 @@ def fake_cuda(autocast: torch.dtype | None = None, default: torch.dtype = torch.
             return tensor(data, device=target, **options)
         reads.record()
         with unset_fake_temporarily():
-            made = tensor(data, device="cpu", **options)
-        return torch.empty(made.shape, dtype=made.dtype, device=target)
+            built = tensor(data, device="cpu", **options)
+        return torch.empty(built.shape, dtype=built.dtype, device=target)
 
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(default)
-    torch.set_autocast_enabled("cuda", autocast is not None)
-    torch.set_autocast_dtype("cuda", autocast or torch.float16)
-    try:
-        with (
-            patch("torch.Generator", _Generator),
-            patch("torch.tensor", copied_tensor),
-            FakeTensorMode(allow_non_fake_inputs=False),
-            torch.device("cuda:0"),
-            reads,
-        ):
-            yield reads
-    finally:
-        torch.set_autocast_enabled("cuda", False)
-        torch.set_default_dtype(before)
+    def no_data(self: Tensor) -> Any:
+        assert self.device.type == "cpu", "NumPy cannot see a GPU's memory"
+        with unset_fake_temporarily():
+            return np.zeros(tuple(self.shape), torch.empty(0, dtype=self.dtype).numpy().dtype)
+
+    def tolist(self: Tensor) -> Any:
+        """One copy, whatever the number of values."""
+        reads.record(self)
+        return np.ones(tuple(self.shape), bool if self.dtype == torch.bool else int).tolist()
+
+    replaced = {
+        "torch.Generator": _Generator,
+        "torch.tensor": copied_tensor,
+        "torch.Tensor.numpy": no_data,
+        "torch.cuda.is_available": lambda: False,  # asked for by every operator, and slow
+        "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
+        "torch.cuda.is_bf16_supported": lambda: True,
+        "torch.cuda.get_device_capability": lambda device=None: (9, 0),
+        "torch.nn.Module._apply": _apply,
+    }
+    with ExitStack() as stack:
+        for name, replacement in replaced.items():
+            stack.enter_context(patch(name, replacement))
+        stack.enter_context(patch.object(FakeTensor, "tolist", tolist))
+        stack.enter_context(patch.object(FakeTensor, "__deepcopy__", lambda self, memo: self.detach().clone()))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=False))
+        stack.enter_context(reads)
+        yield reads
 
 
-def to_fake_cuda(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Give a module's weights and buffers, in place, the device of `fake_cuda` and no data.
+def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """Do what `nn.Module._apply` does, which cannot replace a tensor without data by one of another device."""
+    for child in module.children() if recurse else ():
+        child._apply(function)
+    for tensors in (module._parameters, module._buffers):
+        for name, tensor in tensors.items():
+            if tensor is None or (moved := function(tensor)) is tensor:
+                continue
+            tensors[name] = (
+                nn.Parameter(moved.detach(), tensor.requires_grad) if tensors is module._parameters else moved
+            )
+    return module
+
+
+def to_fake_cuda(module: nn.Module, device: str = "cuda:0") -> nn.Module:
+    """Give the weights, buffers and metrics of a module, built outside of `fake_cuda`, no data, in place.
 
     Args:
-        module: Built outside or inside of `fake_cuda`; it is called inside.
-        dtype: Of its floating-point weights and buffers; unchanged if not given.
+        module: It is called inside of `fake_cuda`.
+        device: Of all its tensors.
     """
+
+    def fake(value: Any, device: str = device) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        new = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+        return nn.Parameter(new, value.requires_grad) if isinstance(value, nn.Parameter) else new
+
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-                fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=kind, device="cuda:0")
-                tensors[name] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+            tensors.update({name: fake(tensor) for name, tensor in tensors.items()})
+        if isinstance(part, Metric):
+            part._defaults = {name: fake(value, "cpu") for name, value in part._defaults.items()}
+            for name in part._defaults:
+                setattr(part, name, fake(getattr(part, name)))
     return module
+
+
+class FakeCudaStrategy(SingleDeviceStrategy):
+    """A trainer's single GPU in `fake_cuda`; gradients are set without a backward pass."""
+
+    strategy_name = "fake_cuda"
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cuda", 0), accelerator=CPUAccelerator())
+
+    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        assert closure_loss.ndim == 0
+        assert closure_loss.requires_grad
+        assert _is_cuda(closure_loss)
+        assert self.lightning_module is not None
+        for parameter in self.lightning_module.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+        return closure_loss.detach()

@@ -1,0 +1,80 @@
+"""Sums, angles and norms keep their precision whatever autocast or the default type is."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from t2v.losses.tokens import token_loss
+from t2v.transformer.layers import RMSNorm, TextGate
+from t2v.transformer.rope import raster_positions, rotation_at
+from tests.cuda_policy.toys import vqvae
+from tests.support.cuda_policy import cuda_autocast
+
+
+@pytest.fixture
+def bf16_true() -> Iterator[None]:
+    """The default type of a run with `trainer.precision=bf16-true`."""
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rms_norm_returns_the_type_of_its_input_under_autocast(dtype):
+    x = torch.randn(2, 8, dtype=dtype)
+    norm = RMSNorm(8)
+    with cuda_autocast(), torch.autocast("cpu", torch.bfloat16):
+        y = norm(x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), norm(x.float()), atol=0.02, rtol=0.01)
+
+
+@pytest.mark.usefixtures("bf16_true")
+def test_the_loss_of_many_tokens_is_summed_in_float32():
+    logits = torch.randn(65536, 8).bfloat16() * 3
+    tokens = torch.randint(8, (65536,))
+    terms = token_loss(logits.clone(), tokens)
+    assert {term.dtype for term in terms} == {torch.float32}
+    torch.testing.assert_close(terms.cross_entropy, F.cross_entropy(logits.float(), tokens))
+    hits = (logits.argmax(-1) == tokens).double().mean().float()
+    torch.testing.assert_close(terms.accuracy, hits)
+
+
+@pytest.mark.usefixtures("bf16_true")
+def test_text_gates_tell_the_frames_of_a_long_video_apart():
+    gate = TextGate(1, 1)
+    with torch.no_grad():
+        gate.hidden.weight.normal_()
+        gate.out.weight.normal_()
+    frames = torch.arange(300)
+    scales = gate(frames, 300).flatten()
+    exact = gate.float()(frames, 300).flatten()
+    assert (scales.float() - exact).abs().max() < 0.02
+
+
+@pytest.mark.usefixtures("bf16_true")
+def test_rotary_angles_are_float32():
+    rotation = rotation_at(raster_positions(0, 4800, 4, 4, torch.device("cpu")), (4, 2, 2), 100.0)
+    assert rotation.cos.dtype == rotation.sin.dtype == torch.float32
+    assert len(rotation.cos.unique(dim=0)) == 4800
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["train", "eval"])
+def test_a_vqvae_with_bfloat16_weights_works(trained):
+    network = vqvae().bfloat16().train(trained)
+    video = torch.rand(2, 3, 3, 16, 16) * 2 - 1
+    reconstruction, tokens, loss = network(video.bfloat16())
+    assert reconstruction.isfinite().all()
+    if trained:
+        (reconstruction.float().mean() + loss).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+    network.eval()
+    tokens = network.encode(video.bfloat16())
+    assert tokens.unique().numel() > 1
+    whole = network.decode(tokens)
+    assert whole.dtype == torch.bfloat16
+    first, state = network.decode_stream(tokens[:, :1])
+    rest, _ = network.decode_stream(tokens[:, 1:], state)
+    torch.testing.assert_close(torch.cat([first, rest], 1), whole, atol=0.03, rtol=0.03)
