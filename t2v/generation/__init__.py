@@ -1,4 +1,4 @@
-"""Sampling, schedules, the decoding loop, and the whole way from text to video."""
+"""Generation of videos: sampling, schedules, the decoding loop, quantized weights, `TextToVideo`."""
 
 from t2v.generation.sampling import Sampler
 from t2v.generation.schedules import Cosine, Interval, Linear, Schedule

@@ -7,7 +7,7 @@ import torch
 
 @cache
 def compile_error() -> str | None:
-    """Why nothing can be compiled for the CPU, such as that there is no C++ compiler; None where it works."""
+    """Return why nothing can be compiled for the CPU (usually a missing C++ compiler), or None if it works."""
     try:
         torch.compile(torch.neg)(torch.ones(8))
     except Exception as error:

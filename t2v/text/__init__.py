@@ -1,4 +1,4 @@
-"""Text encoders: captions in, `TextEmbedding` out."""
+"""Text encoders: captions and prompts to `TextEmbedding`."""
 
 from t2v.text.encoder import TextEncoder
 from t2v.text.minilm import MiniLMTextEncoder

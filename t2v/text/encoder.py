@@ -1,9 +1,8 @@
-"""What every text encoder offers.
+"""The interface of text encoders.
 
-- Weights are loaded when the first caption comes, so that an encoder is free to construct, to print and to configure.
-- `encode` takes every caption alone, without padding: its embedding is the same whatever else is in the batch, bit for
-  bit, and the same when a prompt is encoded years after the training set. `encode_together` is for training sets: one
-  pass for many captions, equal within rounding.
+- Weights are loaded when the first caption is embedded, so that constructing and printing an encoder is cheap.
+- `encode` embeds every caption alone, without padding, so that its embedding does not depend on the batch, bit for bit.
+  `encode_batch` is for training sets: one pass for many captions, equal to `encode` up to rounding.
 """
 
 from abc import ABC, abstractmethod
@@ -17,19 +16,22 @@ from t2v.batch import TextEmbedding
 
 
 class TextEncoder(ABC):
-    """Turns captions into embeddings; frozen, and no part of any model's weights."""
+    """Base class of frozen text encoders. They are not part of a model and not in its checkpoints.
+
+    Every argument of `__init__` must be an attribute of the same name, to be saved.
+    """
 
     device: torch.device = torch.device("cpu")
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """Which weights these are; token shards carry it, so that training and generation agree."""
+        """Name and revision of the weights; stored in token shards, so that generation uses the same encoder."""
 
     @property
     @abstractmethod
     def width(self) -> int:
-        """Length of every embedding vector."""
+        """Width of the embeddings."""
 
     @abstractmethod
     def embed(self, caption: str) -> tuple[Float[Tensor, "l d"], Float[Tensor, " d"]]:
@@ -39,41 +41,41 @@ class TextEncoder(ABC):
             caption: May be empty.
 
         Returns:
-            One vector a word piece, at least one, and one vector for the whole caption; float32.
+            An embedding per text token, at least one, and the pooled text embedding; float32.
         """
 
     def to(self, device: torch.device | str) -> None:
-        """Compute there, and return embeddings that lie there."""
+        """Set the device of the computation and of the embeddings."""
         self.device = torch.device(device)
 
     @torch.inference_mode()
     def encode(self, captions: list[str]) -> TextEmbedding:
-        """Embed captions.
+        """Embed captions one by one.
 
         Args:
-            captions: Any number, in any order; an empty string is a caption too.
+            captions: Any number of captions; they may be empty strings.
 
         Returns:
-            float32 embeddings on this encoder's device. Padding is zero.
+            float32 embeddings on this encoder's device, with zeros as padding.
         """
         if not captions:
-            nothing = torch.zeros(0, 0, self.width, device=self.device)
-            return TextEmbedding(nothing, nothing.new_zeros(0, 0, dtype=torch.bool), nothing.new_zeros(0, self.width))
-        tokens, pooled = zip(*map(self.embed, captions), strict=True)
-        ones = [torch.ones(len(t), dtype=torch.bool, device=t.device) for t in tokens]
+            tokens = torch.zeros(0, 0, self.width, device=self.device)
+            mask = torch.zeros(0, 0, dtype=torch.bool, device=self.device)
+            return TextEmbedding(tokens, mask, torch.zeros(0, self.width, device=self.device))
+        embedded = [self.embed(caption) for caption in captions]
         return TextEmbedding(
-            tokens=pad_sequence(list(tokens), batch_first=True),
-            mask=pad_sequence(ones, batch_first=True),
-            pooled=torch.stack(pooled),
+            tokens=pad_sequence([tokens for tokens, _ in embedded], batch_first=True),
+            mask=pad_sequence([torch.ones_like(tokens[:, 0], dtype=torch.bool) for tokens, _ in embedded], True),
+            pooled=torch.stack([pooled for _, pooled in embedded]),
         )
 
-    def encode_together(self, captions: list[str]) -> TextEmbedding:
-        """Embed captions in one pass, where the encoder can: faster than `encode`, and equal to it within rounding.
+    def encode_batch(self, captions: list[str]) -> TextEmbedding:
+        """Embed captions in one pass if the encoder can; faster than `encode`, and equal to it up to rounding.
 
         Args:
-            captions: As for `encode`, no more than fit into memory at once.
+            captions: As for `encode`; as many as fit into memory.
 
         Returns:
-            What `encode` returns.
+            As `encode`.
         """
         return self.encode(captions)

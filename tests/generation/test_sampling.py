@@ -1,4 +1,4 @@
-"""Sampling against the warpers of `transformers`."""
+"""Sampling against the logits warpers of `transformers`."""
 
 from itertools import combinations
 
@@ -51,8 +51,8 @@ def test_extreme_filters_equal_those_of_transformers(arguments, warper):
 
 
 @pytest.mark.parametrize("name", ["top_p", "typical_p"])
-def test_the_whole_mass_filters_nothing(name):
-    """Not even in the tail, where the sum of all before rounds to 1."""
+def test_a_total_probability_of_1_filters_nothing(name):
+    """Not even in the tail, where the cumulative sum rounds to 1."""
     peaked = logits() * 10
     assert torch.equal(Sampler(**{name: 1.0}).filter(peaked), peaked)
 
@@ -61,8 +61,8 @@ def test_draws_follow_the_probabilities():
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
     generator = [torch.Generator().manual_seed(0)]
     draws = torch.stack([Sampler()(probabilities.log()[None], generator) for _ in range(4000)]).flatten()
-    shares = torch.bincount(draws, minlength=4) / 4000
-    torch.testing.assert_close(shares, probabilities, atol=0.025, rtol=0)
+    frequencies = torch.bincount(draws, minlength=4) / 4000
+    torch.testing.assert_close(frequencies, probabilities, atol=0.025, rtol=0)
 
 
 def test_a_schedule_changes_the_temperature_from_frame_to_frame():
@@ -85,7 +85,7 @@ def test_a_schedule_changes_the_temperature_from_frame_to_frame():
         ({"top_k": 0}, "top_k=0 must be at least 1"),
     ],
 )
-def test_impossible_settings_are_refused(arguments, message):
+def test_settings_out_of_range_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         Sampler(**arguments)
 
@@ -97,7 +97,7 @@ def test_impossible_settings_are_refused(arguments, message):
         (Interval(-1.0, 0.5, 0.5), "temperature=-1.0 at frame 1 of 3"),
     ],
 )
-def test_an_impossible_temperature_on_a_schedule_is_refused(schedule, message):
+def test_a_scheduled_temperature_out_of_range_is_refused(schedule, message):
     sampler = Sampler(temperature=schedule)
     with pytest.raises(UserError, match=message):
         [sampler.filter(logits(1), frame, 3) for frame in range(3)]

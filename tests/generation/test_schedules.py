@@ -1,4 +1,4 @@
-"""What a schedule says at each frame."""
+"""Values of schedules at each frame."""
 
 import pytest
 
@@ -24,7 +24,7 @@ def test_cosine_is_slow_at_both_ends():
     assert values(Cosine(3.0, 1.0), 5) == pytest.approx([3.0, 2.70710678, 2.0, 1.29289322, 1.0])
 
 
-def test_an_interval_holds_its_two_ends():
+def test_an_interval_includes_both_ends():
     assert values(Interval(5.0, 0.25, 0.5), 5) == [1.0, 5.0, 5.0, 1.0, 1.0]
     assert values(Interval(5.0, 0.0, 1.0), 3) == [5.0, 5.0, 5.0]
     assert values(Interval(0.2, 0.0, 0.0, outside=0.9), 3) == [0.2, 0.9, 0.9]
@@ -36,6 +36,6 @@ def test_a_video_of_one_frame_has_the_first_value(schedule):
 
 
 @pytest.mark.parametrize(("first", "last"), [(-0.1, 0.5), (0.6, 0.5), (0.5, 1.5)])
-def test_an_interval_lies_within_the_video(first, last):
+def test_an_interval_outside_the_video_is_refused(first, last):
     with pytest.raises(UserError, match=f"first={first} and last={last}"):
         Interval(2.0, first, last)

