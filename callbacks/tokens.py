@@ -149,7 +149,7 @@ class _Embeddings:
         return found
 
     def _embed(self, captions: list[str]) -> None:
-        text = self.encoder.encode_together(captions)
+        text = self.encoder.encode_batch(captions)
         lengths = text.mask.sum(1).tolist()
         tokens, pooled = text.tokens.half().cpu().numpy(), text.pooled.half().cpu().numpy()
         for i, caption in enumerate(captions):
