@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import cli
 from t2v.__main__ import export
+from t2v.checkpoints.lookup import newest_last, read_model_config
 from t2v.checkpoints.storage import MARKER, read_checkpoint, replace_checkpoint
 from t2v.errors import UserError
 from t2v.vqvae.loading import load_vqvae
@@ -287,11 +288,11 @@ def test_the_last_checkpoint_is_complete_if_the_process_is_killed(tmp_path, stag
         case "removing":
             (complete_folder(tmp_path, "last-old.ckpt", 1) / MARKER).unlink()
             complete_folder(tmp_path, "last.ckpt", 2)
-    found = cli._newest_last(str(tmp_path))
+    found = newest_last(str(tmp_path))
     assert read_step(Path(found)) == (1 if stage in ("writing", "written", "moved") else 2)
     shutil.rmtree(new, ignore_errors=True)
     replace_checkpoint(complete_folder(tmp_path, new.name, 3), tmp_path / "last.ckpt")
-    assert read_step(Path(cli._newest_last(str(tmp_path)))) == 3
+    assert read_step(Path(newest_last(str(tmp_path)))) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
 
 
@@ -302,9 +303,9 @@ def read_step(folder: Path) -> int:
 def test_an_incomplete_folder_is_no_checkpoint(tmp_path, capsys):
     (complete_folder(tmp_path, "last.ckpt", 1) / MARKER).unlink()
     (tmp_path / "last.ckpt/__0_0.distcp").touch()
-    assert cli._newest_last(str(tmp_path)) is None
-    for load in (read_checkpoint, lambda path: load_vqvae(str(path)), lambda path: cli._saved_model(str(path))):
-        with pytest.raises(UserError, match="not written to its end"):
+    assert newest_last(str(tmp_path)) is None
+    for load in (read_checkpoint, lambda path: load_vqvae(str(path)), lambda path: read_model_config(str(path))):
+        with pytest.raises(UserError, match="not written completely"):
             load(tmp_path / "last.ckpt")
 
 
