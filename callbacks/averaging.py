@@ -2,9 +2,10 @@
 
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from t2v.torch_private import is_persistent
@@ -18,6 +19,7 @@ class EMA(EMAWeightAveraging):
       average into the model when training ends, and a checkpoint written then would have lost the other.
     - Buffers are taken over as they are: a codebook is an average already, and half-way between the old and the new
       place of a restarted code there is nothing.
+    - The average is in float32 even if the weights are in bfloat16, in which steps of 1 − decay would round to nothing.
     - Of a sharded model every rank averages its share.
 
     Args:
@@ -26,6 +28,7 @@ class EMA(EMAWeightAveraging):
 
     def __init__(self, decay: float = 0.999) -> None:
         super().__init__(decay=decay, use_buffers=False)
+        self._exact: list[tuple[Tensor, Tensor]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin the average; Lightning's own way copies the model whole."""
@@ -38,12 +41,18 @@ class EMA(EMAWeightAveraging):
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the average into the model."""
         _reshard(pl_module)
+        if (average := average_of(self)) is not None:
+            pairs = zip(average.module.parameters(), pl_module.parameters(), strict=True)
+            self._exact = [(mean, mean.detach().clone()) for mean, weight in pairs if mean.dtype != weight.dtype]
         super().on_validation_epoch_start(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put back what is trained."""
         _reshard(pl_module)
         super().on_validation_epoch_end(trainer, pl_module)
+        for mean, exact in self._exact:  # which the model could hold in its own type only
+            mean.data.copy_(exact)
+        self._exact = []
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the model as it is trained."""
@@ -58,7 +67,8 @@ def _weights(module: nn.Module) -> nn.Module:
     """Modules with copies of a module's weights under the same names, and nothing else: sharded ones have no copies."""
     copy = nn.Module()
     for name, parameter in module.named_parameters(recurse=False):
-        copy.register_parameter(name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+        mean = parameter.detach().to(torch.float32, copy=True)
+        copy.register_parameter(name, nn.Parameter(mean, parameter.requires_grad))
     for name, buffer in module.named_buffers(recurse=False):
         copy.register_buffer(name, buffer.clone(), persistent=is_persistent(module, name))
     for name, child in module.named_children():

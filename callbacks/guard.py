@@ -119,7 +119,10 @@ class NaNGuard(Callback):
     def _measure(self, trainer: Trainer, optimizer: Optimizer, seen: list[_Seen]) -> tuple[float, float]:
         """The gradient's norm and the mean loss of all ranks; the only place where the host waits for the device."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        # The norm of norms, so that gradients in bfloat16 are summed in float32.
+        norm = torch.nn.utils.get_total_norm(
+            [g if g.dtype == torch.float32 else torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
+        )
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         loss = torch.stack([batch.loss.float() for batch in seen]).mean()

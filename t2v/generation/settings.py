@@ -20,6 +20,7 @@ class GenerationSettings:
         start: Path of a picture or video from which the start frames of every video are taken; none by default.
         start_frames: Number of start frames, at least 1 and fewer than `frames`.
         weights: How the weights of the large layers are stored: unchanged ("full"), or quantized to 8 or 4 bits.
+        compiled: Whether to compile the transformer's decoding step, which takes a minute or more at the first frame.
 
     Raises:
         UserError: If a value is out of its range.
@@ -31,6 +32,7 @@ class GenerationSettings:
     start: str | None = None
     start_frames: int = 1
     weights: Weights = "full"
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         if self.frames < 1:

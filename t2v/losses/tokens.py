@@ -46,7 +46,7 @@ class _TokenLossFunction(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Float[Tensor, "n v"], tokens: Int[Tensor, " n"], smoothing: float, z_weight: float
     ) -> tuple[Tensor, ...]:
-        sums = torch.zeros(4, device=logits.device)
+        sums = torch.zeros(4, device=logits.device, dtype=torch.float32)
         for rows, targets in zip(logits.split(_ROWS), tokens[:, None].split(_ROWS), strict=True):
             x = rows.float()
             log_p = x.log_softmax(dim=-1)

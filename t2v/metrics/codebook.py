@@ -29,8 +29,8 @@ class CodebookUsage(Metric):
 
     def compute(self) -> dict[str, Float[Tensor, ""]]:
         """Return `usage` and `perplexity`."""
-        frequencies = self.counts / self.counts.sum().clamp(min=1)
+        frequencies = self.counts.double() / self.counts.sum().clamp(min=1)
         return {
             "usage": (self.counts > 0).float().mean(),
-            "perplexity": torch.exp(torch.special.entr(frequencies).sum()),
+            "perplexity": torch.exp(torch.special.entr(frequencies).sum()).float(),
         }

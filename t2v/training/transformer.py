@@ -66,8 +66,8 @@ class LitVideoTransformer(LightningModule):
         self.fingerprint: dict[str, Any] = {}
         self._tokenizer: list[VQVAE] = []  # in a list, so that no checkpoint of this stage contains it
         self._start: UInt8[Tensor, "t c height width"] | None = None
-        self.loss = MeanMetric()
-        self.accuracy = MeanMetric()
+        self.loss = MeanMetric().set_dtype(torch.float32)
+        self.accuracy = MeanMetric().set_dtype(torch.float32)
 
     @property
     def tokenizer(self) -> VQVAE:
@@ -171,9 +171,8 @@ class LitVideoTransformer(LightningModule):
     def _text_to_video(self) -> TextToVideo:
         self.text_encoder.to(self.device)
         fps, settings = float(self.fingerprint["fps"]), self.generation
-        return TextToVideo(
-            self.model, self.tokenizer, self.text_encoder, fps, settings.sampler, settings.guidance, settings.frames
-        )
+        options = settings.sampler, settings.guidance, settings.frames, settings.compiled
+        return TextToVideo(self.model, self.tokenizer, self.text_encoder, fps, *options)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         return configure_optimization(self, self.model, self.optimizer, self.warmup_steps)

@@ -195,6 +195,8 @@ class VQVAE(
         digest = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
+            if tensor.is_floating_point():  # a bfloat16 checkpoint is loaded into float32
+                tensor = tensor.float()
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
@@ -214,13 +216,14 @@ class VQVAE(
                 f"Frames of {video.shape[-2]}×{video.shape[-1]} pixels do not divide into tokens of {self.stride}×"
                 f"{self.stride}: resize them to a multiple of {self.stride}."
             )
-        latents = self._in_groups(self.encoder, video.flatten(0, 1))
+        latents = self._in_groups(self.encoder, video.flatten(0, 1).to(self.expand.weight.dtype))
         return rearrange(latents, "(b t) d h w -> b t h w d", b=len(video))
 
     def _decode(
         self, codes: Float[Tensor, "b t h w d"], state: DecoderState | None = None
     ) -> tuple[Video, DecoderState]:
-        x = rearrange(self.expand(codes), "b t h w channels -> b t channels h w")
+        x = self.expand(codes.to(self.expand.weight.dtype))
+        x = rearrange(x, "b t h w channels -> b t channels h w")
         new_states = []
         for i, block in enumerate(self.temporal):
             x, new_state = block(x, None if state is None else state[i])

@@ -13,6 +13,7 @@ Axis letters: b sequences (such as frames), n positions, d width of a vector, k 
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -105,9 +106,9 @@ class VectorQuantizer(Quantizer):
         super().__init__()
         self.codebook_size, self.dim, self.decay, self.restart_below = codebook_size, dim, decay, restart_below
         self.commitment_weight, self.entropy_weight = commitment_weight, entropy_weight
-        self.register_buffer("codes", torch.zeros(codebook_size, dim))
-        self.register_buffer("sums", torch.zeros(codebook_size, dim))
-        self.register_buffer("counts", torch.zeros(codebook_size))
+        self.register_buffer("codes", torch.zeros(codebook_size, dim, dtype=torch.float32))
+        self.register_buffer("sums", torch.zeros(codebook_size, dim, dtype=torch.float32))
+        self.register_buffer("counts", torch.zeros(codebook_size, dtype=torch.float32))
         self.register_buffer("initialized", torch.tensor(False))
 
     @property
@@ -120,7 +121,9 @@ class VectorQuantizer(Quantizer):
             flat = unit.detach().flatten(0, 1)
             if self.training and not self.initialized:
                 self._initialize_codebook(flat)
-            codebook = self.codes.clone()  # `_update_codebook` modifies self.codes before the backward pass
+            codebook = self.codes.to(
+                unit.dtype, copy=True
+            )  # `_update_codebook` modifies self.codes before the backward pass
             similarity = unit @ codebook.T
             indices = similarity.argmax(dim=-1)
             codes = codebook[indices]
@@ -139,6 +142,16 @@ class VectorQuantizer(Quantizer):
 
     def lookup(self, indices: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         return self.codes[indices]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "VectorQuantizer":
+        """Keep the codebook in float32, whatever the weights become: moving averages in bfloat16 stand still."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
 
     def _initialize_codebook(self, vectors: Float[Tensor, "m d"]) -> None:
         """Run spherical k-means on the vectors of all ranks.

@@ -5,11 +5,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import Trainer
 
+from callbacks import EMA, NaNGuard
+from callbacks.guard import _Seen
 from t2v.losses.tokens import token_loss
+from t2v.metrics import CodebookUsage
+from t2v.training.lightning_private import average_of
 from t2v.transformer.layers import RMSNorm, TextGate
 from t2v.transformer.rope import raster_positions, rotation_at
-from tests.cuda_policy.toys import vqvae
+from tests.cuda_policy.toys import data_for, lit_transformer, lit_vqvae, trainer, vqvae
 from tests.support.cuda_policy import cuda_autocast
 
 
@@ -78,3 +83,42 @@ def test_a_vqvae_with_bfloat16_weights_works(trained):
     first, state = network.decode_stream(tokens[:, :1])
     rest, _ = network.decode_stream(tokens[:, 1:], state)
     torch.testing.assert_close(torch.cat([first, rest], 1), whole, atol=0.03, rtol=0.03)
+
+
+@pytest.mark.usefixtures("bf16_true")
+def test_the_perplexity_of_a_codebook_is_exact():
+    usage = CodebookUsage(1000)
+    usage.update(torch.arange(1000).repeat(3))
+    assert usage.compute()["perplexity"].item() == pytest.approx(1000, rel=1e-5)
+
+
+@pytest.mark.usefixtures("bf16_true")
+def test_validation_of_many_batches_is_averaged_in_float32():
+    module = lit_transformer()
+    for loss in torch.linspace(3, 4, 1000, dtype=torch.float32):
+        module.loss.update(loss, 4096)
+        module.accuracy.update(loss / 10, 4096)
+    assert module.loss.compute().item() == pytest.approx(3.5, rel=1e-4)
+    assert module.accuracy.compute().item() == pytest.approx(0.35, rel=1e-4)
+
+
+def test_the_norm_of_bfloat16_gradients_is_summed_in_float32():
+    parameters = [torch.nn.Parameter(torch.randn(50, 7).bfloat16()) for _ in range(300)]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    expected = torch.stack([parameter.grad.double().square().sum() for parameter in parameters]).sum().sqrt().item()
+    seen = [_Seen(0, [], torch.tensor(2.0))]
+    norm, loss = NaNGuard()._measure(Trainer(accelerator="cpu", logger=False), torch.optim.SGD(parameters), seen)
+    assert norm == pytest.approx(expected, rel=1e-5)
+    assert loss == 2.0
+
+
+def test_a_moving_average_of_bfloat16_weights_is_float32(tmp_path):
+    """In bfloat16 steps of (1 − decay) would round to nothing; a validation in between must not round it either."""
+    module, average = lit_vqvae(), EMA(decay=0.99)
+    run = trainer("bf16-true", tmp_path, callbacks=[average], logger=False, val_check_interval=1)
+    run.fit(module, data_for(module))
+    averaged = list(average_of(average).module.parameters())
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in averaged} == {torch.float32}
+    assert any((parameter != parameter.bfloat16()).any() for parameter in averaged)
