@@ -1,15 +1,17 @@
-"""Published tokenizers, re-expressed as `VQVAE`s: `LitVQVAE`, the command line and `validate` run them unchanged.
+"""Published tokenizer designs as subclasses of `VQVAE`, so that `LitVQVAE`, `fit` and `validate` run them unchanged.
 
-- LlamaGen (https://arxiv.org/abs/2406.06525): a VQGAN, frame by frame, on the blocks of `diffusers`, which are the
-  same; a codebook of l2-normalised codes that gradients teach. Short runs have no GAN term: it begins at step 20,000.
-- VideoGPT (https://arxiv.org/abs/2104.10157): 3D convolutions and axial attention over all of a clip. It is not causal
-  and cannot decode in pieces; clips must have a multiple of four frames.
-- Both scale by their width alone, so that `like_llamagen` and `like_videogpt` give them any number of parameters.
+- LlamaGen (https://arxiv.org/abs/2406.06525): a VQGAN that encodes frame by frame, built from the same blocks in
+  `diffusers`; its codebook of l2-normalized codes is trained by gradients. Short runs have no GAN term: it begins at
+  step 20,000.
+- VideoGPT (https://arxiv.org/abs/2104.10157): 3D convolutions and axial attention over the whole clip. It is not causal
+  and cannot decode frame by frame; clips must have a multiple of four frames.
+- Both are scaled by their width alone; `candidates` finds the width for a given number of parameters.
+
+Axis letters: b batch or sequences, t frames, s tokens in time, c channels (3, red green blue), h w token grid,
+n positions, d width of a code or layer.
 """
 
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,20 +27,20 @@ from t2v.vqvae.quantizer import Quantized, Quantizer
 
 
 class _Normalize(nn.Module):
-    def forward(self, codes: Float[Tensor, "... c"]) -> Float[Tensor, "... c"]:
+    def forward(self, codes: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         return F.normalize(codes, dim=-1)
 
 
 class LlamaGenQuantizer(Quantizer):
-    """The codebook of LlamaGen: l2-normalised codes, taught by gradients, never restarted; no entropy term."""
+    """Codebook of LlamaGen: l2-normalized codes, trained by gradients and never restarted; no entropy term.
 
-    def __init__(self, codebook_size: int = 16384, dim: int = 8, commitment_weight: float = 0.25):
-        """
-        Args:
-            codebook_size: number of codes.
-            dim: width of a code.
-            commitment_weight: weight of the commitment beside the codebook's own loss, which counts in full.
-        """
+    Args:
+        codebook_size: Number of codes.
+        dim: Width of a code.
+        commitment_weight: Weight of the commitment loss; the codebook loss has weight 1.
+    """
+
+    def __init__(self, codebook_size: int = 16384, dim: int = 8, commitment_weight: float = 0.25) -> None:
         super().__init__()
         self.codebook_size, self.dim, self.commitment_weight = codebook_size, dim, commitment_weight
         self.quantize = VectorQuantize(
@@ -48,12 +50,12 @@ class LlamaGenQuantizer(Quantizer):
             learnable_codebook=True,
             vq_bridge=_Normalize(),
             rotation_trick=False,
-            commitment_weight=0.0,  # the library weighs both directions alike
+            commitment_weight=0.0,  # the library gives both losses the same weight
         )
         codes = self.quantize._codebook.embed
         codes.data = F.normalize(torch.empty_like(codes).uniform_(-1, 1), dim=-1)
 
-    def forward(self, vectors: Float[Tensor, "n l c"]) -> Quantized:
+    def forward(self, vectors: Float[Tensor, "b n d"]) -> Quantized:
         with torch.autocast(vectors.device.type, enabled=False):
             vectors = self.relax(vectors.float())
             codes, indices, loss = self.quantize(vectors)
@@ -63,15 +65,24 @@ class LlamaGenQuantizer(Quantizer):
                 loss = F.mse_loss(chosen, vectors.detach()) + self.commitment_weight * commitment
         return Quantized(codes, indices, loss.squeeze())
 
-    def relax(self, vectors: Float[Tensor, "n l c"]) -> Float[Tensor, "n l c"]:
+    def relax(self, vectors: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         return F.normalize(vectors, dim=-1)
 
-    def lookup(self, indices: Int[Tensor, "n l"]) -> Float[Tensor, "n l c"]:
+    def lookup(self, indices: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         return F.normalize(self.quantize._codebook.embed[0], dim=-1)[indices]
 
 
 class LlamaGenTokenizer(VQVAE):
-    """LlamaGen's tokenizer; (1, 2, 2, 4) is its VQ-8, (1, 1, 2, 2, 4) its VQ-16."""
+    """Tokenizer of LlamaGen, without its GAN term.
+
+    Args:
+        image_size: Height and width of a frame in pixels.
+        width: Channels of the first level; every level is rounded to a multiple of `groups`.
+        channel_multipliers: Channels of each level in units of `width`; between levels the size is halved. (1, 2, 2, 4)
+            is the published VQ-8, (1, 1, 2, 2, 4) the VQ-16.
+        groups: Groups of the group normalization; the published number is 32, and narrow networks need fewer.
+        quantizer: The quantizer; by default a `LlamaGenQuantizer`.
+    """
 
     def __init__(
         self,
@@ -80,40 +91,33 @@ class LlamaGenTokenizer(VQVAE):
         channel_multipliers: Sequence[int] = (1, 2, 2, 4),
         groups: int = 32,
         quantizer: Quantizer | None = None,
-    ):
-        """
-        Args:
-            image_size: height and width of a frame in pixels.
-            width: channels of the first level; every level is rounded to a multiple of `groups`.
-            channel_multipliers: width of each level in units of `width`; between levels the size halves.
-            groups: of the group normalisation; narrow networks need fewer than the published 32.
-            quantizer: a `LlamaGenQuantizer` by default.
-        """
-        nn.Module.__init__(self)  # VQVAE's own would build its own networks
+    ) -> None:
+        nn.Module.__init__(self)  # `VQVAE.__init__` would build its own networks
         self.image_size, self.frames_at_once = image_size, None
         self.stride = 2 ** (len(channel_multipliers) - 1)
         self.grid_size = image_size // self.stride
         self.quantizer = quantizer if quantizer is not None else LlamaGenQuantizer()
         self.codebook_size = self.quantizer.codebook_size
         levels = [max(1, round(width * multiplier / groups)) * groups for multiplier in channel_multipliers]
-        latents, rest = 2 * levels[0], len(levels) - 1  # 256 at the published width
+        latent_channels = 2 * levels[0]  # 256 at the published width
+        resizing_levels = len(levels) - 1
         self.encoder = nn.Sequential(
             Encoder(
-                out_channels=latents,
-                down_block_types=("DownEncoderBlock2D",) * rest + ("AttnDownEncoderBlock2D",),
+                out_channels=latent_channels,
+                down_block_types=("DownEncoderBlock2D",) * resizing_levels + ("AttnDownEncoderBlock2D",),
                 block_out_channels=tuple(levels),
                 layers_per_block=2,
                 norm_num_groups=groups,
                 double_z=False,
             ),
-            nn.Conv2d(latents, self.quantizer.dim, 1),
+            nn.Conv2d(latent_channels, self.quantizer.dim, 1),
         )
-        self.expand = nn.Linear(self.quantizer.dim, latents)
+        self.expand = nn.Linear(self.quantizer.dim, latent_channels)
         self.temporal = nn.ModuleList()
         self.decoder = nn.Sequential(
             Decoder(
-                in_channels=latents,
-                up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * rest,
+                in_channels=latent_channels,
+                up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * resizing_levels,
                 block_out_channels=tuple(levels),
                 layers_per_block=2,
                 norm_num_groups=groups,
@@ -123,18 +127,17 @@ class LlamaGenTokenizer(VQVAE):
 
 
 class VideoGPTQuantizer(Quantizer):
-    """The codebook of VideoGPT: codes follow the mean of their vectors, and restart on one where few choose them.
+    """Codebook of VideoGPT: codes follow the moving average of their vectors; rarely chosen codes are restarted.
 
-    It starts from vectors of the first batch, here after one round of k-means, which the library cannot leave out.
+    It is initialized from vectors of the first batch, here after one iteration of k-means, which the library requires.
+
+    Args:
+        codebook_size: Number of codes.
+        dim: Width of a code.
+        commitment_weight: Weight of the mean squared difference between vectors and their codes.
     """
 
-    def __init__(self, codebook_size: int = 2048, dim: int = 256, commitment_weight: float = 0.25):
-        """
-        Args:
-            codebook_size: number of codes.
-            dim: width of a code.
-            commitment_weight: weight of the squared distance between vectors and their codes.
-        """
+    def __init__(self, codebook_size: int = 2048, dim: int = 256, commitment_weight: float = 0.25) -> None:
         super().__init__()
         self.codebook_size, self.dim, self.commitment_weight = codebook_size, dim, commitment_weight
         self.quantize = VectorQuantize(
@@ -152,34 +155,34 @@ class VideoGPTQuantizer(Quantizer):
     def ready(self) -> bool:
         return bool(self.quantize._codebook.initted)
 
-    def forward(self, vectors: Float[Tensor, "n l c"]) -> Quantized:
+    def forward(self, vectors: Float[Tensor, "b n d"]) -> Quantized:
         with torch.autocast(vectors.device.type, enabled=False):
             codes, indices, loss = self.quantize(vectors.float())
         return Quantized(codes, indices, loss.squeeze())
 
-    def relax(self, vectors: Float[Tensor, "n l c"]) -> Float[Tensor, "n l c"]:
+    def relax(self, vectors: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         return vectors
 
-    def lookup(self, indices: Int[Tensor, "n l"]) -> Float[Tensor, "n l c"]:
+    def lookup(self, indices: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         return self.quantize.codebook[indices]
 
 
 class VideoGPTTokenizer(VQVAE):
-    """VideoGPT's tokenizer: every token stands for 4×4 pixels of four frames."""
+    """Tokenizer of VideoGPT: a token covers 4×4 pixels of four frames, so a clip of t frames has t / 4 token frames.
 
-    frames_a_token = 4
+    Args:
+        image_size: Height and width of a frame in pixels, a multiple of 4.
+        width: Number of channels, even.
+        res_layers: Residual blocks with axial attention in the encoder, and in the decoder.
+        quantizer: The quantizer; by default a `VideoGPTQuantizer`.
+    """
+
+    frames_per_token = 4
 
     def __init__(
         self, image_size: int = 128, width: int = 240, res_layers: int = 4, quantizer: Quantizer | None = None
-    ):
-        """
-        Args:
-            image_size: height and width of a frame in pixels, a multiple of 4.
-            width: channels, an even number.
-            res_layers: residual blocks with axial attention, in the encoder and in the decoder.
-            quantizer: a `VideoGPTQuantizer` by default.
-        """
-        nn.Module.__init__(self)  # VQVAE's own would build its own networks
+    ) -> None:
+        nn.Module.__init__(self)  # `VQVAE.__init__` would build its own networks
         self.image_size, self.frames_at_once = image_size, None
         self.stride, self.grid_size = 4, image_size // 4
         self.quantizer = quantizer if quantizer is not None else VideoGPTQuantizer()
@@ -206,26 +209,26 @@ class VideoGPTTokenizer(VQVAE):
             nn.ConvTranspose3d(width, 3, 4, stride=2, padding=1),
         )
 
-    def _encode(self, video: Float[Tensor, "b t c height width"]) -> Float[Tensor, "b s h w c"]:
-        if video.shape[1] % self.frames_a_token:
+    def _encode(self, video: Float[Tensor, "b t c height width"]) -> Float[Tensor, "b s h w d"]:
+        if video.shape[1] % self.frames_per_token:
             raise UserError(
-                f"A clip of {video.shape[1]} frames does not divide into tokens of {self.frames_a_token} frames: set "
-                f"data.frames to a multiple of {self.frames_a_token}."
+                f"A clip of {video.shape[1]} frames does not divide into tokens of {self.frames_per_token} frames: set "
+                f"data.frames to a multiple of {self.frames_per_token}."
             )
-        vectors = self.encoder(rearrange(video, "b t c h w -> b c t h w"))
-        return rearrange(vectors, "b c s h w -> b s h w c")
+        latents = self.encoder(rearrange(video, "b t c height width -> b c t height width"))
+        return rearrange(latents, "b d s h w -> b s h w d")
 
     def _decode(
-        self, codes: Float[Tensor, "b s h w c"], state: DecoderState | None = None
+        self, codes: Float[Tensor, "b s h w d"], state: DecoderState | None = None
     ) -> tuple[Float[Tensor, "b t c height width"], DecoderState]:
         video = self.decoder(rearrange(self.expand(codes), "b s h w d -> b d s h w"))
-        return rearrange(video, "b c t h w -> b t c h w"), []
+        return rearrange(video, "b c t height width -> b t c height width"), []
 
 
 class _AttentionResBlock(nn.Module):
-    """x + axial(relu(bn(conv1(relu(bn(conv3(relu(bn(x))))))))."""
+    """Residual block: x + axial(relu(bn(conv1(relu(bn(conv3(relu(bn(x))))))))."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.block = nn.Sequential(
             nn.BatchNorm3d(width),
@@ -239,23 +242,23 @@ class _AttentionResBlock(nn.Module):
             _AxialAttention(width),
         )
 
-    def forward(self, x: Float[Tensor, "b d t h w"]) -> Float[Tensor, "b d t h w"]:
+    def forward(self, x: Float[Tensor, "b d s h w"]) -> Float[Tensor, "b d s h w"]:
         return x + self.block(x)
 
 
 class _AxialAttention(nn.Module):
-    """The sum of three attentions: along time, along height and along width."""
+    """Sum of three attention layers: along time, along height and along width."""
 
     heads = 2
 
-    def __init__(self, width: int):
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.project_in = nn.ModuleList(nn.Linear(width, 3 * width, bias=False) for _ in "thw")
         self.project_out = nn.ModuleList(nn.Linear(width, width) for _ in "thw")
         for layer in [*self.project_in, *self.project_out]:
             nn.init.normal_(layer.weight, std=width**-0.5)
 
-    def forward(self, x: Float[Tensor, "b d t h w"]) -> Float[Tensor, "b d t h w"]:
+    def forward(self, x: Float[Tensor, "b d s h w"]) -> Float[Tensor, "b d s h w"]:
         x = x.movedim(1, -1)
         total = torch.zeros_like(x)
         for axis, (project_in, project_out) in enumerate(zip(self.project_in, self.project_out, strict=True), start=1):
@@ -265,62 +268,3 @@ class _AxialAttention(nn.Module):
             lines = rearrange(lines.unflatten(0, q.shape[:3]), "... heads n d -> ... n (heads d)")
             total = total + project_out(lines.movedim(-2, axis))
         return total.movedim(-1, 1)
-
-
-def count_parameters(model: VQVAE) -> int:
-    """Parameters of the networks; the codebook is left out, as only some designs teach it by gradients."""
-    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith("quantizer."))
-
-
-def like_llamagen(parameters: int, image_size: int, stride: int, codebook_size: int) -> dict[str, Any]:
-    """The config of a LlamaGen tokenizer with about this many parameters.
-
-    Group normalisation gets as many of the published 32 groups as leave it the published four channels a group.
-
-    Args:
-        parameters: of the networks.
-        image_size: height and width of a frame in pixels.
-        stride: of the tokens it is compared with: from 16 on VQ-16, else VQ-8.
-        codebook_size: number of codes.
-    """
-    quantizer = {
-        "class_path": "tests.benchmarks.baselines.LlamaGenQuantizer",
-        "init_args": {"codebook_size": codebook_size},
-    }
-    fixed = {"image_size": image_size, "channel_multipliers": [1, 1, 2, 2, 4] if stride >= 16 else [1, 2, 2, 4]}
-    for groups in (32, 16, 8, 4, 2):
-        widths = [4 * groups + step / 4 for step in range(16 * groups + 128)]
-        found = _closest(LlamaGenTokenizer, parameters, widths, {**fixed, "groups": groups})
-        if found:
-            return _config(LlamaGenTokenizer, {**found, "quantizer": quantizer})
-    raise UserError(f"No LlamaGen tokenizer has about {parameters:,} parameters: compare it with a larger model.")
-
-
-def like_videogpt(parameters: int, image_size: int, codebook_size: int) -> dict[str, Any]:
-    """The config of a VideoGPT tokenizer with about this many parameters; see `like_llamagen`."""
-    quantizer = {
-        "class_path": "tests.benchmarks.baselines.VideoGPTQuantizer",
-        "init_args": {"codebook_size": codebook_size},
-    }
-    found = _closest(VideoGPTTokenizer, parameters, range(4, 1024, 2), {"image_size": image_size})
-    if not found:
-        raise UserError(f"No VideoGPT tokenizer has about {parameters:,} parameters: compare it with a larger model.")
-    return _config(VideoGPTTokenizer, {**found, "quantizer": quantizer})
-
-
-def _closest(
-    kind: Callable[..., VQVAE], parameters: int, widths: Sequence[float], fixed: dict[str, Any], tolerance: float = 0.03
-) -> dict[str, Any] | None:
-    """The arguments of the width that comes closest, or None where none is within the tolerance."""
-
-    def count(width: float) -> int:
-        with torch.device("meta"):
-            return count_parameters(kind(**fixed, width=width))
-
-    above = bisect_left(widths, parameters, key=count)
-    width = min(widths[max(above - 1, 0) : above + 1], key=lambda w: abs(count(w) - parameters))
-    return {**fixed, "width": width} if abs(count(width) / parameters - 1) <= tolerance else None
-
-
-def _config(kind: type, arguments: dict[str, Any]) -> dict[str, Any]:
-    return {"class_path": f"tests.benchmarks.baselines.{kind.__name__}", "init_args": arguments}

@@ -1,4 +1,4 @@
-"""What a comparison leaves behind: `report.json`, a table, and held-out frames side by side."""
+"""The results of a comparison: `report.json`, a printed table, and a picture of held-out frames."""
 
 import json
 from collections.abc import Sequence
@@ -10,6 +10,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
+
+from t2v.files import atomic_path
 
 COLUMNS = {
     "parameters": "{:,}",
@@ -23,15 +25,15 @@ COLUMNS = {
     "flicker": "{:.4f}",
     "codebook_usage": "{:.1%}",
 }
-"""What the table shows of a result, and how."""
+"""Columns of the table and their format."""
 
 
 def write_report(out: Path, models: Sequence[str]) -> None:
-    """Write `report.json` and `frames.png` of all results there are, and print the table.
+    """Write `report.json` and `frames.png` with all results found, and print the table.
 
     Args:
-        out: folder with a folder of each result, and with the frames of the footage.
-        models: how the folders' names begin, in the order of the rows.
+        out: Folder that contains a folder for each result, and the original frames.
+        models: First parts of the folders' names, in the order of the rows.
     """
     found = [path for name in models for path in sorted(out.glob(f"{name}*/result.json"))]
     results = [json.loads(path.read_text()) for path in found]
@@ -45,39 +47,36 @@ def write_report(out: Path, models: Sequence[str]) -> None:
 
 
 def middle_frames(clips: UInt8[Tensor, "b t c h w"]) -> UInt8[Tensor, "n c h w"]:
-    """The middle frame of the first few clips."""
+    """Return the middle frame of the first four clips."""
     return clips[:4, clips.shape[1] // 2]
 
 
 def save_frames(folder: Path, frames: UInt8[Tensor, "n c h w"]) -> None:
-    """Keep frames for the picture.
+    """Save frames for the picture.
 
     Args:
-        folder: of the result, or of the comparison for the footage.
-        frames: as `middle_frames` chooses them.
+        folder: Folder of the result; for the original frames, the folder of the comparison.
+        frames: The frames, as `middle_frames` returns them.
     """
-    partial = folder / "frames.pt.partial"
-    torch.save(frames.clone(), partial)
-    partial.replace(folder / "frames.pt")
+    with atomic_path(folder / "frames.pt") as temporary:
+        torch.save(frames.clone(), temporary)
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file that appears only when it is complete."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
+    """Write a text file that appears only when it is complete."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
 
 
 def _draw_frames(path: Path, folders: Sequence[Path]) -> None:
-    """The same held-out frames in a column a folder, the footage first."""
+    """Draw the held-out frames in one column per folder, the original frames first."""
     columns = [torch.load(folder / "frames.pt") for folder in folders]
-    names = ["footage", *(folder.name for folder in folders[1:])]
+    names = ["original", *(folder.name for folder in folders[1:])]
     rows = torch.stack(columns, dim=1)  # (n, columns, c, h, w)
     grid = to_pil_image(make_grid(rows.flatten(0, 1), nrow=len(columns), padding=2))
     picture = Image.new("RGB", (grid.width, grid.height + 14))
     picture.paste(grid, (0, 14))
     for i, name in enumerate(names):
         ImageDraw.Draw(picture).text((4 + i * (rows.shape[-1] + 2), 1), name, fill="white")
-    partial = path.with_name(f"{path.name}.partial")
-    picture.save(partial, "PNG")
-    partial.replace(path)
+    with atomic_path(path) as temporary:
+        picture.save(temporary)

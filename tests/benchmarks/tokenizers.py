@@ -1,11 +1,11 @@
-"""Tokenizers side by side on real footage: `python -m tests.benchmarks.tokenizers runs/tokenizers`.
+"""Comparison of tokenizers on real videos: `python -m tests.benchmarks.tokenizers runs/tokenizers`.
 
-Ours, the designs of LlamaGen and VideoGPT at the same number of parameters (within 3 %), and H.264 at as many bits a
-pixel as our tokens take. The networks see the same clips for the same time: a few steps of each are measured first, and
-from that follows how many it gets, so that its schedule runs to the end. All are measured by `validate`, on clips of a
-video that none was trained on.
+It compares our VQ-VAE, the designs of LlamaGen and VideoGPT with the same number of parameters (within 3 %), and H.264
+with as many bits per pixel as our tokens take. The networks train on the same clips for the same time: the duration of
+a step is measured first and gives the number of steps, so that the learning-rate schedule is complete. All are measured
+by `validate`, on clips of a video that none was trained on.
 
-What is done stays done: results are kept a model, so that the command can be stopped, and given again with `--only`.
+Results are stored per model, so that the command can be interrupted and repeated, also with `--only`.
 """
 
 import json
@@ -18,7 +18,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import yaml
-from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -27,11 +26,11 @@ from data import VideoDataModule
 from data.examples.footage import copy_footage
 from data.prepare import prepare
 from t2v.errors import UserError, run_tool
-from t2v.losses import LPIPSLoss, MobileNetLoss
+from t2v.losses import MobileNetLoss
 from t2v.metrics import PerceptualDistance
 from t2v.training.vqvae import LitVQVAE
-from t2v.vqvae.model import VQVAE, to_model_range
-from tests.benchmarks.baselines import count_parameters, like_llamagen, like_videogpt
+from t2v.vqvae.model import to_model_range
+from tests.benchmarks.candidates import Candidate, build, configure, count_parameters
 from tests.benchmarks.h264 import H264, find_crf
 from tests.benchmarks.report import middle_frames, save_frames, write, write_report
 
@@ -41,26 +40,31 @@ PERCEPTUAL = {
     "class_path": "t2v.metrics.PerceptualDistance",
     "init_args": {"term": {"class_path": "t2v.losses.MobileNetLoss"}},
 }
-WARMUP, MEASURED = 4, 8
-"""Steps that are run, and then timed, to know how long one takes."""
+WARMUP_STEPS, MEASURED_STEPS = 4, 8
+"""Steps that run before and during the measurement of a step's duration."""
 
 
 class StepTimes(Callback):
-    """Wall-clock seconds of the training steps, waiting for data included; a resumed run counts on."""
+    """Measures the wall-clock seconds of training steps, with the wait for data; a resumed run adds to them.
+
+    Attributes:
+        seconds: Sum over all steps.
+        steps: Duration of each step since the process started.
+    """
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self.steps: list[float] = []
-        self._before = 0.0
+        self._last = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._before = time.perf_counter()
+        self._last = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         now = time.perf_counter()
-        self.steps.append(now - self._before)
-        self.seconds += now - self._before
-        self._before = now
+        self.steps.append(now - self._last)
+        self.seconds += now - self._last
+        self._last = now
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds}
@@ -69,19 +73,8 @@ class StepTimes(Callback):
         self.seconds = state_dict["seconds"]
 
 
-class Contender(NamedTuple):
-    """A network and how it is trained."""
-
-    name: str
-    model: dict[str, Any]
-    """Its config: class_path and init_args."""
-    training: dict[str, Any]
-    """What differs from the recipe in the arguments of `LitVQVAE`."""
-    lr: float
-
-
 class Protocol(NamedTuple):
-    """What is the same for all."""
+    """Settings that all results of a folder share."""
 
     out: Path
     recipe: Path
@@ -104,86 +97,59 @@ def compare(
     precision: str = "bf16-mixed",
     clip_frames: int = 16,
 ) -> None:
-    """Train and measure tokenizers side by side; print a table, write `report.json` and `frames.png`.
+    """Train and measure tokenizers under equal conditions; print a table, write `report.json` and `frames.png`.
 
     Args:
-        out: folder for footage, checkpoints and results; each result in it becomes a row.
-        minutes: training time of each network.
-        seed: of weights and of the order of the clips.
-        only: one model instead of all.
-        same_losses: train the others with our terms of the loss, not with those they were published with.
-        lr_ours: learning rate of ours; the recipe's by default.
-        lr_llamagen: learning rate of LlamaGen's design; the published one by default.
-        lr_videogpt: learning rate of VideoGPT's design; the published one by default.
-        recipe: config of stage 1 on footage.
-        precision: of training and measuring, as `trainer.precision` takes it.
-        clip_frames: frames of a held-out clip, a multiple of 4.
+        out: Folder for clips, checkpoints and results; each result in it becomes a row.
+        minutes: Training time of each network.
+        seed: Seed of the weights and of the order of the clips.
+        only: Run one model instead of all.
+        same_losses: Train the other designs with our loss terms instead of their published ones.
+        lr_ours: Learning rate of our VQ-VAE; by default that of the recipe.
+        lr_llamagen: Learning rate of LlamaGen's design; the published one by default.
+        lr_videogpt: Learning rate of VideoGPT's design; the published one by default.
+        recipe: Config of stage 1.
+        precision: Precision of training and measurement, a value of `trainer.precision`.
+        clip_frames: Frames of a held-out clip, a multiple of 4.
+
+    Raises:
+        UserError: If a number of frames is not a multiple of 4, or `out` holds results with other settings.
     """
     settings = yaml.safe_load(recipe.read_text())
     frames = {"clip_frames": clip_frames, "data.frames of the recipe": settings["data"]["init_args"]["frames"]}
     if wrong := [f"{name}={value}" for name, value in frames.items() if value % 4]:
-        raise UserError(f"{', '.join(wrong)} must be a multiple of 4, the frames that a token of VideoGPT stands for.")
+        raise UserError(
+            f"{', '.join(wrong)} must be a multiple of 4, the number of frames that a token of VideoGPT covers."
+        )
     protocol = Protocol(out.absolute(), recipe.absolute(), minutes, seed, precision, clip_frames)
     _keep_protocol(protocol)
-    _prepare_footage(protocol, settings["data"]["init_args"])
+    _prepare_clips(protocol, settings["data"]["init_args"])
     rates = {"ours": lr_ours, "llamagen": lr_llamagen, "videogpt": lr_videogpt}
     for name in MODELS if only is None else (only,):
         if name == "h264":
             _measure_h264(protocol, settings)
         else:
-            _run(contender(name, settings, rates[name], same_losses), protocol)
+            _run(configure(name, settings, rates[name], same_losses), protocol)
         write_report(protocol.out, MODELS)
 
 
-def contender(name: str, recipe: dict[str, Any], lr: float | None, same_losses: bool) -> Contender:
-    """One of the networks, at about as many parameters as the recipe's.
-
-    Args:
-        name: "ours", "llamagen" or "videogpt".
-        recipe: the config of stage 1.
-        lr: learning rate; the recipe's by default.
-        same_losses: whether another's network is trained with the recipe's losses.
-    """
-    arguments = recipe["model"]["init_args"]
-    lr = arguments["optimizer"]["init_args"]["lr"] if lr is None else lr
-    if name == "ours":
-        return Contender(f"ours-lr{lr:g}", arguments["model"], {}, lr)
-    ours = build(arguments["model"])
-    size, codes = ours.image_size, ours.codebook_size
-    if name == "llamagen":
-        model = like_llamagen(count_parameters(ours), size, ours.stride, codes)
-        losses = [_loss("L2Loss"), _perceptual_loss()]
-    else:
-        model = like_videogpt(count_parameters(ours), size, codes)
-        losses = [_loss("L2Loss", weight=1 / (4 * 0.06))]  # published for pixels in [-0.5, 0.5]
-    training: dict[str, Any] = {"quantize_from_step": 0}
-    if not same_losses:
-        training |= {"losses": losses, "adversarial": None}
-    return Contender(f"{name}-lr{lr:g}{'-same_losses' if same_losses else ''}", model, training, lr)
-
-
-def build(config: dict[str, Any]) -> VQVAE:
-    """The network of a config on the meta device, for its figures."""
-    parser = ArgumentParser()
-    parser.add_subclass_arguments(VQVAE, "model")
-    with torch.device("meta"):
-        return parser.instantiate_classes(parser.parse_object({"model": config})).model
-
-
-def _run(contender: Contender, protocol: Protocol) -> None:
-    """Train and measure a network, as far as that has not been done."""
-    folder = protocol.out / contender.name
+def _run(candidate: Candidate, protocol: Protocol) -> None:
+    """Train and measure a network, unless that is complete."""
+    folder = protocol.out / candidate.name
     folder.mkdir(parents=True, exist_ok=True)
-    plan = _plan(contender, protocol)
+    plan = _plan(candidate, protocol)
     if (folder / "result.json").exists():
-        print(f"{contender.name} is measured already: nothing to do.")
+        print(f"{candidate.name} is measured already: nothing to do.")
         return
-    overlay = _write_overlay(folder / "overlay.yaml", contender, protocol, plan["max_steps"])
+    overlay = _write_overlay(folder / "overlay.yaml", candidate, protocol, plan["max_steps"])
     flags = ["-c", str(protocol.recipe), "-c", str(overlay), "--ckpt_path", "last"]
     trained = main(["fit", *flags])
     seconds, planned = _step_times(trained.trainer).seconds, 60 * protocol.minutes
     if abs(seconds / planned - 1) > 0.1:
-        print(f"{contender.name} trained for {seconds:.0f} s, not {planned:.0f} s: did anything run beside it?")
+        print(
+            f"{candidate.name} trained for {seconds:.0f} s instead of {planned:.0f} s: did another program run at the "
+            "same time?"
+        )
     settings = ["--trainer.limit_val_batches", "1.0", "--data.frames", str(protocol.clip_frames)]
     cli = main(["validate", *flags, *settings])
     model = cli.model.model.eval()
@@ -195,7 +161,7 @@ def _run(contender: Contender, protocol: Protocol) -> None:
     pixels = clips.shape[-2] * clips.shape[-1]
     losses = cli.config["validate"]["model"]["init_args"]["losses"]
     result = {
-        "name": contender.name,
+        "name": candidate.name,
         "parameters": count_parameters(model),
         "steps": plan["max_steps"],
         "seconds": round(seconds, 1),
@@ -203,8 +169,8 @@ def _run(contender: Contender, protocol: Protocol) -> None:
         "codes": model.codebook_size,
         "bits_per_pixel": tokens * math.log2(model.codebook_size) / pixels,
         **_metrics(cli.trainer.callback_metrics),
-        "lr": contender.lr,
-        "model": contender.model,
+        "lr": candidate.lr,
+        "model": candidate.model,
         "losses": [(loss["class_path"].rpartition(".")[2], loss["init_args"]["weight"]) for loss in losses],
         "held_out_clips": len(clips),
         **_settings(protocol),
@@ -213,7 +179,7 @@ def _run(contender: Contender, protocol: Protocol) -> None:
 
 
 def _measure_h264(protocol: Protocol, recipe: dict[str, Any]) -> None:
-    """Measure H.264 at about as many bits a pixel as our tokens take."""
+    """Measure H.264 with about as many bits per pixel as our tokens take."""
     folder = protocol.out / "h264"
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "result.json").exists():
@@ -242,7 +208,7 @@ def _measure_h264(protocol: Protocol, recipe: dict[str, Any]) -> None:
         "name": "h264",
         "bits_per_pixel": codec.bits / codec.pixels,
         **_metrics(trainer.callback_metrics),
-        "wanted_bits_per_pixel": target,
+        "target_bits_per_pixel": target,
         "crf": codec.crf,
         "preset": codec.preset,
         "held_out_clips": len(clips),
@@ -252,46 +218,53 @@ def _measure_h264(protocol: Protocol, recipe: dict[str, Any]) -> None:
 
 
 def _keep_protocol(protocol: Protocol) -> None:
-    """A folder holds results of one protocol only: its rows are there to be compared."""
-    path, now = protocol.out / "protocol.json", _settings(protocol)
+    """Store the settings in the folder, or check that its results have the same ones.
+
+    Raises:
+        UserError: If they have other settings, so that the rows could not be compared.
+    """
+    path, settings = protocol.out / "protocol.json", _settings(protocol)
     if path.exists():
-        before = json.loads(path.read_text())
-        if told := [f"{name} ({before.get(name)}, now {now[name]})" for name in now if before.get(name) != now[name]]:
+        stored = json.loads(path.read_text())
+        differences = [
+            f"{name} ({stored.get(name)}, now {value})" for name, value in settings.items() if stored.get(name) != value
+        ]
+        if differences:
             raise UserError(
-                f"{protocol.out} holds results with another {' and another '.join(told)}: choose another folder."
+                f"{protocol.out} holds results with another {' and another '.join(differences)}: choose another folder."
             )
     protocol.out.mkdir(parents=True, exist_ok=True)
-    write(path, json.dumps(now, indent=1))
+    write(path, json.dumps(settings, indent=1))
 
 
-def _prepare_footage(protocol: Protocol, data: dict[str, Any]) -> None:
+def _prepare_clips(protocol: Protocol, data: dict[str, Any]) -> None:
     clips, shards = protocol.out / "clips", protocol.out / "shards"
     copy_footage(clips)
     shards.mkdir(exist_ok=True)
-    cut_from = 2 * math.ceil(data["size"] / data.get("crop", 1.0) / 2)  # so that no random square is enlarged
-    for part, size in {"train": cut_from, "val": data["size"]}.items():
-        prepare(clips / part, shards / part, size=size, fps=data["fps"], frames=protocol.clip_frames)
+    train_size = 2 * math.ceil(data["size"] / data.get("crop", 1.0) / 2)  # even, and large enough for random crops
+    for split, size in {"train": train_size, "val": data["size"]}.items():
+        prepare(clips / split, shards / split, size=size, fps=float(data["fps"]), frames=protocol.clip_frames)
 
 
-def _plan(contender: Contender, protocol: Protocol) -> dict[str, Any]:
-    """How many steps a network gets, measured once; kept beside what that was measured for."""
-    path = protocol.out / contender.name / "plan.json"
+def _plan(candidate: Candidate, protocol: Protocol) -> dict[str, Any]:
+    """Return the number of training steps of a network from the duration of a step, which is measured once."""
+    path = protocol.out / candidate.name / "plan.json"
     if path.exists():
         plan = json.loads(path.read_text())
-        if plan["model"] != contender.model:
+        if plan["model"] != candidate.model:
             raise UserError(
-                f"{path.parent} holds a run of another network, as the recipe or this program has changed since: "
+                f"{path.parent} holds a run of another network, because the recipe or this program has changed: "
                 "choose another folder, or delete that one."
             )
         return plan
     folder = path.with_name("measuring")
     folder.mkdir(exist_ok=True)
-    overlay = _write_overlay(folder / "overlay.yaml", contender, protocol, WARMUP + MEASURED, keep=False)
+    overlay = _write_overlay(folder / "overlay.yaml", candidate, protocol, WARMUP_STEPS + MEASURED_STEPS, keep=False)
     cli = main(["fit", "-c", str(protocol.recipe), "-c", str(overlay)])
-    seconds = median(_step_times(cli.trainer).steps[WARMUP:])
+    seconds = median(_step_times(cli.trainer).steps[WARMUP_STEPS:])
     shutil.rmtree(folder)
     plan = {
-        "model": contender.model,
+        "model": candidate.model,
         "step_seconds": seconds,
         "max_steps": max(round(60 * protocol.minutes / seconds), 1),
     }
@@ -299,12 +272,12 @@ def _plan(contender: Contender, protocol: Protocol) -> dict[str, Any]:
     return plan
 
 
-def _write_overlay(path: Path, contender: Contender, protocol: Protocol, max_steps: int, keep: bool = True) -> Path:
-    """What a run changes in the recipe, as a second config; a run that is not kept writes no checkpoints."""
+def _write_overlay(path: Path, candidate: Candidate, protocol: Protocol, max_steps: int, keep: bool = True) -> Path:
+    """Write the settings that a run changes in the recipe, as a second config; `keep` enables checkpoints."""
     recipe = yaml.safe_load(protocol.recipe.read_text())
-    averages = [each for each in recipe["trainer"]["callbacks"] if each["class_path"] == "callbacks.EMA"]
-    figures = {"class_path": "callbacks.MetricsReport", "init_args": {"path": str(path.with_name("validation.json"))}}
-    callbacks = [*averages, {"class_path": "tests.benchmarks.tokenizers.StepTimes"}, figures]
+    averages = [config for config in recipe["trainer"]["callbacks"] if config["class_path"] == "callbacks.EMA"]
+    metrics = {"class_path": "callbacks.MetricsReport", "init_args": {"path": str(path.with_name("validation.json"))}}
+    callbacks = [*averages, {"class_path": "tests.benchmarks.tokenizers.StepTimes"}, metrics]
     checkpoints = {
         "class_path": "ModelCheckpoint",
         "init_args": {
@@ -315,10 +288,10 @@ def _write_overlay(path: Path, contender: Contender, protocol: Protocol, max_ste
     }
     arguments = recipe["model"]["init_args"]
     training = {
-        # The recipe's are meant for its own number of steps.
+        # The recipe's values are for its own number of steps.
         "quantize_from_step": min(arguments.get("quantize_from_step", 0), max_steps // 4),
         "warmup_steps": min(arguments.get("warmup_steps", 0), max_steps // 4),
-        **contender.training,
+        **candidate.training,
     }
     overlay = {
         "seed_everything": protocol.seed,
@@ -334,9 +307,9 @@ def _write_overlay(path: Path, contender: Contender, protocol: Protocol, max_ste
         },
         "model": {
             "init_args": {
-                "model": contender.model,
+                "model": candidate.model,
                 "metrics": [PERCEPTUAL],
-                "optimizer": {"init_args": {"lr": contender.lr}},
+                "optimizer": {"init_args": {"lr": candidate.lr}},
                 **training,
             }
         },
@@ -352,20 +325,6 @@ def _write_overlay(path: Path, contender: Contender, protocol: Protocol, max_ste
     return path
 
 
-def _loss(name: str, **arguments: float) -> dict[str, Any]:
-    return {"class_path": f"t2v.losses.{name}", "init_args": arguments}
-
-
-def _perceptual_loss() -> dict[str, Any]:
-    """LPIPS, or where its weights are missing what stands in for it."""
-    try:
-        LPIPSLoss()
-    except UserError as error:
-        print(f"MobileNetLoss stands in for LPIPS. {error}")
-        return _loss("MobileNetLoss", weight=1.0)
-    return _loss("LPIPSLoss", weight=1.0)
-
-
 def _step_times(trainer: Trainer) -> StepTimes:
     return next(callback for callback in trainer.callbacks if isinstance(callback, StepTimes))  # type: ignore[attr-defined]
 
@@ -376,12 +335,11 @@ def _metrics(logged: dict[str, Tensor]) -> dict[str, float]:
 
 
 def _settings(protocol: Protocol) -> dict[str, Any]:
-    told = protocol._asdict()
-    return {name: told[name] for name in told if name not in ("out", "recipe")}
+    return {name: value for name, value in protocol._asdict().items() if name not in ("out", "recipe")}
 
 
 if __name__ == "__main__":
-    # Configs name this module's classes: they must not be those of a second copy called __main__.
+    # Configs name this module's classes, which must not be those of a second copy named __main__.
     from tests.benchmarks import tokenizers
 
     run_tool(tokenizers.compare)

@@ -1,7 +1,7 @@
-"""How fast `predict` of stage 1 makes tokens, in fp32 and in bf16-mixed: `python -m tests.benchmarks.tokenizing`.
+"""Speed of tokenizing with `predict` of stage 1, in fp32 and in bf16-mixed: `python -m tests.benchmarks.tokenizing`.
 
-Both run from the command line's own entry, by turns, over the same clips; the fastest round of each counts. The first
-batches are left out: they load the text encoder and start the workers.
+Both precisions run through the command line's entry point, interleaved, over the same clips; the fastest round of each
+counts. The first batches are left out, because they load the text encoder and start the workers.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ from data.shards import ShardSet
 from t2v.errors import UserError, run_tool
 
 PRECISIONS = ("32-true", "bf16-mixed")
-WARM_UP = 2
-"""Batches that do not count."""
+WARMUP_BATCHES = 2
+"""Batches that are not measured."""
 PARTS = {
     "encoder": ".predict_step",
     "loader": ".predict_next",
@@ -31,35 +31,34 @@ PARTS = {
     "text": "[TextEncoder]",
     "writer": "TokenShardWriter.on_predict_batch_end",
 }
-"""What the time is shared out to, and the actions of Lightning's profiler that tell it; text is part of the writer."""
+"""Parts of the run, and the actions of Lightning's profiler that measure them; the text encoder is in the writer."""
 
 
 class Clock(SimpleProfiler):
-    """Notes when each action ended, after the accelerator has done all that was asked of it."""
+    """Records when each action ended, after all work of the accelerator is complete."""
 
     def __init__(self) -> None:
         super().__init__()
         self.ends: dict[str, list[float]] = defaultdict(list)
 
     def stop(self, action_name: str) -> None:
-        """Wait, and note the time."""
+        """Wait for the accelerator, and record the time."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         super().stop(action_name)
         self.ends[action_name].append(time.perf_counter())
 
     def summary(self) -> str:
-        """Nothing: the benchmark prints what it needs."""
+        """Return nothing, because the benchmark prints its own summary."""
         return ""
 
-    def lasted(self, part: str, batches: slice) -> float:
-        """Seconds that a part of these batches took."""
-        return math.fsum(
-            math.fsum(took[batches]) for name, took in self.recorded_durations.items() if PARTS[part] in name
-        )
+    def seconds_of(self, part: str, batches: slice) -> float:
+        """Return the seconds that a part of the run took in these batches."""
+        actions = [durations for name, durations in self.recorded_durations.items() if PARTS[part] in name]
+        return math.fsum(math.fsum(durations[batches]) for durations in actions)
 
     def span(self, batches: slice) -> float:
-        """Seconds from the end of the batch before these to the end of the last."""
+        """Return the seconds from the end of the batch before these to the end of the last of them."""
         (ends,) = (ends for name, ends in self.ends.items() if PARTS["writer"] in name)
         return ends[batches.stop - 1] - ends[batches.start - 1]
 
@@ -73,16 +72,19 @@ def measure(
     accelerator: str = "auto",
     overrides: list[str] = [],  # noqa: B006
 ) -> None:
-    """Print the speed of `predict`, where the time goes, and how many tokens of both precisions agree.
+    """Print the speed of `predict`, the fraction of time of each part, and how many tokens agree in both precisions.
 
     Args:
-        recipe: stage 1's config, whose TokenShardWriter writes into `${trainer.default_root_dir}/tokens`.
-        checkpoint: what `fit` wrote.
-        shards: clips to tokenise.
-        batches: batches of each run; fewer where there are not so many.
-        rounds: runs of each precision.
+        recipe: Config of stage 1, whose TokenShardWriter writes to `${trainer.default_root_dir}/tokens`.
+        checkpoint: Checkpoint of stage 1.
+        shards: Video shards to tokenize.
+        batches: Largest number of batches in a run.
+        rounds: Runs of each precision.
         accelerator: Lightning's name of the device.
-        overrides: more flags, such as `--data.num_workers=8`.
+        overrides: Further flags, such as `--data.num_workers=8`.
+
+    Raises:
+        UserError: If there are too few clips to measure.
     """
     best: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -102,9 +104,9 @@ def measure(
                     "trainer.logger": False,
                     "trainer.profiler": "tests.benchmarks.tokenizing.Clock",
                 }
-                given = [f"--{name}={value}" for name, value in flags.items()]
+                arguments = [f"--{name}={value}" for name, value in flags.items()]
                 with contextlib.redirect_stdout(io.StringIO()):
-                    cli = main(["predict", "-c", str(recipe), *given, *overrides])
+                    cli = main(["predict", "-c", str(recipe), *arguments, *overrides])
                 result = _result(cli, batches)
                 if precision not in best or result["clips/s"] > best[precision]["clips/s"]:
                     best[precision] = result
@@ -112,29 +114,33 @@ def measure(
         tokens = [_tokens(Path(folder) / f"{precision}-0" / "tokens/train") for precision in PRECISIONS]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{name}; {cli.datamodule.num_workers} workers; batches of {best[PRECISIONS[0]].pop('batch')}")
-    print(" " * 12 + "".join(f"{column:>10}" for column in best[PRECISIONS[0]]))
+    columns = list(best[PRECISIONS[0]])
+    print(" " * 12 + "".join(f"{column:>10}" for column in columns))
     for precision in PRECISIONS:
-        print(f"{precision:<12}" + "".join(_cell(column, best[precision][column]) for column in best[PRECISIONS[0]]))
-    same = np.concatenate([(tokens[0][key] == tokens[1][key]).ravel() for key in tokens[0]])
-    print(f"{same.mean():.2%} of {same.size:,} tokens agree.")
+        print(f"{precision:<12}" + "".join(_format_cell(column, best[precision][column]) for column in columns))
+    equal = np.concatenate([(tokens[0][key] == tokens[1][key]).ravel() for key in tokens[0]])
+    print(f"{equal.mean():.2%} of {equal.size:,} tokens agree.")
 
 
 def _result(cli: Any, limit: int) -> dict[str, Any]:
-    whole = cli.datamodule.predict_dataloader()[0].dataset
-    batches = slice(WARM_UP, min(limit, len(whole)))
+    """Return the speed and the fraction of time of each part of a run."""
+    dataset = cli.datamodule.predict_dataloader()[0].dataset
+    batches = slice(WARMUP_BATCHES, min(limit, len(dataset)))
     if batches.stop <= batches.start:
-        raise UserError(f"{batches.stop} batches are not more than the {WARM_UP} that do not count: give more clips.")
-    clips = [index for batch in whole.batches[batches] for index in batch]
-    frames = sum(whole.clips.length(whole.clips.samples[index]) for index in clips)
+        raise UserError(
+            f"There are {batches.stop} batches, but the first {WARMUP_BATCHES} are not measured: give more clips."
+        )
+    clips = [index for batch in dataset.batches[batches] for index in batch]
+    frames = sum(dataset.clips.length(dataset.clips.samples[index]) for index in clips)
     clock = cli.trainer.profiler
     seconds = clock.span(batches)
-    shares = {part: clock.lasted(part, batches) / seconds for part in PARTS}
-    shares["writer"] -= shares["text"]
+    fractions = {part: clock.seconds_of(part, batches) / seconds for part in PARTS}
+    fractions["writer"] -= fractions["text"]
     return {
         "clips/s": len(clips) / seconds,
         "frames/s": frames / seconds,
-        **shares,
-        "batch": f"{len(whole.batches[WARM_UP])} clips, {frames / len(clips):.0f} frames each",
+        **fractions,
+        "batch": f"{len(dataset.batches[WARMUP_BATCHES])} clips, {frames / len(clips):.0f} frames each",
     }
 
 
@@ -145,7 +151,7 @@ def _tokens(path: Path) -> dict[str, np.ndarray]:
     }
 
 
-def _cell(column: str, value: float) -> str:
+def _format_cell(column: str, value: float) -> str:
     return f"{value:>10,.1f}" if column.endswith("/s") else f"{value:>10.1%}"
 
 
