@@ -1,14 +1,13 @@
-"""Weights of fewer bits for generation.
+"""Quantized weights of the transformer, for generation only.
 
-- "fp8" is e4m3 (https://arxiv.org/abs/2209.05433), "int8" are whole numbers, both with a scale per output channel;
-  "nf4" is four bits and a scale for 64 weights (https://arxiv.org/abs/2305.14314), by bitsandbytes.
-- The linear layers of the blocks are converted. Embeddings are looked up, a row a token; norms, gates and the text's
-  entrance are small; the head stays, for it is what the probabilities come from.
-- With "nf4" the first block and what reads the text, a few per cent of all weights, are kept in "int8": most of what
-  four bits do to the probabilities comes from there.
-- On the CPU a few rows, as in decoding, are multiplied with the codes as they lie: torch.compile fuses unpacking,
-  product and sum, so that a step reads a byte a weight. More rows, as in prefill, meet the weights of a layer in full,
-  which are forgotten again.
+- "fp8" is e4m3 (https://arxiv.org/abs/2209.05433) and "int8" integers, both with a scale per output channel; "nf4" is
+  4 bits with a scale per 64 weights (https://arxiv.org/abs/2305.14314), by bitsandbytes.
+- The linear layers of the blocks are quantized. Embeddings (read a row per token), norms, gates and the input
+  projections of the text are not: they are small. Neither is the output projection, which the probabilities come from.
+- With "nf4" the first block and the key and value projections of the text, a few per cent of the weights, are in
+  "int8": most of the effect of 4 bits on the probabilities comes from them.
+- On the CPU, few rows (decoding) are multiplied with the stored values: `torch.compile` fuses conversion, product and
+  sum, so that a step reads one byte per weight. For more rows (prefill) the weight of a layer is converted temporarily.
 """
 
 import warnings
@@ -28,190 +27,206 @@ from t2v.transformer.model import VideoTransformer
 
 Weights = Literal["full", "fp8", "int8", "nf4"]
 
-_FEW = 8
-"""Up to so many rows, multiplying row by row on the CPU beats a product of matrices."""
+_FEW_ROWS = 8
+"""Up to this many rows, multiplying row by row is faster on the CPU than a matrix product."""
 
 
 def convert(model: VideoTransformer, weights: Weights) -> None:
-    """Stores the weights of a model in fewer bits, in place; it is then frozen, in eval mode, and for generation alone.
+    """Quantize the weights of a model in place; it is then frozen, in eval mode, and can only generate.
 
     Args:
-        model: the transformer, on any device, "meta" included.
-        weights: "full" leaves everything as it is.
+        model: The transformer, on any device, "meta" included.
+        weights: Storage of the weights; "full" changes nothing.
 
     Raises:
-        UserError: if there are no such weights, the model is converted already, or bitsandbytes is missing.
+        UserError: If `weights` is not known, the model is quantized already, or bitsandbytes is missing.
     """
     if weights == "full":
         return
-    if any(isinstance(module, CompactLinear) for module in model.modules()):
-        raise UserError(f"The model's weights are converted already: load it again to have them in {weights}.")
-    if weights not in _KINDS:
-        raise UserError(f"weights={weights} is not known: choose full, {', '.join(_KINDS)}.")
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise UserError(f"The model's weights are quantized already: load it again to have them in {weights}.")
+    if weights not in _LAYERS:
+        raise UserError(f"weights={weights} is not known: choose full, {', '.join(_LAYERS)}.")
     for index, block in enumerate(model.blocks):
         for parent in list(block.modules()):
             for name, child in parent.named_children():
                 if isinstance(child, nn.Linear):
                     sensitive = weights == "nf4" and (index == 0 or name == "key_value")
-                    linear = Int8Linear if sensitive else _KINDS[weights]
-                    setattr(parent, name, linear(child.weight.detach()).eval())
+                    layer = Int8Linear if sensitive else _LAYERS[weights]
+                    setattr(parent, name, layer(child.weight.detach()).eval())
     model.requires_grad_(False).eval()
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """Memory that a model's weights take, converted or not."""
+    """Return the memory of a model's weights, quantized or not, in bytes."""
     scales = [module.linear.weight.quant_state.absmax for module in model.modules() if isinstance(module, Nf4Linear)]
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *scales))
 
 
-class CompactLinear(nn.Module):
-    """A linear layer without bias, from whose weights there is no way back."""
+class QuantizedLinear(nn.Module):
+    """Inference-only quantized linear layer without bias."""
 
-    def train(self, mode: bool = True) -> "CompactLinear":
+    def train(self, mode: bool = True) -> "QuantizedLinear":
+        """Set eval mode; refuse training mode."""
         if mode:
             raise UserError("Weights in fp8, int8 or nf4 cannot be trained: load the model with weights=full.")
         return super().train(mode)
 
     def _save_to_state_dict(self, *args: Any) -> None:
         raise UserError(
-            "Weights in fp8, int8 or nf4 are not saved: export the model with weights=full, and convert it when it is "
-            "loaded."
+            "Weights in fp8, int8 or nf4 are not saved: export the model with weights=full, and quantize it when it "
+            "is loaded."
         )
 
 
-class ByteLinear(CompactLinear, ABC):
-    """A byte a weight, and a scale per output channel."""
+class ByteLinear(QuantizedLinear, ABC):
+    """Linear layer with one byte per weight and a scale per output channel.
+
+    Args:
+        weight: The weight to quantize.
+    """
 
     LARGEST: ClassVar[float]
-    """The code of the largest weight of a channel."""
-    codes: Int8[Tensor, "e d"]
-    scale: Float[Tensor, " e"]
+    """Stored value of the largest weight of a channel."""
+    stored: Int8[Tensor, "d_out d_in"]
+    scale: Float[Tensor, " d_out"]
 
-    def __init__(self, weight: Float[Tensor, "e d"]):
+    def __init__(self, weight: Float[Tensor, "d_out d_in"]) -> None:
         super().__init__()
         scale = weight.float().abs().amax(dim=1) / self.LARGEST
-        scale = scale.clamp(min=torch.finfo(scale.dtype).tiny)  # of channels of zeros
-        self.register_buffer("codes", self.encode(weight.float() / scale[:, None]))
+        scale = scale.clamp(min=torch.finfo(scale.dtype).tiny)  # for channels of zeros
+        self.register_buffer("stored", self.quantize(weight.float() / scale[:, None]))
         self.register_buffer("scale", scale)
 
-    def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... e"]:
-        if x.is_cpu and x.numel() <= _FEW * x.shape[-1]:
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        if x.is_cpu and x.numel() <= _FEW_ROWS * x.shape[-1]:
             rows = x.reshape(-1, x.shape[-1]).float().unbind(0)
-            y = torch.stack([_run(self.product, self.codes, self.scale, row) for row in rows])
+            y = torch.stack([_run(self.multiply_row, self.stored, self.scale, row) for row in rows])
             return y.to(x.dtype).view(*x.shape[:-1], -1)
-        return F.linear(x, _run(self.restore, self.codes, self.scale).to(x.dtype))
+        return F.linear(x, self.weight().to(x.dtype))
+
+    def weight(self) -> Float[Tensor, "d_out d_in"]:
+        """Return the weight in float32."""
+        return _run(self.dequantize, self.stored, self.scale)
 
     @staticmethod
     @abstractmethod
-    def encode(weight: Float[Tensor, "e d"]) -> Int8[Tensor, "e d"]:
-        """The codes of scaled weights."""
+    def quantize(weight: Float[Tensor, "d_out d_in"]) -> Int8[Tensor, "d_out d_in"]:
+        """Return the bytes of a weight in [-LARGEST, LARGEST]."""
 
     @staticmethod
     @abstractmethod
-    def restore(codes: Int8[Tensor, "e d"], scale: Float[Tensor, " e"]) -> Float[Tensor, "e d"]:
-        """The weights in full."""
+    def to_float(stored: Int8[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
+        """Return the values of bytes."""
 
-    @staticmethod
-    @abstractmethod
-    def product(codes: Int8[Tensor, "e d"], scale: Float[Tensor, " e"], x: Float[Tensor, " d"]) -> Float[Tensor, " e"]:
-        """The weights by one row."""
+    @classmethod
+    def dequantize(
+        cls, stored: Int8[Tensor, "d_out d_in"], scale: Float[Tensor, " d_out"]
+    ) -> Float[Tensor, "d_out d_in"]:
+        """Return the weight in float32."""
+        return cls.to_float(stored) * scale[:, None]
+
+    @classmethod
+    def multiply_row(
+        cls, stored: Int8[Tensor, "d_out d_in"], scale: Float[Tensor, " d_out"], x: Float[Tensor, " d_in"]
+    ) -> Float[Tensor, " d_out"]:
+        """Return the product of the weight and one row."""
+        return (cls.to_float(stored) * x).sum(dim=-1) * scale
 
 
 class Fp8Linear(ByteLinear):
-    """Weights in e4m3: sign, four bits of exponent, three of mantissa."""
+    """Linear layer with weights in e4m3: a sign, 4 bits of exponent, 3 of mantissa."""
 
     LARGEST = 448.0
 
     @staticmethod
-    def encode(weight: Float[Tensor, "e d"]) -> Int8[Tensor, "e d"]:
+    def quantize(weight: Float[Tensor, "d_out d_in"]) -> Int8[Tensor, "d_out d_in"]:
         return weight.to(torch.float8_e4m3fn).view(torch.int8)
 
     @staticmethod
-    def restore(codes: Int8[Tensor, "e d"], scale: Float[Tensor, " e"]) -> Float[Tensor, "e d"]:
-        return from_e4m3(codes) * scale[:, None]
-
-    @staticmethod
-    def product(codes: Int8[Tensor, "e d"], scale: Float[Tensor, " e"], x: Float[Tensor, " d"]) -> Float[Tensor, " e"]:
-        return (from_e4m3(codes) * x).sum(dim=-1) * scale
+    def to_float(stored: Int8[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
+        return e4m3_to_float(stored)
 
 
 class Int8Linear(ByteLinear):
-    """Weights from -127 to 127."""
+    """Linear layer with integer weights from -127 to 127."""
 
     LARGEST = 127.0
 
     @staticmethod
-    def encode(weight: Float[Tensor, "e d"]) -> Int8[Tensor, "e d"]:
+    def quantize(weight: Float[Tensor, "d_out d_in"]) -> Int8[Tensor, "d_out d_in"]:
         return weight.round().to(torch.int8)
 
     @staticmethod
-    def restore(codes: Int8[Tensor, "e d"], scale: Float[Tensor, " e"]) -> Float[Tensor, "e d"]:
-        return codes.float() * scale[:, None]
-
-    @staticmethod
-    def product(codes: Int8[Tensor, "e d"], scale: Float[Tensor, " e"], x: Float[Tensor, " d"]) -> Float[Tensor, " e"]:
-        return (codes.float() * x).sum(dim=-1) * scale
+    def to_float(stored: Int8[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
+        return stored.float()
 
 
-class Nf4Linear(CompactLinear):
-    """Half a byte a weight, as `bitsandbytes` stores and multiplies it."""
+class Nf4Linear(QuantizedLinear):
+    """Linear layer with half a byte per weight, stored and multiplied by `bitsandbytes`.
+
+    Args:
+        weight: The weight to quantize.
+    """
 
     linear: Any
 
-    def __init__(self, weight: Float[Tensor, "e d"]):
+    def __init__(self, weight: Float[Tensor, "d_out d_in"]) -> None:
         super().__init__()
         try:
             from bitsandbytes.functional import quantize_4bit
-            from bitsandbytes.nn import Linear4bit, Params4bit
+            from bitsandbytes.nn.modules import Linear4bit, Params4bit
         except ImportError as error:
             raise UserError(
-                f"weights=nf4 needs bitsandbytes, which cannot be imported ({error}): install it, or choose fp8 or "
-                "int8."
+                f"weights=nf4 needs bitsandbytes, which cannot be imported ({error}): run pip install -e "
+                '".[quantized]", or choose fp8 or int8.'
             ) from error
-        out_dim, in_dim = weight.shape
-        codes, state = quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=False)
-        self.linear = Linear4bit(in_dim, out_dim, False, compress_statistics=False, quant_type="nf4", device="meta")
+        d_out, d_in = weight.shape
+        stored, state = quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=False)
+        linear: Any = Linear4bit  # untyped
+        self.linear = linear(d_in, d_out, False, compress_statistics=False, quant_type="nf4", device="meta")
         self.linear.weight = Params4bit(
-            codes,
+            stored,
             quant_state=state,
             compress_statistics=False,
             quant_type="nf4",
             bnb_quantized=True,
             module=self.linear,
         )
-        if out_dim % 32 or in_dim % 64:  # which its fastest kernel for CPUs takes for granted
+        if d_out % 32 or d_in % 64:  # sizes that its fastest CPU kernel requires without checking
             self.linear.support_avx512bf16_for_cpu = False
         self._pack()
 
-    def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... e"]:
-        return self.linear(x)
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        y: Tensor = self.linear(x)
+        return y
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Nf4Linear":
-        self.linear.state_dict()  # undoes the order for CPUs
-        super()._apply(fn, recurse)
+        self.linear.state_dict()  # restores the order of weights that other devices use
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._pack()
         return self
 
     def _pack(self) -> None:
-        """Brings the codes into the order for CPUs, as the first call would: too late where torch.compile makes it."""
+        """Bring the weights into the order for CPUs. The first call would do it too, but not under `torch.compile`."""
         if self.linear.weight.is_cpu:
             self.linear.eval()(torch.zeros(1, self.linear.in_features))
             self.linear.compute_type_is_set = False
 
 
-_KINDS: dict[str, Callable[[Tensor], CompactLinear]] = {"fp8": Fp8Linear, "int8": Int8Linear, "nf4": Nf4Linear}
+_LAYERS: dict[str, Callable[[Tensor], QuantizedLinear]] = {"fp8": Fp8Linear, "int8": Int8Linear, "nf4": Nf4Linear}
 
 
-def from_e4m3(codes: Int8[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """The numbers that finite e4m3 codes stand for, by shifts that torch.compile turns into vector instructions.
+def e4m3_to_float(stored: Int8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Return the values of finite e4m3 numbers, by shifts that `torch.compile` vectorizes.
 
-    Sign, exponent and mantissa go where float32 has them; it counts its exponents from 127 instead of 7.
+    Sign, exponent and mantissa are moved to their places in float32, whose exponent has a bias of 127 instead of 7.
     """
-    return ((codes.to(torch.int32) << 20) & -0x78000001).view(torch.float32) * 2.0**120
+    return ((stored.to(torch.int32) << 20) & -0x78000001).view(torch.float32) * 2.0**120
 
 
 def _run(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
-    """Calls the function as machine code on the CPU, where it is not being compiled with all else."""
+    """Call a function compiled, on the CPU and if it is not being compiled as part of another."""
     if not arguments[0].is_cpu or torch.compiler.is_compiling() or not _can_compile():
         return function(*arguments)
     return _compiled(function)(*arguments)
@@ -219,14 +234,15 @@ def _run(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
 
 @cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function as machine code, for all sizes."""
+    """Return the function compiled for all sizes."""
     return torch.compile(function, dynamic=True)
 
 
 @cache
 def _can_compile() -> bool:
-    """Whether torch.compile works here; says so where it does not."""
-    if (error := compile_error()) is not None:
+    """Return whether `torch.compile` works, and warn if it does not."""
+    error = compile_error()
+    if error is not None:
         warnings.warn(
             f"Weights in fp8 and int8 are slow here, since torch.compile fails ({error}): install a C++ compiler.",
             stacklevel=2,

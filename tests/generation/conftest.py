@@ -1,4 +1,4 @@
-"""Toy parts that fit each other: 16 codes on a grid of 2×2, frames of 16×16 pixels."""
+"""Toy models that fit each other: 16 codes on a grid of 2×2, frames of 16×16 pixels."""
 
 import zlib
 
@@ -15,7 +15,7 @@ from t2v.vqvae.quantizer import FSQuantizer
 
 
 class WordEncoder(TextEncoder):
-    """One random vector a word."""
+    """Text encoder with one random embedding per word."""
 
     def __init__(self, width: int = 8) -> None:
         self._width = width
@@ -48,7 +48,7 @@ def transformer() -> VideoTransformer:
         attention=AttentionConfig(heads=2, kv_heads=1, window=2),
         text=TextConfig(dim=8),
     )
-    with torch.no_grad():  # tokens that depend on text and on each other
+    with torch.no_grad():  # so that tokens depend on the text and on each other
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=0.5)

@@ -1,4 +1,4 @@
-"""Generation inside a trainer: precision, streaming, given frames."""
+"""Generation inside a trainer: precision, streaming, start frames."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ BATCH = PromptBatch(PROMPTS, seeds=[3, 4], names=["a", "b"])
 
 
 class Keep(Callback):
-    """Takes the frames as a writer does, outside the step that returned them."""
+    """Reads the frames as a writer does, outside the step that returned them."""
 
     def __init__(self) -> None:
         self.videos: list[Tensor] = []
@@ -36,7 +36,7 @@ class Keep(Callback):
 
 
 class Dtypes(Sampler):
-    """Notes what it draws from."""
+    """Records the dtypes of the logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,18 +70,18 @@ def predict(lit: LitVideoTransformer, folder: Path, precision: str = "32-true") 
     return keep.videos[0]
 
 
-def test_predict_makes_what_the_model_makes(model, tokenizer, tmp_path):
+def test_predict_generates_what_the_model_generates(model, tokenizer, tmp_path):
     guidance = Linear(4.0, 1.0)
-    made = predict(build(model, tokenizer, guidance=guidance), tmp_path)
-    assert torch.equal(made, model.generate(PROMPTS, 6, seed=[3, 4], guidance=guidance))
+    videos = predict(build(model, tokenizer, guidance=guidance), tmp_path)
+    assert torch.equal(videos, model.generate(PROMPTS, 6, seed=[3, 4], guidance=guidance))
 
 
-def test_frames_are_made_in_the_trainers_precision(model, tokenizer, tmp_path):
+def test_frames_are_generated_in_the_trainers_precision(model, tokenizer, tmp_path):
     sampler = Dtypes()
-    made = predict(build(model, tokenizer, sampler=sampler), tmp_path, "bf16-mixed")
+    videos = predict(build(model, tokenizer, sampler=sampler), tmp_path, "bf16-mixed")
     assert sampler.seen == {torch.bfloat16}
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(made, model.generate(PROMPTS, 6, seed=[3, 4]))
+        assert torch.equal(videos, model.generate(PROMPTS, 6, seed=[3, 4]))
 
 
 def test_prompts_are_embedded_in_full_precision(model):
@@ -93,24 +93,24 @@ def test_prompts_are_embedded_in_full_precision(model):
 def test_videos_begin_with_the_first_frames_of_a_file(model, tokenizer, tmp_path):
     footage = torch.randint(256, (9, 3, 32, 48), dtype=torch.uint8)
     write_mp4(tmp_path / "footage.mp4", footage, fps=16)
-    made = predict(build(model, tokenizer, start=str(tmp_path / "footage.mp4"), start_frames=3), tmp_path)
+    videos = predict(build(model, tokenizer, start=str(tmp_path / "footage.mp4"), start_frames=3), tmp_path)
     taken = read_frames(tmp_path / "footage.mp4", [0, 2, 4])  # at 8 frames a second
     start = torch.nn.functional.interpolate(taken, (16, 24), mode="bilinear", antialias=True)[..., 4:20]
-    assert torch.equal(made, model.generate(PROMPTS, 6, seed=[3, 4], start=start))
+    assert torch.equal(videos, model.generate(PROMPTS, 6, seed=[3, 4], start=start))
 
 
 @pytest.mark.parametrize("start_frames", [0, 6])
-def test_there_is_something_given_and_something_left_to_make(model, tokenizer, start_frames):
+def test_start_frames_leave_frames_to_generate(model, tokenizer, start_frames):
     limits = "must be at least 1 and less than generation.frames=6"
     with pytest.raises(UserError, match=f"start_frames={start_frames} {limits}"):
         build(model, tokenizer, start="picture.png", start_frames=start_frames)
 
 
-def test_a_missing_start_is_told_before_anything_is_made(model, tokenizer, tmp_path):
+def test_a_missing_start_file_is_refused_before_generation(model, tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"Cannot read '.*none.png'"):
         predict(build(model, tokenizer, start=str(tmp_path / "none.png")), tmp_path)
 
 
-def test_an_impossible_schedule_is_told_before_training(model, tokenizer):
+def test_an_invalid_schedule_is_refused_before_training(model, tokenizer):
     with pytest.raises(UserError, match=r"temperature=0.0 at frame 4 of 6"):
         build(model, tokenizer, sampler=Sampler(Linear(4.0, -1.0)))

@@ -1,4 +1,4 @@
-"""Weights of 8 and 4 bits: the codes, the layers, the whole model, and what is refused."""
+"""Quantized weights: rounding, layers, the whole model, errors."""
 
 import copy
 import shutil
@@ -12,12 +12,12 @@ from t2v.batch import TextEmbedding
 from t2v.errors import UserError
 from t2v.generation import quantization as module
 from t2v.generation.quantization import (
-    CompactLinear,
     Fp8Linear,
     Int8Linear,
     Nf4Linear,
+    QuantizedLinear,
     convert,
-    from_e4m3,
+    e4m3_to_float,
     stored_bytes,
 )
 from t2v.transformer.config import AttentionConfig, TextConfig
@@ -46,7 +46,7 @@ def kind(request) -> str:
 
 
 @pytest.fixture
-def converted(full, kind) -> VideoTransformer:
+def quantized_model(full, kind) -> VideoTransformer:
     model = copy.deepcopy(full)
     convert(model, kind)
     return model
@@ -81,55 +81,54 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def test_every_finite_e4m3_code_is_what_torch_says():
-    codes = torch.arange(-128, 128).to(torch.int8)
-    theirs = codes.view(torch.float8_e4m3fn).float()
-    assert theirs.isfinite().sum() == 254  # and no weight is stored as one of the two that are not
-    assert torch.equal(from_e4m3(codes)[theirs.isfinite()], theirs[theirs.isfinite()])
+def test_finite_e4m3_values_equal_torchs():
+    stored = torch.arange(-128, 128).to(torch.int8)
+    theirs = stored.view(torch.float8_e4m3fn).float()
+    assert theirs.isfinite().sum() == 254  # no weight is stored as one of the two others
+    assert torch.equal(e4m3_to_float(stored)[theirs.isfinite()], theirs[theirs.isfinite()])
 
 
 @pytest.mark.parametrize("layer", [Fp8Linear, Int8Linear])
-def test_a_weight_is_off_by_half_a_step_at_most(layer):
-    weight = torch.randn(40, 70) * torch.logspace(-6, 6, 40)[:, None]  # channels of all sizes
+def test_a_weight_is_rounded_by_at_most_half_a_step(layer):
+    weight = torch.randn(40, 70) * torch.logspace(-6, 6, 40)[:, None]  # channels of different scales
     weight[3] = 0
-    stored = layer(weight)
-    known, largest = stored.restore(stored.codes, stored.scale), weight.abs().amax(1, keepdim=True)
+    rounded, largest = layer(weight).weight(), weight.abs().amax(1, keepdim=True)
     step = largest / 127 if layer is Int8Linear else torch.maximum(weight.abs() / 8, largest * 2**-9 / 448)
-    assert ((known - weight).abs() <= step * 0.5001).all()
-    torch.testing.assert_close(known.abs().amax(1, keepdim=True), largest)
+    assert ((rounded - weight).abs() <= step * 0.5001).all()
+    torch.testing.assert_close(rounded.abs().amax(1, keepdim=True), largest)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 9, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_all_numbers_of_rows_meet_the_same_weights(kind, rows, dtype):
+def test_any_number_of_rows_is_multiplied_with_the_same_weights(kind, rows, dtype):
     layer = {"fp8": Fp8Linear, "int8": Int8Linear, "nf4": Nf4Linear}[kind](torch.randn(96, 64)).eval()
     x = torch.randn(2, 40, 64)[:, :rows].to(dtype)
     with torch.inference_mode():
-        known = layer(torch.eye(64)).T
-        made = layer(x)
-    assert made.dtype == dtype
-    assert relative(made.float(), x.float() @ known.T) < 0.01
+        weight = layer(torch.eye(64)).T
+        y = layer(x)
+    assert y.dtype == dtype
+    assert relative(y.float(), x.float() @ weight.T) < 0.01
 
 
-def test_logits_stay_near_those_of_full_weights(full, converted, kind):
-    assert 0 < relative(forward(converted, 2), forward(full, 2)) < ERRORS[kind]
+def test_logits_are_close_to_those_of_full_weights(full, quantized_model, kind):
+    assert 0 < relative(forward(quantized_model, 2), forward(full, 2)) < ERRORS[kind]
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_token_at_a_time_equals_all_at_once(converted, kind, batch):
+def test_decoding_equals_the_full_forward(quantized_model, kind, batch):
     bound = 0.02 if kind == "nf4" else 1e-5  # bitsandbytes computes in bfloat16 on some CPUs
-    assert relative(decode(converted, batch), forward(converted, batch)) < bound
+    assert relative(decode(quantized_model, batch), forward(quantized_model, batch)) < bound
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
-def test_compiled_decoding_equals_eager(converted, kind):
-    assert relative(decode(converted, batch=2, compiled=True), decode(converted, batch=2)) < (
+def test_compiled_decoding_equals_eager(quantized_model, kind):
+    assert relative(decode(quantized_model, batch=2, compiled=True), decode(quantized_model, batch=2)) < (
         0.02 if kind == "nf4" else 1e-5
     )
 
 
-def test_without_a_compiler_it_is_slow_and_right(full, monkeypatch):
+def test_without_a_compiler_results_are_the_same_and_a_warning_is_given(full, monkeypatch):
     def fail(*args, **flags):
         raise RuntimeError("no compiler")
 
@@ -147,31 +146,31 @@ def test_without_a_compiler_it_is_slow_and_right(full, monkeypatch):
     torch.testing.assert_close(slow, expected)
 
 
-def test_the_layers_of_the_blocks_are_converted_and_nothing_else(full, converted):
+def test_only_the_linear_layers_of_the_blocks_are_quantized(full, quantized_model):
     linear = [name for name, part in full.blocks.named_modules() if isinstance(part, torch.nn.Linear)]
-    compact = [name for name, part in converted.blocks.named_modules() if isinstance(part, CompactLinear)]
-    assert linear == compact
+    quantized = [name for name, part in quantized_model.blocks.named_modules() if isinstance(part, QuantizedLinear)]
+    assert linear == quantized
     rest = {name: p for name, p in full.named_parameters() if not name.startswith("blocks.") or "norm" in name}
-    assert all(torch.equal(converted.get_parameter(name), parameter) for name, parameter in rest.items())
-    assert not converted.training
-    assert not any(parameter.requires_grad for parameter in converted.parameters())
+    assert all(torch.equal(quantized_model.get_parameter(name), parameter) for name, parameter in rest.items())
+    assert not quantized_model.training
+    assert not any(parameter.requires_grad for parameter in quantized_model.parameters())
 
 
-def test_nf4_keeps_the_first_block_and_what_reads_the_text_in_int8(full):
+def test_nf4_keeps_the_first_block_and_the_text_projections_in_int8(full):
     model = copy.deepcopy(full)
     convert(model, "nf4")
-    parts = {name: part for name, part in model.blocks.named_modules() if isinstance(part, CompactLinear)}
+    parts = {name: part for name, part in model.blocks.named_modules() if isinstance(part, QuantizedLinear)}
     expected = {name for name in parts if name.startswith("0.") or name.endswith("text_attention.key_value")}
     assert {name for name, part in parts.items() if isinstance(part, Int8Linear)} == expected
     assert {name for name, part in parts.items() if isinstance(part, Nf4Linear)} == parts.keys() - expected
 
 
-def test_bytes_are_known_without_memory_too(full, converted, kind):
+def test_stored_bytes_are_known_on_the_meta_device_too(full, quantized_model, kind):
     linear = {name: part.weight for name, part in full.blocks.named_modules() if isinstance(part, torch.nn.Linear)}
     count = sum(weight.numel() for weight in linear.values())
     least = most = 0
     for name, weight in linear.items():
-        half = isinstance(converted.blocks.get_submodule(name), Nf4Linear)
+        half = isinstance(quantized_model.blocks.get_submodule(name), Nf4Linear)
         least += weight.numel() * 17 // 32 if half else weight.numel() + 4 * len(weight)
         most += weight.numel() * 9 // 16 if half else weight.numel() + 4 * len(weight)
     for model in (copy.deepcopy(full), copy.deepcopy(full).to("meta")):
@@ -181,16 +180,16 @@ def test_bytes_are_known_without_memory_too(full, converted, kind):
         assert least <= stored_bytes(model) - (before - 4 * count) <= most
 
 
-def test_what_it_is_not_for_is_refused(converted, kind, tmp_path):
+def test_training_saving_and_quantizing_again_are_refused(quantized_model, kind, tmp_path):
     with pytest.raises(UserError, match="cannot be trained: load the model with weights=full"):
-        converted.train()
+        quantized_model.train()
     with pytest.raises(UserError, match="are not saved: export the model with weights=full"):
-        converted.save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match="converted already: load it again to have them in int8"):
-        convert(converted, "int8")
+        quantized_model.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="quantized already: load it again to have them in int8"):
+        convert(quantized_model, "int8")
 
 
-def test_unknown_weights_and_a_missing_library_are_one_sentence(full, monkeypatch):
+def test_unknown_weights_and_a_missing_library_are_errors(full, monkeypatch):
     with pytest.raises(UserError, match="weights=fp4 is not known: choose full, fp8, int8, nf4"):
         convert(copy.deepcopy(full), "fp4")
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
@@ -199,13 +198,13 @@ def test_unknown_weights_and_a_missing_library_are_one_sentence(full, monkeypatc
 
 
 @pytest.mark.parametrize("weights", ["full", *KINDS])
-def test_a_model_is_converted_when_it_is_loaded(trained_pipeline, tmp_path, monkeypatch, weights):
+def test_a_model_is_quantized_when_it_is_loaded(trained_pipeline, tmp_path, monkeypatch, weights):
     monkeypatch.chdir(trained_pipeline.folder)  # the tokenizer's path is relative to where training ran
     checkpoint = trained_pipeline.checkpoint("transformer")
     TextToVideo.from_checkpoint(checkpoint).save_pretrained(tmp_path / "model")
     loaded = TextToVideo.from_pretrained(tmp_path / "model", weights=weights)
     again = TextToVideo.from_checkpoint(checkpoint, weights=weights)
-    assert any(isinstance(part, CompactLinear) for part in loaded.transformer.modules()) == (weights != "full")
+    assert any(isinstance(part, QuantizedLinear) for part in loaded.transformer.modules()) == (weights != "full")
     assert torch.equal(loaded.generate("a red circle", seed=2), again.generate("a red circle", seed=2))
     if weights != "full":
         with pytest.raises(UserError, match="are not saved"):

@@ -1,4 +1,4 @@
-"""From prompts to pictures, and the folder it is all kept in."""
+"""From prompts to videos, and the exported folder."""
 
 import json
 import shutil
@@ -16,12 +16,12 @@ PROMPTS = ["a red circle", "one large blue square moves", ""]
 
 
 def clips(count: int, frames: int) -> torch.Tensor:
-    """Random footage of the toy VQ-VAE's size."""
+    """Return random clips of the toy VQ-VAE's size."""
     return torch.randint(256, (count, frames, 3, 16, 16), generator=torch.Generator().manual_seed(1)).byte()
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal but for pixels that round to their neighbour: kernels for other batch sizes add in another order."""
+    """Return whether pixels differ by at most 1: kernels for other batch sizes sum in another order."""
     return a.shape == b.shape and int((a.int() - b.int()).abs().max()) <= 1
 
 
@@ -35,7 +35,7 @@ def test_one_prompt_and_several(model):
     assert not close(model.generate(PROMPTS[0], seed=5), videos[:1])
 
 
-def test_what_a_call_does_not_say_the_model_says(transformer, vqvae, model):
+def test_arguments_of_a_call_override_the_models_settings(transformer, vqvae, model):
     sampler, guidance = Sampler(temperature=Cosine(0.5, 1.0)), Linear(5.0, 2.0)
     set_up = TextToVideo(transformer, vqvae, model.text_encoder, 8.0, sampler, guidance, frames=3)
     asked = model.generate(PROMPTS, frames=3, guidance=guidance, sampler=sampler)
@@ -44,11 +44,11 @@ def test_what_a_call_does_not_say_the_model_says(transformer, vqvae, model):
     assert torch.equal(set_up.generate(PROMPTS, guidance=1.0, sampler=Sampler()), model.generate(PROMPTS, frames=3))
 
 
-def test_embeddings_may_be_made_before(model):
+def test_prompts_can_be_embedded_before(model):
     assert torch.equal(model.generate(model.embed(PROMPTS)), model.generate(PROMPTS))
 
 
-def test_a_stream_hands_out_frames_as_they_are_made(model):
+def test_a_stream_yields_frames_as_they_are_generated(model):
     endless = model.stream(PROMPTS, frames=100_000)
     assert next(endless).shape == next(endless).shape == (3, 1, 3, 16, 16)
     assert torch.equal(torch.cat(list(model.stream(PROMPTS)), dim=1), model.generate(PROMPTS))
@@ -60,13 +60,13 @@ def test_a_stream_hands_out_frames_as_they_are_made(model):
 def test_a_video_begins_with_the_reconstruction_of_start(model, vqvae, start):
     videos = model.generate(PROMPTS, start=start)
     assert videos.shape == (3, 5, 3, 16, 16)
-    given = start[(None,) * (5 - start.ndim)].expand(3, -1, -1, -1, -1)
+    batch = start[(None,) * (5 - start.ndim)].expand(3, -1, -1, -1, -1)
     with torch.inference_mode():
-        expected = to_uint8(vqvae.decode(vqvae.encode(to_model_range(given))))
-    assert close(videos[:, : given.shape[1]], expected)
+        expected = to_uint8(vqvae.decode(vqvae.encode(to_model_range(batch))))
+    assert close(videos[:, : batch.shape[1]], expected)
     assert not close(videos, model.generate(PROMPTS, start=start, seed=9))
-    # What follows depends on what was given.
-    assert not close(videos[:, given.shape[1] :], model.generate(PROMPTS, start=255 - start)[:, given.shape[1] :])
+    # The generated frames depend on the start frames.
+    assert not close(videos[:, batch.shape[1] :], model.generate(PROMPTS, start=255 - start)[:, batch.shape[1] :])
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_video_begins_with_the_reconstruction_of_start(model, vqvae, start):
         ({"start": clips(1, 1)[0, 0, 0]}, r"shape \(16, 16\)"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_made(model, arguments, message):
+def test_invalid_arguments_are_refused_before_anything_is_generated(model, arguments, message):
     with pytest.raises(UserError, match=message):
         model.stream(**{"prompts": PROMPTS, **arguments})
 
@@ -103,7 +103,7 @@ def test_parts_that_do_not_fit_are_refused(model, transformer, vqvae):
 
 @pytest.fixture
 def folder(model, tmp_path) -> Path:
-    """A saved model with all that can be set."""
+    """A saved model without default settings."""
     model.sampler = Sampler(temperature=Linear(0.9, 0.6), top_k=9, min_p=0.01)
     model.guidance = Interval(3.0, 0.0, 0.5, outside=1.5)
     model.frames = 4
@@ -111,12 +111,12 @@ def folder(model, tmp_path) -> Path:
     return tmp_path / "deep" / "model"
 
 
-def test_what_is_loaded_makes_what_the_saved_one_made(model, folder):
+def test_a_loaded_model_generates_what_the_saved_one_generates(model, folder):
     loaded = TextToVideo.from_pretrained(folder)
     assert (loaded.fps, loaded.frames) == (8.0, 4)
     assert not any(parameter.requires_grad for parameter in loaded.vqvae.parameters())
     assert torch.equal(loaded.generate(PROMPTS, seed=3), model.generate(PROMPTS, seed=3))
-    # Nothing else lies around, and there is nothing in it that could run.
+    # No temporary files, and no code.
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert files - {"transformer/README.md", "vqvae/README.md"} == {
@@ -125,7 +125,7 @@ def test_what_is_loaded_makes_what_the_saved_one_made(model, folder):
     }
 
 
-def test_a_folder_that_holds_something_is_left_alone(model, tmp_path):
+def test_a_folder_with_files_is_not_overwritten(model, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="is not an empty folder"):
         model.save_pretrained(tmp_path)
@@ -139,9 +139,9 @@ def test_a_folder_that_holds_something_is_left_alone(model, tmp_path):
     TextToVideo.from_pretrained(tmp_path / "empty")
 
 
-def test_nothing_is_left_of_a_save_that_failed(model, tmp_path):
+def test_a_failed_save_leaves_nothing(model, tmp_path):
     model.sampler = Sampler()
-    model.sampler.top_k = object()  # JSON has no word for it
+    model.sampler.top_k = object()  # not a JSON type
     with pytest.raises(TypeError):
         model.save_pretrained(tmp_path / "model")
     assert not list(tmp_path.iterdir())
@@ -157,10 +157,10 @@ def test_nothing_is_left_of_a_save_that_failed(model, tmp_path):
         "vqvae/model.safetensors",
     ],
 )
-def test_a_missing_or_damaged_part_is_one_sentence(folder, name):
+def test_a_missing_or_damaged_file_is_an_error(folder, name):
     path = folder / name
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="is damaged") as damaged:
         TextToVideo.from_pretrained(folder)
     assert name.split("/")[0] in str(damaged.value)
@@ -170,7 +170,7 @@ def test_a_missing_or_damaged_part_is_one_sentence(folder, name):
         TextToVideo.from_pretrained(folder)
 
 
-def test_no_folder_is_no_question_to_the_hub(tmp_path):
+def test_a_missing_folder_is_not_looked_up_on_the_hub(tmp_path):
     with pytest.raises(UserError, match="not an exported model"):
         TextToVideo.from_pretrained("someone/something")
 
@@ -200,7 +200,7 @@ def rewrite(folder: Path, **changes) -> None:
         ({"fps": None}, "is damaged"),
     ],
 )
-def test_settings_name_no_code_and_no_nonsense(folder, changes, message):
+def test_invalid_settings_are_refused_and_name_no_code(folder, changes, message):
     rewrite(folder, **changes)
     with pytest.raises(UserError, match=message):
         TextToVideo.from_pretrained(folder)
