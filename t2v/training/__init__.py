@@ -8,6 +8,7 @@ _MODULES = {
     "LitVideoTransformer": "t2v.training.transformer",
     "MuonAdamW": "t2v.training.optimization",
     "ShardedStrategy": "t2v.training.sharding",
+    "TokenObjective": "t2v.training.objective",
 }
 __all__ = sorted(_MODULES)
 
