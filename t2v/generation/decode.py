@@ -91,7 +91,7 @@ def _generate(
     guided = any(scale != 1.0 for scale in scales)
     branches = 2 if guided else 1  # with text, and without
     drop = torch.arange(2 * batch, device=device) >= batch if guided else None
-    decoder = Decoder(model, _repeat_text(text, branches), frames, drop, compiled)
+    decoder = Decoder(model, _repeat_text(text, branches), drop, compiled)
     token = None
     if start is not None:
         start = start.to(device).repeat(branches, 1, 1, 1)

@@ -25,7 +25,7 @@ from t2v.transformer.model import VideoTransformer
 from t2v.vqvae.loading import load_vqvae
 from t2v.vqvae.model import VQVAE, to_model_range, to_uint8
 
-FORMAT = 3
+FORMAT = 4
 """Version of the exported folder; raised by changes that older code cannot read."""
 SETTINGS = "text_to_video.json"
 FILES = (

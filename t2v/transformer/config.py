@@ -26,7 +26,8 @@ class TextConfig:
 
     Args:
         dim: Width of the text embeddings.
-        gate: Whether the output of text attention is scaled by a learned function of the frame number and the length.
+        gate: Whether the output of text attention is scaled by a learned function of the number of earlier frames
+            in the window.
         pooled: Whether the pooled text embedding is added to every input of the first layer.
     """
 

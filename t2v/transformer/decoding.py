@@ -28,7 +28,6 @@ class Decoder:
     Args:
         model: The transformer, in eval mode. It is not changed.
         text: Text embeddings of the prompts.
-        frames: Length of the whole video, an input of the text gate.
         drop_text: True for videos whose prompt is replaced by "no text".
         compiled: Whether to run the layers by `torch.compile`. It takes a minute or more in the first steps, once per
             model and batch size.
@@ -43,12 +42,11 @@ class Decoder:
         self,
         model: VideoTransformer,
         text: TextEmbedding,
-        frames: int,
         drop_text: Bool[Tensor, " b"] | None = None,
         compiled: bool = False,
     ) -> None:
         tokens, mask, self._pooled = model.project_text(text, drop_text)
-        self._model, self._frames, self._compiled = model, frames, compiled
+        self._model, self._compiled = model, compiled
         self._run_layers = _compiled_layers(model) if compiled else run_layers
         self._blocks = cast("list[Block]", model.blocks)
         self._mask = None if mask.all() else mask
@@ -123,7 +121,7 @@ class Decoder:
         """Compute what all positions of a frame share: rotation, gates, features of the previous frame."""
         model, start = self._model, frame * self._frame_size
         self._rotation: Rotation = model.rotation(start, start + self._frame_size, model.grid_size, model.grid_size)
-        self._gates = model.gates(torch.full((1,), frame, device=self._device), self._frames)
+        self._gates = model.gates(torch.full((1,), frame, device=self._device))
         if frame > 0:
             self._previous = model.previous_frame(self._recent[:, None])[:, 0]
 

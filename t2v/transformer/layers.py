@@ -113,35 +113,32 @@ class PreviousFrame(nn.Module):
 
 
 class TextGate(nn.Module):
-    """Scale of text attention for each layer and head, as a function of the frame number and the video's length.
+    """Scale of text attention for each layer and head, as a function of the number of earlier frames in the window.
 
-    A small network reads sines and cosines of the relative frame number (one to eight half periods over the video) and
-    the logarithm of the length. The scale is between 0 and 2 and is 1 at initialization.
+    A small network reads sines and cosines of that number (one to eight half periods over the window), which is
+    constant from frame `window` - 1 on: the gates of a video do not depend on its length, and training clips of
+    `window` frames show all of them. The scale is between 0 and 2 and is 1 at initialization.
 
     Args:
         layers: Number of layers.
         heads: Number of heads of a layer.
+        window: Frames that a temporal layer attends to.
     """
 
     _FREQUENCIES = 4
     _HIDDEN_DIM = 64
 
-    def __init__(self, layers: int, heads: int) -> None:
+    def __init__(self, layers: int, heads: int, window: int) -> None:
         super().__init__()
-        self.layers = layers
-        self.hidden = nn.Linear(2 * self._FREQUENCIES + 1, self._HIDDEN_DIM)
+        self.layers, self.window = layers, window
+        self.hidden = nn.Linear(2 * self._FREQUENCIES, self._HIDDEN_DIM)
         self.out = nn.Linear(self._HIDDEN_DIM, layers * heads)
 
-    def forward(self, frame: Int[Tensor, " t"], frames: int) -> Float[Tensor, "layers t heads"]:
-        """Return the scales.
-
-        Args:
-            frame: Frame numbers, from 0.
-            frames: Length of the whole video.
-        """
-        angle = torch.pi * frame[:, None].float() / frames * 2 ** torch.arange(self._FREQUENCIES, device=frame.device)
-        length = torch.full_like(angle[:, :1], frames).log2() / 8
-        features = torch.cat([angle.sin(), angle.cos(), length], dim=-1)
+    def forward(self, frame: Int[Tensor, " t"]) -> Float[Tensor, "layers t heads"]:
+        """Return the scales at frames, which are counted from the first of the clip or video, 0."""
+        context = frame.clamp(max=self.window - 1).float() / max(self.window - 1, 1)
+        angle = torch.pi * context[:, None] * 2 ** torch.arange(self._FREQUENCIES, device=frame.device)
+        features = torch.cat([angle.sin(), angle.cos()], dim=-1)
         with without_autocast(features):  # in bfloat16, frames of a long video would share a scale
             hidden = F.silu(_float32_linear(self.hidden, features))
             scale = 2 * _float32_linear(self.out, hidden).sigmoid()

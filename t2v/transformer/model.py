@@ -5,9 +5,13 @@
 - Spatial layers attend causally within a frame. Temporal layers attend causally over the last `window` frames: a query
   at raster position p attends to p − window·h·w + 1 … p. Time and cache per token are constant.
 - RMSNorm, SwiGLU, grouped queries, QK-norm, rotary positions over time, row and column.
-- Every layer attends to the text, scaled by a learned gate that depends on the frame; the pooled text embedding is
-  added to every input. Both have no effect at initialization. A learned "no text" embedding replaces dropped captions,
-  for classifier-free guidance (https://arxiv.org/abs/2207.12598).
+- Every layer attends to the text, scaled by a learned gate that depends on the number of earlier frames in the window;
+  the pooled text embedding is added to every input. Both have no effect at initialization. A learned "no text"
+  embedding replaces dropped captions, for classifier-free guidance (https://arxiv.org/abs/2207.12598).
+- Generation sees what training sees. Frames are counted from the first of a clip, wherever it lies in its footage: the
+  first has no previous frame. Nothing depends on the length: rotary embeddings enter as differences of at most `window`
+  frames, and the gate is constant once the window is full. Therefore a model that is trained on clips of more than
+  `window` frames generates videos of any length; after shorter clips, longer videos need distances it never learnt.
 
 Divided space-time attention: https://arxiv.org/abs/2102.05095.
 """
@@ -104,7 +108,7 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
             self.no_text = nn.Parameter(torch.empty(text.dim))
             self.text_norm = RMSNorm(text.dim)
             self.pooled = nn.Linear(text.dim, dim, bias=False) if text.pooled else None
-            self.gate = TextGate(spatial_layers + temporal_layers, heads) if text.gate else None
+            self.gate = TextGate(spatial_layers + temporal_layers, heads, attention.window) if text.gate else None
             self.blocks = nn.ModuleList(
                 Block(temporal, dim, hidden_dim, text.dim, attention, checkpointing == "attention")
                 for temporal in interleave(spatial_layers, temporal_layers)
@@ -171,7 +175,7 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
             mark_dynamic(padded, 1)
         x = rearrange(x + pooled[:, None], "b (t n) d -> b t n d", t=t)
         rotate = self.rotation(0, t * h * w, h, w)
-        gates = self.gates(torch.arange(t, device=tokens.device), t)
+        gates = self.gates(torch.arange(t, device=tokens.device))
         checkpointed = self.checkpointing == "full" and torch.is_grad_enabled()
         for block, gate in zip(self.blocks, gates, strict=True):
             run = partial(recompute, block) if checkpointed else block
@@ -211,14 +215,9 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
         weight = self.token_embedding.weight if self.head is None else self.head.weight
         return linear(self.norm(x), local_tensor(weight))
 
-    def gates(self, frame: Int[Tensor, " t"], frames: int) -> list[Float[Tensor, "t heads"]] | list[None]:
-        """Return the scale of text attention for each layer.
-
-        Args:
-            frame: Frame numbers, from 0.
-            frames: Length of the whole video.
-        """
-        return [None] * len(self.blocks) if self.gate is None else list(self.gate(frame, frames))
+    def gates(self, frame: Int[Tensor, " t"]) -> list[Float[Tensor, "t heads"]] | list[None]:
+        """Return the scale of text attention at frames, counted from 0, for each layer."""
+        return [None] * len(self.blocks) if self.gate is None else list(self.gate(frame))
 
     def rotation(self, start: int, stop: int, height: int, width: int) -> Rotation:
         """Return the rotary embedding of the raster positions from `start` to `stop`."""

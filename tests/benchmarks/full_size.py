@@ -69,7 +69,7 @@ def generate(tokens: int = 4) -> None:
     )
     sampler, generator, token, drawn, times = Sampler(), torch.Generator().manual_seed(0), None, [], []
     with torch.inference_mode():
-        decoder = Decoder(model, text, frames=1)
+        decoder = Decoder(model, text)
         for _ in range(tokens):
             began = time.perf_counter()
             token = sampler(decoder.step(token), [generator])

@@ -65,7 +65,7 @@ def tokens(batch: int) -> torch.Tensor:
 @torch.inference_mode()
 def decode(model: VideoTransformer, batch: int, compiled: bool = False) -> torch.Tensor:
     """Return the logits, computed one position at a time."""
-    decoder, last, logits = Decoder(model, texts(batch), frames=3, compiled=compiled), None, []
+    decoder, last, logits = Decoder(model, texts(batch), compiled=compiled), None, []
     for token in tokens(batch).flatten(1).unbind(1):
         logits.append(decoder.step(last))
         last = token

@@ -183,7 +183,7 @@ def rewrite(folder: Path, **changes) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, r"has format 2, written by t2v .*, which reads format 3"),
+        ({"format": 3}, r"has format 3, written by t2v .*, which reads format 4"),
         (
             {"sampler": {"class_path": "subprocess.Popen", "init_args": {"args": "ls"}}},
             "Popen is not a known",

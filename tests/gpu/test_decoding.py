@@ -53,7 +53,7 @@ def test_decoding_equals_the_forward_pass(device, record, model, dtype, compiled
     tokens = torch.randint(64, (2, frames, 4, 4), device=device)
     with torch.inference_mode():
         expected = model(tokens, text).flatten(1, 3).float()
-        decoder = Decoder(model, text, frames, compiled=compiled)
+        decoder = Decoder(model, text, compiled=compiled)
         flat = tokens.flatten(1)
         steps = [decoder.step(None if i == 0 else flat[:, i - 1]) for i in range(flat.shape[1])]
     error = ((torch.stack(steps, 1).float() - expected).abs().max() / expected.std()).item()
@@ -85,7 +85,7 @@ def test_speed_of_decoding(device, record, size, weights):
     convert(model, weights)
     steps = 64
     with torch.inference_mode():
-        decoder = Decoder(model, text_for(model, 1), 2, compiled=True)
+        decoder = Decoder(model, text_for(model, 1), compiled=True)
         token = None
         for _ in range(8 + 2):  # compiles
             token = decoder.step(token).argmax(-1)

@@ -38,6 +38,8 @@ def toy_transformer(window: int = 4, text: TextConfig = TextConfig(TEXT_DIM), **
         for name, parameter in model.named_parameters():
             if name == "pooled.weight" or name.endswith("text_attention.out.weight"):
                 parameter.normal_(std=0.2)
+            elif name == "gate.out.weight":
+                parameter.normal_()
     return model
 
 

@@ -143,7 +143,7 @@ def test_the_layers_of_the_blocks_are_converted_and_used_in_training_and_decodin
     clip = batch(1)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         logits = network(clip.tokens, clip.text).flatten(1, 3)
-        decoder = Decoder(network, clip.text, frames=3)
+        decoder = Decoder(network, clip.text)
         steps = [decoder.step(token) for token in (None, *clip.tokens.flatten(1)[:, :-1].unbind(1))]
     assert used.count("blocks.1.mlp.out") == 1 + logits.shape[1]
     torch.testing.assert_close(torch.stack(steps, dim=1).float(), logits.float(), atol=0.02, rtol=0)

@@ -188,7 +188,7 @@ def test_planned_generation_has_the_weights_and_caches_of_real_decoding(weights)
     planned = generation_budget(shapes(), weights, torch.float32, 2, TEXT_LENGTH, guided=True)
     real = shapes(device="cpu").eval()
     embedded = torch.randn(4, TEXT_LENGTH, real.text.dim)
-    decoder = Decoder(real, TextEmbedding(embedded, torch.ones(4, TEXT_LENGTH, dtype=torch.bool), embedded.mean(1)), 2)
+    decoder = Decoder(real, TextEmbedding(embedded, torch.ones(4, TEXT_LENGTH, dtype=torch.bool), embedded.mean(1)))
     assert planned.cache == tensor_bytes(tensor for cache in decoder.caches for tensor in (cache.keys, cache.values))
     full = tensor_bytes(real.parameters())
     assert planned.weights == full if weights == "full" else planned.weights < 0.6 * full

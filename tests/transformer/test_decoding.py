@@ -21,7 +21,7 @@ def decode(
     model: VideoTransformer, tokens: torch.Tensor, text: TextEmbedding, start_frames: int = 0, compiled: bool = False
 ) -> torch.Tensor:
     """Return the logits of the positions after the start frames, computed one position at a time."""
-    decoder = Decoder(model, text, tokens.shape[1], compiled=compiled)
+    decoder = Decoder(model, text, compiled=compiled)
     last = None
     if start_frames:
         decoder.prefill(tokens[:, :start_frames])
@@ -76,7 +76,7 @@ def test_decoding_under_autocast_equals_the_full_forward(pooled, batch):
 
 
 def test_caches_hold_one_frame_or_the_window():
-    decoder = Decoder(toy_transformer(window=4), random_text(), 300)
+    decoder = Decoder(toy_transformer(window=4), random_text())
     assert {cache.keys.shape[2] for cache in decoder.caches} == {4, 16}
 
 
@@ -104,12 +104,12 @@ def test_every_model_runs_its_own_compiled_code():
 def test_start_frames_with_a_token_out_of_range_are_refused(token):
     tokens = torch.full((1, 2, 2, 2), token)
     with pytest.raises(UserError, match=f"Token {token} is outside the codebook"):
-        Decoder(toy_transformer(), random_text(), 4).prefill(tokens)
+        Decoder(toy_transformer(), random_text()).prefill(tokens)
 
 
 def test_start_frames_of_another_grid_are_refused():
     with pytest.raises(UserError, match="3×2 tokens, but the transformer's grid is 2×2"):
-        Decoder(toy_transformer(), random_text(), 4).prefill(torch.zeros(1, 1, 3, 2, dtype=torch.long))
+        Decoder(toy_transformer(), random_text()).prefill(torch.zeros(1, 1, 3, 2, dtype=torch.long))
 
 
 def test_heads_of_one_group_decode_too():

@@ -313,7 +313,7 @@ def generation_budget(
     convert(model, weights)
     text = _empty_text(batch, text_length, model.text.dim, dtype)
     with torch.no_grad(), Meter(model) as meter:
-        decoder = Decoder(model, text, frames=2)
+        decoder = Decoder(model, text)
         kept = meter.live
         meter.restart()
         decoder.step(torch.empty(batch, dtype=torch.long, device="meta"))
