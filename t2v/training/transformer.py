@@ -17,6 +17,7 @@ from t2v.generation.settings import GenerationSettings
 from t2v.generation.text_to_video import TextToVideo, check_parts
 from t2v.losses.tokens import token_loss
 from t2v.text import TextEncoder
+from t2v.training.clip_lengths import warn_of_short_clips
 from t2v.training.lightning_private import trainer_of
 from t2v.training.objective import TokenObjective
 from t2v.training.optimization import configure_optimization
@@ -82,6 +83,7 @@ class LitVideoTransformer(LightningModule):
         if stage != "predict":  # then the checkpoint has the fingerprint
             self.fingerprint = dict(self.trainer.datamodule.fingerprint)  # type: ignore[attr-defined]
             self._check_fingerprint("the token shards")
+            warn_of_short_clips(self.trainer, self.model.attention.window, self.generation.frames)
 
     def configure_model(self) -> None:
         """Shard the model if the strategy asks for it, and initialize one that was built on the meta device."""

@@ -10,8 +10,9 @@
   embedding replaces dropped captions, for classifier-free guidance (https://arxiv.org/abs/2207.12598).
 - Generation sees what training sees. Frames are counted from the first of a clip, wherever it lies in its footage: the
   first has no previous frame. Nothing depends on the length: rotary embeddings enter as differences of at most `window`
-  frames, and the gate is constant once the window is full. Therefore a model that is trained on clips of more than
+  frames, and the gate is constant once the window is full. Therefore a model that is trained on clips of at least
   `window` frames generates videos of any length; after shorter clips, longer videos need distances it never learnt.
+  (The distance `window`, to later positions of the oldest frame, occurs only in clips of more frames.)
 
 Divided space-time attention: https://arxiv.org/abs/2102.05095.
 """

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
 from callbacks import EMA
+from data.plan import Bucket
 from t2v import VQVAE, LitVideoTransformer, VideoTransformer
 from t2v.batch import TextEmbedding, TokenBatch
 from t2v.errors import UserError
@@ -46,8 +48,9 @@ def batch(clips: int = 2) -> TokenBatch:
 class Tokens(LightningDataModule):
     """The same batch in every step, with a fingerprint."""
 
-    def __init__(self, fingerprint: dict) -> None:
+    def __init__(self, fingerprint: dict, frames: int, buckets: list[Bucket]) -> None:
         super().__init__()
+        self.frames, self.buckets = frames, buckets
         self.fingerprint = fingerprint
         self.batch = batch()
 
@@ -57,12 +60,15 @@ class Tokens(LightningDataModule):
     train_dataloader = val_dataloader = _loader
 
 
-def fit(built: LitVideoTransformer, folder, steps: int = 2, **options) -> Trainer:
+def fit(
+    built: LitVideoTransformer, folder, steps: int = 2, frames: int = 3, buckets: tuple[Bucket, ...] = (), **options
+) -> Trainer:
     torch.manual_seed(0)
     vqvae = VQVAE(16, 8, (1, 2), 1, 3, 1, 1, 2, 2, quantizer=VectorQuantizer(CODES, 4))
     vqvae.save_pretrained(folder / "vqvae")
     built.tokenizer_path = str(folder / "vqvae")
-    tokens = Tokens({"tokenizer": built.tokenizer.fingerprint(), "text_encoder": built.text_encoder.name})
+    fingerprint = {"tokenizer": built.tokenizer.fingerprint(), "text_encoder": built.text_encoder.name}
+    tokens = Tokens(fingerprint, frames, list(buckets))
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     trainer = Trainer(max_steps=steps, accelerator="cpu", logger=False, num_sanity_val_steps=0, **quiet, **options)
     trainer.fit(built, datamodule=tokens)
@@ -141,6 +147,30 @@ def test_training_logs_the_plain_cross_entropy_and_the_added_terms(tmp_path):
     loss, objective, z_loss = (logged[f"train/{name}"].item() for name in ("loss", "objective", "z_loss"))
     assert z_loss == pytest.approx(math.log(CODES) ** 2, rel=0.1)  # logits of a new model are near zero
     assert objective - loss == pytest.approx(0.5 * z_loss, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("generated", "frames", "buckets", "warned"),
+    [
+        (5, 3, (), True),
+        (300, 3, (), True),
+        (3, 3, (), False),
+        (300, 4, (), False),
+        (300, 3, (2, 4), False),
+        (5, 8, (2, 3), True),
+    ],
+)
+def test_fit_warns_of_clips_shorter_than_the_window_and_the_videos(tmp_path, generated, frames, buckets, warned):
+    built = module()
+    built.generation = GenerationSettings(Sampler(), frames=generated)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(built, tmp_path, steps=1, frames=frames, buckets=tuple(Bucket(length, 1) for length in buckets))
+    messages = [str(each.message) for each in caught if "training clips" in str(each.message)]
+    assert len(messages) == (1 if warned else 0)
+    if warned:
+        assert f"training clips have 3 frames, but generation.frames={generated} and attention.window=4" in messages[0]
+        assert "data.frames" in messages[0]
 
 
 def test_z_loss_keeps_logits_small_and_smoothing_limits_the_probabilities():

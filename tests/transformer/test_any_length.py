@@ -80,8 +80,8 @@ def test_a_frame_deep_in_a_video_is_predicted_like_the_same_frame_of_a_clip(pref
 
 
 @torch.inference_mode()
-def test_temporal_distances_are_not_larger_in_a_long_video_than_in_a_clip_longer_than_the_window():
-    """The rule by which training warns of short clips: a query attends to keys up to `window` frames earlier."""
+def test_a_frame_depends_on_no_frame_far_before_the_window():
+    """So no distance in a long video is larger than those in a clip of the window and one more frame."""
     model, text = toy_transformer(WINDOW, spatial_layers=0, temporal_layers=1), random_text()
     tokens = random_tokens(1, 4 * WINDOW)
     logits = model(tokens, text)[:, -1]
