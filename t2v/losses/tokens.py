@@ -15,7 +15,7 @@ _ROWS = 128
 
 
 class TokenLoss(NamedTuple):
-    """The terms of `token_loss`; only the objective has a gradient."""
+    """The terms of `token_loss_`; only the objective has a gradient."""
 
     objective: Float[Tensor, ""]
     """The value that training minimizes."""
@@ -27,13 +27,15 @@ class TokenLoss(NamedTuple):
     """Fraction of tokens that are the most probable code."""
 
 
-def token_loss(
+def token_loss_(
     logits: Float[Tensor, "*shape v"], tokens: Int[Tensor, "*shape"], label_smoothing: float = 0.0, z_loss: float = 0.0
 ) -> TokenLoss:
-    """Compute cross-entropy with label smoothing plus `z_loss` · log² Z (https://arxiv.org/abs/2204.02311), in float32.
+    """Compute the loss in float32; in place: logits that require a gradient are overwritten by it.
+
+    The loss is the cross-entropy with label smoothing plus `z_loss` · log² Z (https://arxiv.org/abs/2204.02311).
 
     Args:
-        logits: Predictions. If a gradient is required, it overwrites them.
+        logits: Predictions. If they require a gradient, give a copy if they are read afterwards.
         tokens: The targets.
         label_smoothing: Fraction of each target that is distributed evenly over all codes.
         z_loss: Weight of log² Z.

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from t2v.errors import UserError
-from t2v.losses.tokens import TokenLoss, token_loss
+from t2v.losses.tokens import TokenLoss, token_loss_
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,10 @@ class TokenObjective:
         return torch.where(replaced, torch.randint_like(tokens, vocab_size), tokens)
 
     def loss(self, logits: Float[Tensor, "b t h w v"], tokens: Int[Tensor, "b t h w"]) -> TokenLoss:
-        """Compute the loss; where a gradient is required, it overwrites the logits.
+        """Compute the loss; in place: logits that require a gradient are overwritten by it.
 
         Args:
             logits: Predictions of the transformer.
             tokens: The uncorrupted targets.
         """
-        return token_loss(logits, tokens, self.label_smoothing, self.z_loss)
+        return token_loss_(logits, tokens, self.label_smoothing, self.z_loss)

@@ -15,7 +15,7 @@ from t2v.errors import UserError
 from t2v.generation.quantization import convert
 from t2v.generation.settings import GenerationSettings
 from t2v.generation.text_to_video import TextToVideo, check_parts
-from t2v.losses.tokens import token_loss
+from t2v.losses.tokens import token_loss_
 from t2v.text import TextEncoder
 from t2v.training.clip_lengths import warn_of_short_clips
 from t2v.training.lightning_private import trainer_of
@@ -119,7 +119,7 @@ class LitVideoTransformer(LightningModule):
 
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         """Accumulate the plain cross-entropy and the accuracy, without corruption or caption dropout."""
-        terms = token_loss(self.model(batch.tokens, batch.text), batch.tokens)
+        terms = token_loss_(self.model(batch.tokens, batch.text), batch.tokens)
         self.loss.update(terms.cross_entropy, batch.tokens.numel())
         self.accuracy.update(terms.accuracy, batch.tokens.numel())
 

@@ -28,7 +28,7 @@ from torch import nn
 
 from t2v.batch import TextEmbedding
 from t2v.errors import run_tool
-from t2v.losses.tokens import token_loss
+from t2v.losses.tokens import token_loss_
 from t2v.training.optimization import parameter_groups
 from t2v.training.planner.budget import (
     TrainingBudget,
@@ -195,7 +195,7 @@ def _train(point: Point, steps: int) -> tuple[int, float]:
     for _ in range(steps):
         start = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast_dtype is not None):
-            loss = token_loss(model(tokens, text, drop), tokens, z_loss=1e-4).objective
+            loss = token_loss_(model(tokens, text, drop), tokens, z_loss=1e-4).objective
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from t2v.batch import TextEmbedding
 from t2v.errors import run_tool
-from t2v.losses.tokens import token_loss
+from t2v.losses.tokens import token_loss_
 from t2v.transformer.config import AttentionConfig, TextConfig
 from t2v.transformer.model import VideoTransformer
 
@@ -57,7 +57,7 @@ def train(
     embedded = torch.randn(CLIPS, TEXT_LENGTH, TEXT_DIM)
     text = TextEmbedding(embedded, torch.ones(CLIPS, TEXT_LENGTH, dtype=torch.bool), embedded.mean(1))
     losses: dict[str, Step] = {
-        "ours": lambda: token_loss(ours(tokens, text), tokens).objective,
+        "ours": lambda: token_loss_(ours(tokens, text), tokens).objective,
         "Llama": lambda: llama(input_ids=tokens.flatten(1), labels=tokens.flatten(1), use_cache=False).loss,
     }
     optimizers = {

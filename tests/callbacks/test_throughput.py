@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from callbacks.throughput import Throughput
 from t2v.batch import TextEmbedding, TokenBatch, VideoBatch
 from t2v.errors import UserError
-from t2v.losses.tokens import token_loss
+from t2v.losses.tokens import token_loss_
 from t2v.transformer.config import AttentionConfig, TextConfig
 from t2v.transformer.model import VideoTransformer
 
@@ -52,7 +52,7 @@ class LitTransformer(LightningModule):
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None: ...
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
-        return token_loss(self.model(batch.tokens, batch.text), batch.tokens).objective
+        return token_loss_(self.model(batch.tokens, batch.text), batch.tokens).objective
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=1e-2)

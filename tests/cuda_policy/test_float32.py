@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 
 from callbacks import EMA, NaNGuard
 from callbacks.guard import _Seen
-from t2v.losses.tokens import token_loss
+from t2v.losses.tokens import token_loss_
 from t2v.metrics import CodebookUsage
 from t2v.training.lightning_private import average_of
 from t2v.transformer.layers import RMSNorm, TextGate
@@ -40,7 +40,7 @@ def test_rms_norm_returns_the_type_of_its_input_under_autocast(dtype):
 def test_the_loss_of_many_tokens_is_summed_in_float32():
     logits = torch.randn(65536, 8).bfloat16() * 3
     tokens = torch.randint(8, (65536,))
-    terms = token_loss(logits.clone(), tokens)
+    terms = token_loss_(logits.clone(), tokens)
     assert {term.dtype for term in terms} == {torch.float32}
     torch.testing.assert_close(terms.cross_entropy, F.cross_entropy(logits.float(), tokens))
     hits = (logits.argmax(-1) == tokens).double().mean().float()

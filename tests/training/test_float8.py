@@ -21,7 +21,7 @@ from t2v.checkpoints.storage import read_checkpoint
 from t2v.errors import UserError
 from t2v.generation.sampling import Sampler
 from t2v.generation.settings import GenerationSettings
-from t2v.losses.tokens import token_loss
+from t2v.losses.tokens import token_loss_
 from t2v.text import MiniLMTextEncoder
 from t2v.training import Float8Precision
 from t2v.training.float8 import LAYERS, has_float8
@@ -110,7 +110,7 @@ def loss_and_gradients(network: nn.Module) -> tuple[torch.Tensor, dict[str, torc
     clips = batch()
     with torch.autocast("cpu", torch.bfloat16):
         logits = network(clips.tokens, clips.text, torch.tensor([True, False]))
-        loss = token_loss(logits, clips.tokens).objective
+        loss = token_loss_(logits, clips.tokens).objective
     names, parameters = zip(*network.named_parameters(), strict=True)
     return loss.detach(), dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 

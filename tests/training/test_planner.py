@@ -14,7 +14,7 @@ from t2v.batch import TextEmbedding
 from t2v.errors import UserError
 from t2v.generation.sampling import Sampler
 from t2v.generation.settings import GenerationSettings
-from t2v.losses.tokens import token_loss
+from t2v.losses.tokens import token_loss_
 from t2v.text import MiniLMTextEncoder
 from t2v.torch_private import storage_id
 from t2v.training.optimization import MuonAdamW, parameter_groups
@@ -79,7 +79,7 @@ def test_planned_saved_activations_equal_those_of_a_real_step(precision):
 
     tokens, text, drop = inputs(model)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"), saved_tensors_hooks(keep, keep):
-        loss = token_loss(model(tokens, text, drop), tokens, z_loss=1e-4).objective
+        loss = token_loss_(model(tokens, text, drop), tokens, z_loss=1e-4).objective
     own = {storage_id(tensor) for tensor in model.parameters()}
     planned = transformer_step(model, CLIPS, FRAMES, TEXT_LENGTH, precision, "none", "cpu")
     assert loss.isfinite()
@@ -95,7 +95,7 @@ def test_planned_peaks_and_flops_equal_those_of_a_real_step(precision, checkpoin
     text = TextEmbedding(text.tokens.to(dtype), text.mask, text.pooled.to(dtype))
     with Meter(model) as meter:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
-            loss = token_loss(model(tokens, text, drop), tokens, z_loss=1e-4).objective
+            loss = token_loss_(model(tokens, text, drop), tokens, z_loss=1e-4).objective
         saved, forward = meter.live, meter.peak
         meter.restart()
         loss.backward()
@@ -117,7 +117,7 @@ def test_planned_flops_equal_those_that_torch_counts():
     model = shapes(device="cpu")
     tokens, text, drop = inputs(model)
     with FlopCounterMode(display=False) as counter:
-        token_loss(model(tokens, text, drop), tokens).objective.backward()
+        token_loss_(model(tokens, text, drop), tokens).objective.backward()
     planned = transformer_step(model, CLIPS, FRAMES, TEXT_LENGTH, "32-true", "none", "cpu")
     assert planned.flops == pytest.approx(counter.get_total_flops(), rel=1e-3)
 

@@ -19,7 +19,6 @@ from t2v.batch import TextEmbedding, TokenBatch
 from t2v.errors import UserError
 from t2v.generation.sampling import Sampler
 from t2v.generation.settings import GenerationSettings
-from t2v.losses.tokens import token_loss
 from t2v.text import MiniLMTextEncoder
 from t2v.training.lightning_private import average_of
 from t2v.training.objective import TokenObjective
@@ -73,31 +72,6 @@ def fit(
     trainer = Trainer(max_steps=steps, accelerator="cpu", logger=False, num_sanity_val_steps=0, **quiet, **options)
     trainer.fit(built, datamodule=tokens)
     return trainer
-
-
-@pytest.mark.parametrize("rows", [5, 300])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("smoothing", "weight"), [(0.0, 0.0), (0.2, 0.0), (0.0, 0.3), (0.1, 0.01)])
-def test_the_loss_and_its_gradient_equal_the_formula(rows, dtype, smoothing, weight):
-    logits = (3 * torch.randn(rows, CODES)).to(dtype).requires_grad_()
-    tokens = torch.randint(CODES, (rows,))
-    log_z = logits.float().logsumexp(-1)
-    expected = F.cross_entropy(logits.float(), tokens, label_smoothing=smoothing) + weight * (log_z**2).mean()
-    (gradient,) = torch.autograd.grad(expected, logits)
-    found = token_loss(logits * 1, tokens, smoothing, weight)
-    torch.testing.assert_close(found.objective, expected)
-    torch.testing.assert_close(found.cross_entropy, F.cross_entropy(logits.float(), tokens))
-    torch.testing.assert_close(found.z_loss, (log_z**2).mean())
-    torch.testing.assert_close(found.accuracy, (logits.argmax(-1) == tokens).float().mean())
-    (2 * found.objective).backward()
-    torch.testing.assert_close(logits.grad, 2 * gradient)
-
-
-def test_logits_are_not_modified_without_a_gradient():
-    logits = torch.randn(2, 3, 2, 2, CODES)
-    before = logits.clone()
-    token_loss(logits, torch.randint(CODES, (2, 3, 2, 2)))
-    assert torch.equal(logits, before)
 
 
 def train_once(built: LitVideoTransformer, clips: TokenBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -171,23 +145,6 @@ def test_fit_warns_of_clips_shorter_than_the_window_and_the_videos(tmp_path, gen
     if warned:
         assert f"training clips have 3 frames, but generation.frames={generated} and attention.window=4" in messages[0]
         assert "data.frames" in messages[0]
-
-
-def test_z_loss_keeps_logits_small_and_smoothing_limits_the_probabilities():
-    tokens = torch.randint(CODES, (64,))
-    sizes = []
-    for options in ((0.0, 0.0), (0.0, 0.1), (0.2, 0.0)):
-        logits = torch.full((64, CODES), 2.0, requires_grad=True)
-        optimizer = torch.optim.Adam([logits], lr=0.2)
-        for _ in range(100):
-            optimizer.zero_grad()
-            token_loss(logits * 1, tokens, *options).objective.backward()
-            optimizer.step()
-        sizes.append((logits.logsumexp(-1).abs().mean().item(), logits.softmax(-1).amax(-1).mean().item()))
-    (plain_z, plain_p), (z_loss_z, _), (_, smoothed_p) = sizes
-    assert z_loss_z < 0.2 * plain_z
-    assert plain_p > 0.99
-    assert smoothed_p == pytest.approx(0.8 + 0.2 / CODES, abs=0.02)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from t2v.batch import TextEmbedding
 from t2v.generation.quantization import Weights, convert, stored_bytes
-from t2v.losses.tokens import token_loss
+from t2v.losses.tokens import token_loss_
 from t2v.torch_private import FakeTensorMode, storage_id
 from t2v.training.optimization import parameter_groups
 from t2v.training.planner.step import Device, Meter, Step, measure_step, without_data
@@ -130,7 +130,7 @@ def transformer_step(
         tokens = torch.empty(shape, dtype=torch.long, device="meta")
         text = _empty_text(clips, text_length, model.text.dim, dtype)
         drop = torch.empty(clips, dtype=torch.bool, device="meta")
-        return token_loss(model(tokens, text, drop), tokens, z_loss=1e-4).objective
+        return token_loss_(model(tokens, text, drop), tokens, z_loss=1e-4).objective
 
     return measure_step(model, loss, device, autocast_dtype)
 
