@@ -87,7 +87,7 @@ def full_size(tmp_path_factory):
     """Random token shards of 16×16 tokens a frame with text embeddings 4,096 wide, and their VQ-VAE and T5 config."""
     folder = tmp_path_factory.mktemp("full-size")
     vqvae = VQVAE(image_size=128, base_channels=8, latent_patch_size=1, quantizer=VectorQuantizer(16384))
-    vqvae.quantizer.started.fill_(True)
+    vqvae.quantizer.initialized.fill_(True)
     vqvae.save_pretrained(folder / "vqvae")
     (folder / "t5").mkdir()
     config = {"model_type": "t5", "d_model": 4096, "d_kv": 64, "d_ff": 64, "num_layers": 1, "num_heads": 2}
