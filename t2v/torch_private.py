@@ -42,6 +42,7 @@ def raise_recompile_limit(limit: int) -> None:
     """Let a function be compiled for at least `limit` shapes before it runs uncompiled."""
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, limit)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, limit)
 
 
 def storage_id(tensor: Tensor) -> int:

@@ -10,6 +10,7 @@ from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -17,9 +18,14 @@ from t2v.batch import TextEmbedding
 from t2v.errors import UserError
 from t2v.transformer.attention import CacheSlots, KVCache, TextKeysValues
 from t2v.transformer.block import Block
-from t2v.transformer.layers import local_tensor
+from t2v.transformer.layers import local_tensor, prepare_compilation
 from t2v.transformer.model import VideoTransformer
 from t2v.transformer.rope import Rotation
+
+_SHORTEST_TEXT = 32
+"""Text tokens to which shorter prompts are padded in compiled decoding; longer ones to a power of two."""
+_COMPILED_STEPS = 1024
+"""Number of input shapes for which steps are compiled before they would run uncompiled."""
 
 
 class Decoder:
@@ -30,7 +36,7 @@ class Decoder:
         text: Text embeddings of the prompts.
         drop_text: True for videos whose prompt is replaced by "no text".
         compiled: Whether to run the layers by `torch.compile`. It takes a minute or more in the first steps, once per
-            model and batch size.
+            model, batch size and (for long prompts) power of two of the number of text tokens.
 
     Attributes:
         position: Raster position of the next token.
@@ -46,10 +52,12 @@ class Decoder:
         compiled: bool = False,
     ) -> None:
         tokens, mask, self._pooled = model.project_text(text, drop_text)
+        if compiled:
+            tokens, mask = _pad_text(tokens, mask)
         self._model, self._compiled = model, compiled
         self._run_layers = _compiled_layers(model) if compiled else run_layers
         self._blocks = cast("list[Block]", model.blocks)
-        self._mask = None if mask.all() else mask
+        self._mask = None if not compiled and mask.all() else mask
         self._device = self._pooled.device
         grid = model.grid_size
         self._frame_size = grid * grid
@@ -141,6 +149,17 @@ class Decoder:
         return CacheSlots(write, read, (torch.arange(read, device=self._device) <= position)[None])
 
 
+def _pad_text(
+    tokens: Float[Tensor, "b l text_dim"], mask: Bool[Tensor, "b l"]
+) -> tuple[Float[Tensor, "b padded text_dim"], Bool[Tensor, "b padded"]]:
+    """Pad text to a power of two, so that prompts of different lengths run the same compiled code."""
+    length = _SHORTEST_TEXT
+    while length < mask.shape[1]:
+        length *= 2
+    padding = length - mask.shape[1]
+    return F.pad(tokens, (0, 0, 0, padding)), F.pad(mask, (0, padding))
+
+
 def run_layers(
     model: VideoTransformer,
     x: Float[Tensor, "b 1 d"],
@@ -170,6 +189,7 @@ def _compiled_layers(model: VideoTransformer) -> Callable[..., Any]:
     Guards on modules would be checked in every step (0.4 ms for ten layers on a CPU) and are left out. Without them a
     model could run the code of another, therefore the code of each model is isolated.
     """
+    prepare_compilation(_COMPILED_STEPS)
     if model not in _COMPILED:
         options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
         _COMPILED[model] = torch.compile(  # type: ignore[call-overload]  # the overloads lack isolate_recompiles
