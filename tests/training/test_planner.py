@@ -223,7 +223,7 @@ def test_a_report_recommends_more_memory_if_nothing_fits():
 
 def test_a_plan_for_zero_memory_is_rejected():
     with pytest.raises(UserError, match=r"memory=0.*must be greater than 0"):
-        report(lit(), memory=0)
+        report(lit(), memory=0.0)
 
 
 def test_the_command_prints_the_plan(capsys):
