@@ -4,4 +4,4 @@ from data.prepare import prepare
 from t2v.errors import run_tool
 
 if __name__ == "__main__":
-    run_tool(prepare, "python -m data.prepare")
+    run_tool(prepare)
