@@ -5,9 +5,12 @@ from t2v.metrics.features import ClipFeatures, MobileNetClipFeatures, VideoNetwo
 from t2v.metrics.frechet import FrechetVideoDistance
 from t2v.metrics.metric import MeanVideoMetric, VideoMetric
 from t2v.metrics.perceptual import PerceptualDistance
+from t2v.metrics.pixel import PSNR, SSIM
 from t2v.metrics.temporal import Flicker, WarpError
 
 __all__ = [
+    "PSNR",
+    "SSIM",
     "ClipFeatures",
     "CodebookUsage",
     "Flicker",

@@ -33,10 +33,9 @@ class FrechetVideoDistance(VideoMetric, FrechetInceptionDistance):
         self.clips = 0
         self.warned = False
 
-    def update(self, reconstruction: Video, video: Video) -> None:  # type: ignore[override]
-        with torch.autocast(video.device.type, enabled=False):
-            FrechetInceptionDistance.update(self, video, real=True)
-            FrechetInceptionDistance.update(self, reconstruction, real=False)
+    def accumulate(self, reconstruction: Video, video: Video) -> None:
+        FrechetInceptionDistance.update(self, video, real=True)
+        FrechetInceptionDistance.update(self, reconstruction, real=False)
 
     def compute(self) -> Float[Tensor, ""]:
         """Return the distance over all clips added; NaN, with a warning, for fewer than two."""

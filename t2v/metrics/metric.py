@@ -1,12 +1,15 @@
 """Base classes of the metrics of a reconstruction."""
 
 from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torchmetrics import Metric
 
+from t2v.autocast import without_autocast
 from t2v.batch import Video
 from t2v.checkpoints.pretrained import Protocol
 
@@ -21,13 +24,26 @@ class VideoMetric(Metric):
     full_state_update = False
     name: str
 
-    @abstractmethod
     def update(self, reconstruction: Video, video: Video) -> None:
-        """Add clips in [-1, 1]."""
+        """Add clips in [-1, 1] of any floating-point type; all metrics are computed in float32, without autocast."""
+        with without_autocast(video), _default_float32():
+            self.accumulate(reconstruction.float(), video.float())
+
+    @abstractmethod
+    def accumulate(self, reconstruction: Video, video: Video) -> None:
+        """Add float32 clips in [-1, 1]."""
 
     @abstractmethod
     def compute(self) -> Float[Tensor, ""]:
         """Return the value over all clips added."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> "VideoMetric":
+        """Move the state and the networks to another device, but keep their types under `bf16-true`."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device)).device)
+
+        return super()._apply(move, exclude_state)  # type: ignore[return-value]
 
     def protocol(self) -> Protocol:
         """Return what a report must state for the value to be comparable: networks, files and their hashes."""
@@ -47,3 +63,14 @@ class MeanVideoMetric(VideoMetric):
 
     def compute(self) -> Float[Tensor, ""]:
         return (self.total / self.count.clamp(min=1)).float()
+
+
+@contextmanager
+def _default_float32() -> Iterator[None]:
+    """Create new tensors in float32; Lightning's bf16-true makes bfloat16 the default."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

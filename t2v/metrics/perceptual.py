@@ -1,7 +1,5 @@
 """Perceptual distance of a reconstruction."""
 
-import torch
-
 from t2v.batch import Video
 from t2v.checkpoints.pretrained import Protocol
 from t2v.losses.perceptual import CHUNK, PerceptualLoss
@@ -19,11 +17,10 @@ class PerceptualDistance(MeanVideoMetric):
         super().__init__()
         self.term, self.name = term, term.name
 
-    def update(self, reconstruction: Video, video: Video) -> None:
+    def accumulate(self, reconstruction: Video, video: Video) -> None:
         x, y = reconstruction.flatten(0, 1), video.flatten(0, 1)
-        with torch.autocast(x.device.type, enabled=False):
-            for x_chunk, y_chunk in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
-                self.total += self.term.distance(x_chunk.float(), y_chunk.float()) * len(x_chunk)
+        for x_chunk, y_chunk in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
+            self.total += self.term.distance(x_chunk, y_chunk) * len(x_chunk)
         self.count += len(x)
 
     def protocol(self) -> Protocol:

@@ -14,7 +14,7 @@ class Flicker(MeanVideoMetric):
 
     name = "flicker"
 
-    def update(self, reconstruction: Video, video: Video) -> None:
+    def accumulate(self, reconstruction: Video, video: Video) -> None:
         """Add clips; a clip of one frame adds nothing."""
         error = (reconstruction.diff(dim=1) - video.diff(dim=1)).abs()
         self.total += error.sum(dtype=self.total.dtype)
@@ -38,7 +38,7 @@ class WarpError(MeanVideoMetric):
         super().__init__()
         self.flow = flow or DISFlow()
 
-    def update(self, reconstruction: Video, video: Video) -> None:
+    def accumulate(self, reconstruction: Video, video: Video) -> None:
         """Add clips; a clip of one frame, or a pair of frames without visible pixels, adds nothing."""
         if video.shape[1] < 2:
             return

@@ -8,12 +8,11 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from t2v.batch import VideoBatch
 from t2v.errors import UserError
 from t2v.losses import AdversarialLoss, LossTerm
-from t2v.metrics import CodebookUsage, Flicker, VideoMetric
+from t2v.metrics import PSNR, SSIM, CodebookUsage, Flicker, VideoMetric
 from t2v.training.optimization import configure_optimization
 from t2v.training.sharding import shard
 from t2v.vqvae.model import VQVAE, to_model_range, to_uint8
@@ -53,7 +52,7 @@ class LitVQVAE(LightningModule):
         self.adversarial = adversarial
         # In tuples, so that their frozen networks are not in checkpoints and averages.
         self.losses = tuple(losses)
-        self.metrics = (Flicker(), *(metrics or []))
+        self.metrics = (PSNR(), SSIM(), Flicker(), *(metrics or []))
         names = [metric.name for metric in self.metrics]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
@@ -62,8 +61,6 @@ class LitVQVAE(LightningModule):
         self.compiled = compiled
         self.optimizer = optimizer
         self.warmup_steps = warmup_steps
-        self.psnr = PeakSignalNoiseRatio(data_range=(-1.0, 1.0), dim=(1, 2, 3))
-        self.ssim = StructuralSimilarityIndexMeasure(data_range=(-1.0, 1.0))
         self.codebook = CodebookUsage(model.codebook_size)
 
     def setup(self, stage: str) -> None:
@@ -126,9 +123,6 @@ class LitVQVAE(LightningModule):
         reconstruction = reconstruction.float().clamp(-1, 1)
         loss = sum((term.weight * term(reconstruction, video) for term in self.losses), video.new_zeros(()))
         self.log("val/loss", loss, batch_size=len(video), sync_dist=True)
-        frames, originals = reconstruction.flatten(0, 1), video.flatten(0, 1)
-        self.psnr.update(frames, originals)
-        self.ssim.update(frames, originals)
         for metric in self.metrics:
             metric.update(reconstruction, video)
         if tokens is not None:
@@ -138,7 +132,7 @@ class LitVQVAE(LightningModule):
         """Log the metrics over the whole epoch."""
         values: dict[str, Tensor] = {}
         named = {metric.name: metric for metric in self.metrics}
-        for name, metric in {"psnr": self.psnr, "ssim": self.ssim, "codebook": self.codebook, **named}.items():
+        for name, metric in {**named, "codebook": self.codebook}.items():
             if not metric.update_called:  # the codebook usage, before quantization begins
                 continue
             result = metric.compute()
