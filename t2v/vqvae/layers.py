@@ -6,6 +6,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from t2v.autocast import without_autocast
+
 
 class ChannelNorm(nn.LayerNorm):
     """Layer normalization over the channels, separately at every position.
@@ -23,7 +25,8 @@ class ChannelNorm(nn.LayerNorm):
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return F.layer_norm(x.movedim(1, -1), self.normalized_shape, weight, bias, self.eps).movedim(-1, 1)
+        with without_autocast(x):  # it would return float32
+            return F.layer_norm(x.movedim(1, -1), self.normalized_shape, weight, bias, self.eps).movedim(-1, 1)
 
 
 class ResBlock(nn.Module):
@@ -71,6 +74,11 @@ class Upsample(nn.Upsample):
 
     def __init__(self, channels: int) -> None:
         super().__init__(scale_factor=2.0, mode="nearest")
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h_out w_out"]:
+        with without_autocast(x):  # it would return float32
+            output: Tensor = super().forward(x)
+        return output
 
 
 class CausalTemporalBlock(nn.Module):

@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from lightning.pytorch import Trainer
 
 from callbacks import EMA, NaNGuard
-from callbacks.guard import _Seen
+from callbacks.guard import _Batch
 from t2v.losses.tokens import token_loss_
 from t2v.metrics import CodebookUsage
 from t2v.training.lightning_private import average_of
 from t2v.transformer.layers import RMSNorm, TextGate
 from t2v.transformer.rope import raster_positions, rotation_at
+from t2v.vqvae.layers import ChannelNorm, ResBlock, Upsample
 from tests.cuda_policy.toys import data_for, lit_transformer, lit_vqvae, trainer, vqvae
 from tests.support.cuda_policy import cuda_autocast
 
@@ -34,6 +35,13 @@ def test_rms_norm_returns_the_type_of_its_input_under_autocast(dtype):
         y = norm(x)
     assert y.dtype == dtype
     torch.testing.assert_close(y.float(), norm(x.float()), atol=0.02, rtol=0.01)
+
+
+@pytest.mark.parametrize("layer", [ChannelNorm(8), Upsample(8), ResBlock(8, 8)], ids=lambda layer: type(layer).__name__)
+def test_layers_of_the_vqvae_return_the_type_of_their_input_under_autocast(layer):
+    """In float32 the activations of a training step would take twice the memory."""
+    with cuda_autocast(), torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(2, 8, 4, 4).bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.usefixtures("bf16_true")
@@ -107,7 +115,7 @@ def test_the_norm_of_bfloat16_gradients_is_summed_in_float32():
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
     expected = torch.stack([parameter.grad.double().square().sum() for parameter in parameters]).sum().sqrt().item()
-    seen = [_Seen(0, [], torch.tensor(2.0))]
+    seen = [_Batch(0, [], torch.tensor(2.0))]
     norm, loss = NaNGuard()._measure(Trainer(accelerator="cpu", logger=False), torch.optim.SGD(parameters), seen)
     assert norm == pytest.approx(expected, rel=1e-5)
     assert loss == 2.0
