@@ -70,7 +70,7 @@ class Steps:
         self.state: dict[str, Any] = json.loads(STATE.read_text()) if STATE.exists() else {}
 
     def run(self, name: str, what: str, job: Callable[[], Any]) -> Any:
-        """The result of `job`, which must fit into JSON; its time adds up over interrupted tries."""
+        """Return the result of `job`, as JSON can hold it; the time of interrupted attempts is added up."""
         step = self.state.setdefault(name, {"seconds": 0.0})
         print(f"\n==> {what}", flush=True)
         if "result" in step:
@@ -89,14 +89,14 @@ class Steps:
 
 
 def tool(*args: str) -> None:
-    """Runs one of the `python -m` commands."""
+    """Run one of the `python -m` commands."""
     print(f"    python {shlex.join(args)}", flush=True)
     if code := subprocess.run([sys.executable, *args], check=False).returncode:
         raise SystemExit(code)
 
 
 def cli(*args: str) -> dict[str, float]:
-    """Runs `python cli.py …` in this process, and returns the metrics it logged."""
+    """Run `python cli.py …` in this process, and return the metrics that it logged."""
     print(f"    python cli.py {shlex.join(args)}", flush=True)
     metrics = main(list(args)).trainer.callback_metrics
     return {name: float(value) for name, value in metrics.items()}
@@ -184,7 +184,7 @@ def judge_long(videos: list[str]) -> float:
 
 
 def contact_sheet(videos: list[str], path: Path, rows: int = 8, frames: int = 6) -> None:
-    """A picture of frames of some of the videos, each row under its prompt."""
+    """Draw frames of some of the videos, each row under its prompt."""
     scale, gap, text = 96, 6, 18
     sheet = Image.new("RGB", (frames * (scale + gap) + gap, rows * (scale + gap + text) + gap), "white")
     draw = ImageDraw.Draw(sheet)

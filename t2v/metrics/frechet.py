@@ -13,7 +13,7 @@ from t2v.metrics.features import ClipFeatures
 from t2v.metrics.metric import VideoMetric
 
 
-class FrechetVideoDistance(VideoMetric, FrechetInceptionDistance):
+class FrechetVideoDistance(VideoMetric, FrechetInceptionDistance):  # type: ignore[misc]
     """Fréchet distance between the features of originals and reconstructions (https://arxiv.org/abs/1812.01717).
 
     Its name contains that of the network: values of different networks, or of different numbers of clips, are **not**

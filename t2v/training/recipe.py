@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ignore[attr-defined]
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from t2v.errors import UserError
 
@@ -30,7 +30,7 @@ class RecipeFile(ActionConfigFile):
 
 
 def _with_bases(value: Any, seen: tuple[Path, ...]) -> list[Any]:
-    """The configs that a config stands for, in the order in which they apply."""
+    """Return the configs that a config stands for, in the order in which they apply."""
     path = Path(str(value))
     content = _read(path)
     if content is None or "base" not in content:
@@ -44,7 +44,7 @@ def _with_bases(value: Any, seen: tuple[Path, ...]) -> list[Any]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The content of a YAML file; None for what is no mapping, which jsonargparse reports, or no file."""
+    """Return the content of a YAML file; None for what is no mapping, which jsonargparse reports, or no file."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
