@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 
 def warn_of_short_clips(trainer: Trainer, window: int, frames: int) -> None:

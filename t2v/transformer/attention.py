@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from t2v.transformer.layers import Linear, RMSNorm
 from t2v.transformer.rope import Rotation
@@ -37,6 +37,27 @@ class CacheSlots(NamedTuple):
     """Number of slots to read, from the first."""
     mask: Bool[Tensor, "n m"] | None
     """Slots to attend to among those read; None for all."""
+
+
+BlockList = tuple[Int[Tensor, "1 1 rows"], Int[Tensor, "1 1 rows columns"]]
+"""The number of blocks in each row, and their columns, first the counted ones."""
+_BLOCK_SIZE = 128
+"""Positions of a block of FlexAttention."""
+
+
+class WindowBlocks(NamedTuple):
+    """Blocks of queries and keys that FlexAttention computes, in which some or all keys are in the window.
+
+    They are tensors of one forward pass, which all temporal layers share, in recomputation too.
+    """
+
+    keys: BlockList
+    """Blocks of keys that are partly in the window, for each block of queries."""
+    full_keys: BlockList
+    """Blocks of keys that are in the window of each query."""
+    queries: BlockList
+    """The same for each block of keys, as the backward pass needs it."""
+    full_queries: BlockList
 
 
 class KVCache:
@@ -82,10 +103,12 @@ class SelfAttention(nn.Module):
         self.key_norm: nn.Module = RMSNorm(self.head_dim)
         self.out = Linear(dim, dim)
 
-    def forward(self, x: Float[Tensor, "b n d"], rotate: Rotation, window: int) -> Float[Tensor, "b n d"]:
-        """Attend from each position to itself and the `window` - 1 positions before it."""
+    def forward(
+        self, x: Float[Tensor, "b n d"], rotate: Rotation, window: int, blocks: WindowBlocks | None = None
+    ) -> Float[Tensor, "b n d"]:
+        """Attend from each position to itself and the `window` - 1 positions before it; see `causal_attention`."""
         q, k, v = self._project(x, rotate)
-        return self._merge_heads(causal_attention(q, k, v, window))
+        return self._merge_heads(causal_attention(q, k, v, window, blocks))
 
     def step(
         self, x: Float[Tensor, "b 1 d"], rotate: Rotation, cache: KVCache, slots: CacheSlots
@@ -217,6 +240,7 @@ def causal_attention(
     k: Float[Tensor, "b kv_heads n head_dim"],
     v: Float[Tensor, "b kv_heads n head_dim"],
     window: int,
+    blocks: WindowBlocks | None = None,
     chunk: int = 512,
 ) -> Queries:
     """Return causal attention over a sliding window of positions, without a mask as large as n × n.
@@ -226,6 +250,8 @@ def causal_attention(
         k: Keys.
         v: Values.
         window: Positions that a query attends to, its own included.
+        blocks: Result of `window_blocks`; compiled code then uses FlexAttention where there are more positions than
+            `window`.
         chunk: Queries that are computed at once where there are more positions than `window`.
     """
     n, longest = q.shape[2], window
@@ -234,8 +260,8 @@ def causal_attention(
         longest = min(window, chunk)
     if n <= longest:
         return grouped_query_attention(q, k, v, causal=True)
-    if torch.compiler.is_compiling() and q.is_cuda:  # on the CPU, compiled with projections, it is wrong (torch 2.14)
-        return flex_window_attention(q, k, v, window)
+    if blocks is not None and torch.compiler.is_compiling():
+        return flex_window_attention(q, k, v, window, blocks)
     outputs = []
     for start in range(0, n, chunk):
         stop, first = min(start + chunk, n), max(start - window + 1, 0)
@@ -247,19 +273,45 @@ def causal_attention(
 
 
 def flex_window_attention(
-    q: Queries, k: Float[Tensor, "b kv_heads n head_dim"], v: Float[Tensor, "b kv_heads n head_dim"], window: int
+    q: Queries,
+    k: Float[Tensor, "b kv_heads n head_dim"],
+    v: Float[Tensor, "b kv_heads n head_dim"],
+    window: int,
+    blocks: WindowBlocks | None = None,
 ) -> Queries:
     """Return the same as `causal_attention` by FlexAttention, which skips blocks outside the window.
 
-    It is fast only under `torch.compile`.
+    It is fast only under `torch.compile`, and compiled for the CPU together with projections it is wrong (torch 2.14).
     """
     n = q.shape[2]
-
-    def in_window(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (query - key < window)
-
-    mask = create_block_mask(in_window, None, None, n, n, q.device)
+    if blocks is None:
+        blocks = window_blocks(n, window, q.device)
+    mask = BlockMask(
+        (n, n),
+        *(*blocks.keys, *blocks.full_keys, *blocks.queries, *blocks.full_queries),
+        BLOCK_SIZE=(_BLOCK_SIZE, _BLOCK_SIZE),
+        mask_mod=lambda batch, head, query, key: (query >= key) & (query - key < window),
+    )
     return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
+
+
+def window_blocks(n: int, window: int, device: torch.device) -> WindowBlocks:
+    """Return the blocks that attention over a sliding window of n positions computes.
+
+    Unlike `create_block_mask` it needs no tensor of n × n values.
+    """
+    first = torch.arange(0, n, _BLOCK_SIZE, device=device)
+    last = first + _BLOCK_SIZE - 1
+    nearest, farthest = first[:, None] - last, last[:, None] - first  # distances of query and key
+    whole = last < n
+    full = (nearest >= 0) & (farthest < window) & whole[:, None] & whole
+    partial = (farthest >= 0) & (nearest < window) & ~full
+    return WindowBlocks(_block_list(partial), _block_list(full), _block_list(partial.T), _block_list(full.T))
+
+
+def _block_list(used: Bool[Tensor, "rows columns"]) -> BlockList:
+    columns = used.int().argsort(dim=-1, descending=True, stable=True)
+    return used.sum(-1, dtype=torch.int32)[None, None], columns.int()[None, None]
 
 
 def _window_mask(query: Int[Tensor, " n"], key: Int[Tensor, " m"], window: int) -> Bool[Tensor, "n m"]:

@@ -9,7 +9,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from t2v.transformer.attention import CacheSlots, CrossAttention, KVCache, SelfAttention, TextKeysValues
+from t2v.transformer.attention import (
+    CacheSlots,
+    CrossAttention,
+    KVCache,
+    SelfAttention,
+    TextKeysValues,
+    WindowBlocks,
+)
 from t2v.transformer.config import AttentionConfig
 from t2v.transformer.layers import RMSNorm, SwiGLU
 from t2v.transformer.rope import Rotation
@@ -60,6 +67,7 @@ class Block(nn.Module):
         gate: Float[Tensor, "t heads"] | None,
         rotate: Rotation,
         window: int,
+        blocks: WindowBlocks | None = None,
     ) -> Float[Tensor, "b t n d"]:
         """Compute the layer for all positions of t frames.
 
@@ -70,11 +78,12 @@ class Block(nn.Module):
             gate: Scale of text attention by frame and head; None for 1.
             rotate: Rotation of all positions.
             window: Frames that a temporal layer attends to.
+            blocks: For a temporal layer, see `causal_attention`.
         """
         if self.recompute_attention and torch.is_grad_enabled():
-            x = recompute(self._attend, x, text, mask, gate, rotate, window)
+            x = recompute(self._attend, x, text, mask, gate, rotate, window, blocks)
         else:
-            x = self._attend(x, text, mask, gate, rotate, window)
+            x = self._attend(x, text, mask, gate, rotate, window, blocks)
         return self._feed_forward(x)
 
     def _attend(
@@ -85,11 +94,12 @@ class Block(nn.Module):
         gate: Float[Tensor, "t heads"] | None,
         rotate: Rotation,
         window: int,
+        blocks: WindowBlocks | None,
     ) -> Float[Tensor, "b t n d"]:
         b, t, n, _ = x.shape
         h = self.attention_norm(x)
         if self.temporal:
-            h = self.attention(h.flatten(1, 2), rotate, window * n).unflatten(1, (t, n))
+            h = self.attention(h.flatten(1, 2), rotate, window * n, blocks).unflatten(1, (t, n))
         else:
             h = self.attention(h.flatten(0, 1), rotate.at(slice(n)), n).unflatten(0, (b, t))
         x = x + h

@@ -29,10 +29,11 @@ from torch import Tensor, nn
 from t2v.batch import TextEmbedding, check_token_range
 from t2v.checkpoints.hub import HubModel
 from t2v.errors import UserError
-from t2v.torch_private import mark_dynamic, raise_recompile_limit
+from t2v.torch_private import mark_dynamic
+from t2v.transformer.attention import WindowBlocks, window_blocks
 from t2v.transformer.block import Block, recompute
 from t2v.transformer.config import AttentionConfig, TextConfig
-from t2v.transformer.layers import PreviousFrame, RMSNorm, TextGate, linear, local_tensor
+from t2v.transformer.layers import PreviousFrame, RMSNorm, TextGate, linear, local_tensor, prepare_compilation
 from t2v.transformer.rope import Rotation, raster_positions, rotation_at, split_head_dim
 
 Checkpointing = Literal["none", "attention", "full"]
@@ -100,6 +101,7 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
         self.attention, self.text = attention, text
         self.checkpointing = checkpointing
         self.rope_dims = split_head_dim(dim // heads)
+        self._compiled = False
 
         device = device or str(torch.get_default_device())
         with torch.device("meta"):
@@ -177,10 +179,11 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
         x = rearrange(x + pooled[:, None], "b (t n) d -> b t n d", t=t)
         rotate = self.rotation(0, t * h * w, h, w)
         gates = self.gates(torch.arange(t, device=tokens.device))
+        blocks = self._window_blocks(t, h * w, tokens.device)
         checkpointed = self.checkpointing == "full" and torch.is_grad_enabled()
         for block, gate in zip(self.blocks, gates, strict=True):
             run = partial(recompute, block) if checkpointed else block
-            x = run(x, text_tokens, mask, gate, rotate, self.attention.window)
+            x = run(x, text_tokens, mask, gate, rotate, self.attention.window, blocks if block.temporal else None)
         return rearrange(self.logits(x), "b t (h w) v -> b t h w v", h=h)
 
     def project_text(self, text: TextEmbedding, drop: Bool[Tensor, " b"] | None = None) -> ProjectedText:
@@ -232,9 +235,17 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
 
     def compile_layers(self) -> None:
         """Compile the layers of `forward`, for each shape of clips and for captions of any length."""
-        raise_recompile_limit(_COMPILED_SHAPES)
+        prepare_compilation(_COMPILED_SHAPES)
+        self._compiled = True
         for block in self.blocks:
             block.compile(dynamic=False)  # in place: names of weights do not change
+
+    def _window_blocks(self, frames: int, positions: int, device: torch.device) -> WindowBlocks | None:
+        """Return what compiled temporal layers share on a GPU, if there are more frames than the window."""
+        compiled = self._compiled or torch.compiler.is_compiling()
+        if not compiled or device.type != "cuda" or frames <= self.attention.window:
+            return None
+        return window_blocks(frames * positions, self.attention.window * positions, device)
 
 
 def interleave(spatial: int, temporal: int) -> list[bool]:

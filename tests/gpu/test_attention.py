@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from t2v.batch import TextEmbedding
 from t2v.transformer.attention import causal_attention, flex_window_attention
+from t2v.transformer.config import AttentionConfig, TextConfig
+from t2v.transformer.model import VideoTransformer
 
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 4e-2}
 """Largest difference, relative to the largest value; float32 may be computed in TF32."""
@@ -30,3 +33,26 @@ def test_flex_attention_equals_chunks_forward_and_backward(device, record, dtype
         errors[name] = ((a.float() - b.float()).abs().max() / b.float().abs().max()).item()
     record("flex attention", **{f"{str(dtype)[6:]} {'compiled' if compiled else 'eager'}": errors})
     assert max(errors.values()) < TOLERANCE[dtype]
+
+
+@pytest.mark.usefixtures("needs_gpu")
+@pytest.mark.parametrize("checkpointing", ["none", "attention", "full"])
+def test_compiled_layers_have_the_gradients_of_uncompiled_ones(device, record, checkpointing):
+    """With more frames than the window, so that temporal layers use FlexAttention with blocks that they share."""
+    grid, frames, window = 8, 5, 2
+    options = {"attention": AttentionConfig(heads=4, kv_heads=2, window=window), "text": TextConfig(dim=32)}
+    model = VideoTransformer(64, grid, 128, 1, 2, 256, **options, checkpointing=checkpointing).to(device)
+    tokens = torch.randint(64, (2, frames, grid, grid), device=device)
+    mask = torch.ones(2, 7, dtype=torch.bool, device=device)
+    text = TextEmbedding(torch.randn(2, 7, 32, device=device), mask, torch.randn(2, 32, device=device))
+    gradients = []
+    for compiled in (False, True):
+        if compiled:
+            model.compile_layers()
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(model(tokens, text).flatten(0, 3), tokens.flatten()).backward()
+        gradients.append(torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None]))
+    plain, found = gradients
+    error = ((found - plain).abs().max() / plain.abs().max()).item()
+    record("compiled layers", **{checkpointing: error})
+    assert error < TOLERANCE[torch.float32]
