@@ -7,7 +7,7 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Shaped, UInt8
 from torch import Tensor
 
 from t2v import __version__
@@ -90,7 +90,7 @@ class TextToVideo:
         prompts: str | Sequence[str] | TextEmbedding,
         frames: int | None = None,
         seed: int | Sequence[int] = 0,
-        start: UInt8[Tensor, "*batch c height width"] | None = None,
+        start: Shaped[Tensor, "*shape"] | None = None,
         guidance: float | Schedule | None = None,
         sampler: Sampler | None = None,
     ) -> UInt8[Tensor, "b t c height width"]:
@@ -102,7 +102,7 @@ class TextToVideo:
         prompts: str | Sequence[str] | TextEmbedding,
         frames: int | None = None,
         seed: int | Sequence[int] = 0,
-        start: UInt8[Tensor, "*batch c height width"] | None = None,
+        start: Shaped[Tensor, "*shape"] | None = None,
         guidance: float | Schedule | None = None,
         sampler: Sampler | None = None,
     ) -> Iterator[UInt8[Tensor, "b 1 c height width"]]:
@@ -161,7 +161,7 @@ class TextToVideo:
         return TextEmbedding(tokens.to(dtype), mask, pooled.to(dtype))
 
     @torch.inference_mode()
-    def _encode(self, start: UInt8[Tensor, "*shape"], batch: int) -> Int[Tensor, "{batch} t h w"]:
+    def _encode(self, start: Shaped[Tensor, "*shape"], batch: int) -> Int[Tensor, "{batch} t h w"]:
         """Return the tokens of the start frames of each video."""
         size = self.vqvae.image_size
         if not 3 <= start.ndim <= 5 or start.dtype != torch.uint8 or start.shape[-3:] != (3, size, size):

@@ -1,11 +1,11 @@
 """Speed of decoding: `python -m tests.benchmarks.decode`.
 
-One process, batch 1, float32, plain draws (Llama: greedy). In every round, by turns: the memory bandwidth, measured by
-summing as many floats as a token reads; `generate` of a Llama out of `transformers`; and our decoding loop, eager and
-compiled, on a model of as many layers, as wide, that reads as many weights a token (Llama has no attention to text, so
-its feed-forward layers are wider). The limit is bandwidth ÷ bytes of weights read a token.
+One process, batch 1, float32, sampling without filters (Llama: greedy). Interleaved in every round: the memory
+bandwidth, measured by summing as many floats as a token reads; `generate` of a Llama of `transformers`; and our loop,
+eager and compiled, with a model of the same width and number of layers that reads as many weights per token (Llama has
+no text attention, therefore its feed-forward layers are wider). The limit is bandwidth ÷ bytes of weights per token.
 
-Then, on a small model, whether frames far into a video cost more time or memory than early ones.
+Then, on a small model, time and memory per frame far into a video relative to early frames.
 """
 
 import platform
@@ -27,16 +27,16 @@ from t2v.transformer.model import VideoTransformer
 
 VOCABULARY, GRID, DIM, LAYERS, HEADS, KV_HEADS = 16384, 16, 768, 12, 12, 4
 TOKENS = GRID**2
-"""Tokens a run: one frame of ours."""
+"""Tokens per measurement: one frame of ours."""
 
 
 def text(width: int) -> TextEmbedding:
-    """A caption of twelve word pieces."""
+    """Return random embeddings of twelve text tokens."""
     return TextEmbedding(torch.randn(1, 12, width), torch.ones(1, 12, dtype=torch.bool), torch.randn(1, width))
 
 
 def ours() -> VideoTransformer:
-    """7 spatial and 5 temporal layers."""
+    """Build our model: 7 spatial and 5 temporal layers."""
     return VideoTransformer(
         vocab_size=VOCABULARY,
         grid_size=GRID,
@@ -50,7 +50,7 @@ def ours() -> VideoTransformer:
 
 
 def llama() -> LlamaForCausalLM:
-    """The same layers without text, and wider feed-forward layers."""
+    """Build a Llama with the same layers without text, and wider feed-forward layers."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=DIM,
@@ -65,23 +65,23 @@ def llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def read_a_token(model: torch.nn.Module) -> int:
-    """Weights that every token reads: not the embeddings, of which it reads a row, nor what reads the text once."""
+def weights_per_token(model: torch.nn.Module) -> int:
+    """Return how many weights each token reads: without embeddings, of which it reads a row, and text projections."""
     skipped = ("embed", "mix", "pooled", "gate.hidden", "gate.out", "attention.key_value", "no_text")
     return sum(p.numel() for name, p in model.named_parameters() if not any(part in name for part in skipped))
 
 
 def seconds(job: Callable[[], object]) -> float:
-    """Wall time."""
-    began = time.perf_counter()
+    """Return the wall time of a call."""
+    start = time.perf_counter()
     job()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def speed(rounds: int) -> None:
-    """The first table."""
+    """Print the first table."""
     theirs, model = llama(), ours()
-    caption, floats = text(384), torch.randn(read_a_token(model))
+    caption, floats = text(384), torch.randn(weights_per_token(model))
     prompt = torch.zeros(1, 1, dtype=torch.long)
     settings = {"do_sample": False, "min_new_tokens": TOKENS, "max_new_tokens": TOKENS, "use_cache": True}
 
@@ -93,7 +93,7 @@ def speed(rounds: int) -> None:
         "ours, eager": lambda: decode(compiled=False),
         "ours, compiled": lambda: decode(compiled=True),
     }
-    weights = dict(zip(jobs, map(read_a_token, (theirs, model, model)), strict=True))
+    weights = dict(zip(jobs, map(weights_per_token, (theirs, model, model)), strict=True))
     sizes = dict(zip(jobs, (sum(p.numel() for p in m.parameters()) for m in (theirs, model, model)), strict=True))
     with torch.inference_mode():
         for job in jobs.values():
@@ -103,35 +103,36 @@ def speed(rounds: int) -> None:
             for name, job in jobs.items():
                 bandwidth.append(4 * floats.numel() / min(seconds(floats.sum) for _ in range(3)))
                 times[name].append(seconds(job) / TOKENS)
-    bytes_a_second = statistics.median(bandwidth)
+    bytes_per_second = statistics.median(bandwidth)
     print(
-        f"Memory bandwidth {bytes_a_second / 1e9:.1f} GB/s (of {len(bandwidth)}: {min(bandwidth) / 1e9:.1f} to ", end=""
+        f"Memory bandwidth {bytes_per_second / 1e9:.1f} GB/s (of {len(bandwidth)}: {min(bandwidth) / 1e9:.1f} to ",
+        end="",
     )
-    print(f"{max(bandwidth) / 1e9:.1f}); {TOKENS} tokens a run, medians of {rounds} rounds\n")
-    print("| | parameters | weights read a token | tokens/s | beside Llama | share of the limit |")
+    print(f"{max(bandwidth) / 1e9:.1f}); {TOKENS} tokens per measurement, medians of {rounds} rounds\n")
+    print("| | parameters | weights read per token | tokens/s | relative to Llama | fraction of the limit |")
     print("|---|---|---|---|---|---|")
     first = statistics.median(next(iter(times.values())))
     for name, each in times.items():
         median = statistics.median(each)
-        share = 4 * weights[name] / bytes_a_second / median
+        fraction = 4 * weights[name] / bytes_per_second / median
         print(
             f"| {name} | {sizes[name] / 1e6:.1f} M | {4 * weights[name] / 1e6:.0f} MB | {1 / median:.1f} | "
-            f"{first / median:.2f}× | {share:.0%} |"
+            f"{first / median:.2f}× | {fraction:.0%} |"
         )
 
 
-def flatness(frames: int = 300, near: int = 8) -> None:
-    """The second table: a small model, 4×4 tokens a frame and a window of 16 frames."""
+def time_and_memory_per_frame(frames: int = 300, near: int = 8) -> None:
+    """Print the second table: a small model, 4×4 tokens per frame and a window of 16 frames."""
     model = VideoTransformer(1024, 4, 256, 3, 3, 640, AttentionConfig(4, 2), TextConfig(384)).eval()
     process, spent, memory = psutil.Process(), [], []
     for _ in range(2):  # the first warms up
         spent, memory, stream = [], [], generate_frames(model, text(384), frames, Sampler(), [0])
-        began = time.perf_counter()
+        start = time.perf_counter()
         for _ in stream:
-            spent.append(time.perf_counter() - began)
+            spent.append(time.perf_counter() - start)
             memory.append(process.memory_info().rss / 2**20)
-            began = time.perf_counter()
-    print(f"\n| frame | ms a frame, median of {2 * near + 1} around it | resident memory |\n|---|---|---|")
+            start = time.perf_counter()
+    print(f"\n| frame | ms per frame, median of {2 * near + 1} around it | resident memory |\n|---|---|---|")
     for frame in (20, 64, 150, frames - near):
         around = statistics.median(spent[frame - 1 - near : frame + near])
         print(f"| {frame} | {1000 * around:.2f} | {memory[frame - 1]:.1f} MiB |")
@@ -142,14 +143,14 @@ def main(rounds: int = 7) -> None:
     """Print both tables.
 
     Args:
-        rounds: Interleaved rounds of the speed.
+        rounds: Interleaved rounds of the first table.
     """
     torch.manual_seed(0)
     torch.set_num_threads(psutil.cpu_count(logical=True) or 1)
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, Python ", end="")
     print(f"{platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}")
     speed(rounds)
-    flatness()
+    time_and_memory_per_frame()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The full-size transformer on a small machine: `python -m tests.benchmarks.full_size`.
 
-Builds the model of configs/transformer/8b.yaml without memory, makes its weights (at random) real one layer at a time
-with the products in int8 by torchao, and generates a few tokens; prints seconds a token and the peak of the memory.
+Builds the model of configs/transformer/8b.yaml on the meta device, initializes its weights randomly layer by layer, with
+linear layers in int8 by torchao, and generates a few tokens. Prints seconds per token and the peak memory.
 """
 
 import resource
@@ -24,12 +24,12 @@ CONFIG = Path(__file__).parents[2] / "configs/transformer/8b.yaml"
 
 
 def peak() -> float:
-    """Most memory this process has held, GiB."""
+    """Return the peak memory of this process in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def make_real(part: nn.Module) -> None:
-    """Weights out of nothing, at random; int8 where they are products."""
+def initialize(part: nn.Module) -> None:
+    """Allocate random weights; int8 in linear layers."""
     part.to_empty(device="cpu")
     for parameter in part.parameters():
         nn.init.ones_(parameter) if parameter.ndim == 1 else nn.init.normal_(parameter, std=0.02)
@@ -38,10 +38,10 @@ def make_real(part: nn.Module) -> None:
 
 
 def generate(tokens: int = 4) -> None:
-    """Prints what it takes.
+    """Print time and memory.
 
     Args:
-        tokens: how many to generate.
+        tokens: Number of tokens to generate.
     """
     torch.manual_seed(0)
     arguments = yaml.safe_load(CONFIG.read_text())["model"]["init_args"]["model"]["init_args"]
@@ -49,10 +49,10 @@ def generate(tokens: int = 4) -> None:
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{count / 1e9:.3f} B parameters built on meta; peak {peak():.2f} GiB", flush=True)
 
-    began = time.perf_counter()
+    start = time.perf_counter()
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     for block in blocks:
-        make_real(block)
+        initialize(block)
     for name, part in model.named_children():
         if name != "blocks":
             part.to_empty(device="cpu").requires_grad_(False)
@@ -60,7 +60,7 @@ def generate(tokens: int = 4) -> None:
                 nn.init.normal_(parameter, std=0.02)
     for name in ("start", "no_text"):
         setattr(model, name, nn.Parameter(0.02 * torch.randn_like(getattr(model, name), device="cpu")))
-    print(f"weights made in {time.perf_counter() - began:.0f} s; peak {peak():.2f} GiB", flush=True)
+    print(f"weights initialized in {time.perf_counter() - start:.0f} s; peak {peak():.2f} GiB", flush=True)
 
     text = TextEmbedding(
         torch.randn(1, 16, model.text.dim, dtype=torch.bfloat16),
@@ -71,11 +71,11 @@ def generate(tokens: int = 4) -> None:
     with torch.inference_mode():
         decoder = Decoder(model, text)
         for _ in range(tokens):
-            began = time.perf_counter()
+            start = time.perf_counter()
             token = sampler(decoder.step(token), [generator])
-            times.append(time.perf_counter() - began)
+            times.append(time.perf_counter() - start)
             drawn.append(int(token))
-    print(f"tokens {drawn}; seconds a token {[round(each, 2) for each in times]}; peak {peak():.2f} GiB")
+    print(f"tokens {drawn}; seconds per token {[round(each, 2) for each in times]}; peak {peak():.2f} GiB")
 
 
 if __name__ == "__main__":

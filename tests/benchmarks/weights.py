@@ -1,10 +1,10 @@
-"""Generation from weights of fewer bits: `python -m tests.benchmarks.weights --ckpt LAST.ckpt --tokenizer LAST.ckpt`.
+"""Generation with quantized weights: `python -m tests.benchmarks.weights --ckpt LAST.ckpt --tokenizer LAST.ckpt`.
 
-First the speed, on the model of `tests.benchmarks.decode` (12 layers of width 768, 16,384 codes, batch 1, float32): in
-every round, by turns, one frame of 256 tokens from each kind of weights, eager and compiled. Then, where a checkpoint
-of the shapes demo is given, the quality: videos of held-out prompts from the same seeds, judged by the oracle; and, on
-the tokens of the full model's videos, how far the probabilities move (KL divergence) and how often the most probable
-token stays the same. A row for fp8 with the head rounded too says what leaving it alone is worth.
+First the speed, with the model of `tests.benchmarks.decode` (12 layers of width 768, 16,384 codes, batch 1, float32):
+one frame of 256 tokens with each kind of weights, eager and compiled, interleaved in every round. Then, if a checkpoint
+of the shapes demo is given, the quality: videos of held-out prompts from the same seeds, recognized by the oracle; and,
+on the tokens of the full model's videos, the KL divergence of the probabilities and how often the most probable token
+is the same. A row for fp8 with a rounded output projection shows the effect of leaving it unquantized.
 """
 
 import copy
@@ -35,7 +35,7 @@ KINDS: tuple[Weights, ...] = get_args(Weights)
 
 
 def speed(rounds: int, branches: int) -> None:
-    """Prints tokens a second and bytes of each kind."""
+    """Print tokens per second and bytes of each kind."""
     full, jobs, sizes = ours(), {}, {}
     caption = text(full.text.dim)
     guidance = 1.0 if branches == 1 else 2.0
@@ -57,8 +57,8 @@ def speed(rounds: int, branches: int) -> None:
             for name, job in jobs.items():
                 times[name].append(seconds(job) / TOKENS)
     rates = {name: 1 / statistics.median(each) for name, each in times.items()}
-    print(f"\n{branches} rows a step, tokens a second, medians of {rounds} rounds (least to most)\n")
-    print("| weights | their bytes | eager | beside full | compiled | beside full |\n|---|---|---|---|---|---|")
+    print(f"\n{branches} rows per step, tokens per second, medians of {rounds} rounds (minimum to maximum)\n")
+    print("| weights | bytes | eager | relative to full | compiled | relative to full |\n|---|---|---|---|---|---|")
     for kind in KINDS:
         cells = [
             f"{rates[kind, way]:.1f} ({1 / max(times[kind, way]):.1f} to {1 / min(times[kind, way]):.1f}) | "
@@ -69,14 +69,14 @@ def speed(rounds: int, branches: int) -> None:
 
 
 def round_head(model: VideoTransformer) -> None:
-    """Gives the head the values that it would have in fp8."""
+    """Round the output projection to fp8."""
     assert model.head is not None
     model.head.weight.data = Fp8Linear(model.head.weight.detach()).weight()
 
 
 @torch.inference_mode()
-def draw(model: TextToVideo, prompts: Sequence[str], batch: int) -> Int[Tensor, "b t h w"]:
-    """Tokens of a video a prompt; the seeds are the prompts' numbers."""
+def generate(model: TextToVideo, prompts: Sequence[str], batch: int) -> Int[Tensor, "b t h w"]:
+    """Generate a video per prompt; the seeds are the numbers of the prompts."""
     videos = []
     for first in range(0, len(prompts), batch):
         embedded = model.embed(prompts[first : first + batch])
@@ -87,8 +87,8 @@ def draw(model: TextToVideo, prompts: Sequence[str], batch: int) -> Int[Tensor, 
 
 
 @torch.inference_mode()
-def look(model: TextToVideo, tokens: Int[Tensor, "b t h w"]) -> list[Answer]:
-    """What the oracle sees in videos."""
+def recognize_videos(model: TextToVideo, tokens: Int[Tensor, "b t h w"]) -> list[Answer]:
+    """Return the oracle's answers."""
     answers = []
     for one in tokens.split(1):
         answers.append(recognize(to_uint8(model.vqvae.decode(one))[0].permute(0, 2, 3, 1).numpy()))
@@ -99,42 +99,43 @@ def look(model: TextToVideo, tokens: Int[Tensor, "b t h w"]) -> list[Answer]:
 def log_probabilities(
     model: VideoTransformer, tokens: Int[Tensor, "b t h w"], embedded: TextEmbedding
 ) -> Float[Tensor, "n v"]:
-    """Of every token of the videos, from those before it."""
+    """Return the log probabilities of every token of the videos, given the tokens before it."""
     return model(tokens, embedded).flatten(0, 3).log_softmax(dim=-1)
 
 
 def quality(ckpt: str, tokenizer: str, per_combination: int, batch: int) -> None:
-    """Prints what the oracle says of each kind, and how far its probabilities are from the full model's."""
+    """Print the accuracy by the oracle, and the distance of the probabilities from the full model's."""
     pairs = held_out_prompts(per_combination)
     prompts = [prompt for _, prompt in pairs]
     truths = [Answer(clip.colour, clip.shape, clip.direction) for clip, _ in pairs]
-    rows = [*((kind, kind) for kind in KINDS), ("fp8, the head too", "fp8")]
-    known: Tensor | None = None
+    rows = [*((kind, kind) for kind in KINDS), ("fp8, output projection too", "fp8")]
+    reference: Tensor | None = None
     print(f"\n{len(prompts)} held-out prompts\n")
-    print("| weights | their bytes | colour | shape | direction | KL, millinats | same first choice | seconds |")
+    print("| weights | their bytes | colour | shape | direction | KL, millinats | same most probable token | seconds |")
     print("|---|---|---|---|---|---|---|---|")
     for name, kind in rows:
         model = TextToVideo.from_checkpoint(ckpt, tokenizer, kind)
         if name != kind:
             round_head(model.transformer)
-        began = time.perf_counter()
-        tokens = draw(model, prompts, batch)
-        spent = time.perf_counter() - began
-        answers = look(model, tokens)
-        shares = [
+        start = time.perf_counter()
+        tokens = generate(model, prompts, batch)
+        spent = time.perf_counter() - start
+        answers = recognize_videos(model, tokens)
+        accuracies = [
             sum(getattr(a, part) == getattr(t, part) for a, t in zip(answers, truths, strict=True)) / len(truths)
             for part in Answer._fields
         ]
         few = slice(min(len(prompts), 54))
-        if known is None:
-            known, full = tokens[few], model.transformer
+        if reference is None:
+            reference, full = tokens[few], model.transformer
         embedded = model.embed(prompts[few])
-        ours, theirs = (log_probabilities(one, known, embedded) for one in (full, model.transformer))
-        moved = (ours.exp() * (ours - theirs)).sum(dim=-1).mean()
+        ours, theirs = (log_probabilities(one, reference, embedded) for one in (full, model.transformer))
+        divergence = (ours.exp() * (ours - theirs)).sum(dim=-1).mean()
         same = (ours.argmax(dim=-1) == theirs.argmax(dim=-1)).float().mean()
         print(
             f"| {name} | {stored_bytes(model.transformer) / 1e6:.1f} MB | "
-            f"{' | '.join(f'{share:.1%}' for share in shares)} | {1000 * moved:.2f} | {same:.1%} | {spent:.0f} |",
+            f"{' | '.join(f'{accuracy:.1%}' for accuracy in accuracies)} | "
+            f"{1000 * divergence:.2f} | {same:.1%} | {spent:.0f} |",
             flush=True,
         )
 
@@ -151,11 +152,11 @@ def main(
 
     Args:
         ckpt: Checkpoint of the shapes demo's stage 2; without it quality is not measured.
-        tokenizer: Checkpoint of its stage 1; by default where it lay in training.
-        rounds: Rounds of the speed; 0 leaves it out.
-        branches: 2 measures the speed under guidance, two rows a step.
+        tokenizer: Checkpoint of its stage 1; by default the path used in training.
+        rounds: Rounds of the speed measurement; 0 for none.
+        branches: 2 measures the speed with guidance, two rows per step.
         per_combination: Prompts for each of the 18 held-out combinations.
-        batch: Prompts drawn together.
+        batch: Prompts per batch.
     """
     torch.manual_seed(0)
     torch.set_num_threads(psutil.cpu_count(logical=True) or 1)
