@@ -1,6 +1,6 @@
 """The full-size transformer on a small machine: `python -m tests.benchmarks.full_size`.
 
-Builds the model of configs/transformer/8b.yaml on the meta device, initializes its weights randomly layer by layer, with
+Builds the model of configs/transformer/8b.yaml on the meta device, initializes random weights layer by layer, with
 linear layers in int8 by torchao, and generates a few tokens. Prints seconds per token and the peak memory.
 """
 

@@ -81,7 +81,7 @@ def test_layers_are_compiled_for_more_lengths_of_clips_than_the_default_limit():
         for frames in (1, 2):
             model(random_tokens(1, frames), text)
             graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert graphs[1] == graphs[0] + 1
+    assert graphs[1] > graphs[0]
 
 
 def by_groups(*matrices: torch.Tensor, groups: int = 2) -> torch.Tensor:
