@@ -36,6 +36,7 @@ from callbacks.seeding import StepSeed
 from callbacks.signals import StopOnSignal, Stopped
 from callbacks.summary import RunSummary
 from t2v.checkpoints.lookup import newest_last, read_model_config
+from t2v.checkpoints.pretrained import without_weights
 from t2v.errors import UserError, parsing_message
 from t2v.training.lightning_private import command_parser, saves_sharded_checkpoints
 from t2v.training.recipe import RecipeFile
@@ -177,7 +178,8 @@ class T2VCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build all objects, for ``plan`` on the meta device, where weights take no memory."""
-        with torch.device("meta") if self.subcommand == "plan" else nullcontext():
+        planning = self.subcommand == "plan"
+        with torch.device("meta") if planning else nullcontext(), without_weights() if planning else nullcontext():
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -276,8 +278,8 @@ def main(args: ArgsType = None) -> T2VCLI:
     Raises:
         SystemExit: With status 2 after a user's mistake, 75 after a signal stopped ``fit``.
     """
-    for message in IGNORED_WARNINGS:
-        warnings.filterwarnings("ignore", message)
+    for pattern in IGNORED_WARNINGS:
+        warnings.filterwarnings("ignore", pattern)
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # about calls in Lightning
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)  # RunSummary prints it
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""Everything that watches a run or writes what it makes."""
+"""Callbacks: progress, logging, checkpoints, safety of a run, and writers of predictions."""
 
 from callbacks.averaging import EMA
 from callbacks.checkpoint import FinalCheckpoint

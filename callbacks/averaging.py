@@ -1,4 +1,4 @@
-"""A moving average of the weights, which validation, prediction and exports use."""
+"""A moving average (EMA) of the weights, used by validation, prediction and exports."""
 
 from typing import Any
 
@@ -13,17 +13,17 @@ from t2v.training.lightning_private import average_of, start_average
 
 
 class EMA(EMAWeightAveraging):
-    """Lightning's `EMAWeightAveraging` for runs that go on.
+    """Lightning's `EMAWeightAveraging`, for runs that are resumed and for sharded models.
 
-    - Checkpoints hold the average as their weights, and what training continues with beside it. Lightning puts the
-      average into the model when training ends, and a checkpoint written then would have lost the other.
-    - Buffers are taken over as they are: a codebook is an average already, and half-way between the old and the new
-      place of a restarted code there is nothing.
-    - The average is in float32 even if the weights are in bfloat16, in which steps of 1 − decay would round to nothing.
-    - Of a sharded model every rank averages its share.
+    - Checkpoints contain the average as their weights, and the trained weights in addition. Lightning replaces the
+      trained weights by the average when training ends; a checkpoint saved after that would lack them.
+    - Buffers are copied, not averaged: a codebook is a moving average already, and the mean of a code before and after
+      a restart is not a useful code.
+    - The average is in float32 even if the weights are in bfloat16, in which steps of 1 − decay would round to zero.
+    - In a sharded model, every rank averages its own part.
 
     Args:
-        decay: Of the average, in (0, 1); it looks back about 1 / (1 − decay) steps.
+        decay: Decay of the average, in (0, 1); it averages over about 1 / (1 − decay) steps.
     """
 
     def __init__(self, decay: float = 0.999) -> None:
@@ -31,15 +31,15 @@ class EMA(EMAWeightAveraging):
         self._exact: list[tuple[Tensor, Tensor]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin the average; Lightning's own way copies the model whole."""
+        """Start the average; that of a sharded model has copies of its parts only, where Lightning copies it all."""
         if stage == "fit" and pl_module.device_mesh is not None:
             pl_module.configure_model()
-            start_average(self, _weights(pl_module))
+            start_average(self, _copy_weights(pl_module))
         else:
             super().setup(trainer, pl_module, stage)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the average into the model."""
+        """Exchange the trained weights for the average."""
         _reshard(pl_module)
         if (average := average_of(self)) is not None:
             pairs = zip(average.module.parameters(), pl_module.parameters(), strict=True)
@@ -47,24 +47,27 @@ class EMA(EMAWeightAveraging):
         super().on_validation_epoch_start(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put back what is trained."""
+        """Exchange the average for the trained weights."""
         _reshard(pl_module)
         super().on_validation_epoch_end(trainer, pl_module)
-        for mean, exact in self._exact:  # which the model could hold in its own type only
+        for mean, exact in self._exact:  # the model rounded it to the dtype of its weights
             mean.data.copy_(exact)
         self._exact = []
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the model as it is trained."""
+        """No-op; Lightning would replace the trained weights by the average."""
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Continue the average in `fit`; elsewhere the checkpoint's weights are the average."""
+        """Resume the average in `fit`; otherwise the weights of the checkpoint are the average."""
         if average_of(self) is not None:
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
 
-def _weights(module: nn.Module) -> nn.Module:
-    """Modules with copies of a module's weights under the same names, and nothing else: sharded ones have no copies."""
+def _copy_weights(module: nn.Module) -> nn.Module:
+    """Return a tree of modules with float32 copies of all parameters, under the same names, and copies of buffers.
+
+    Sharded modules cannot be copied themselves.
+    """
     copy = nn.Module()
     for name, parameter in module.named_parameters(recurse=False):
         mean = parameter.detach().to(torch.float32, copy=True)
@@ -72,12 +75,12 @@ def _weights(module: nn.Module) -> nn.Module:
     for name, buffer in module.named_buffers(recurse=False):
         copy.register_buffer(name, buffer.clone(), persistent=is_persistent(module, name))
     for name, child in module.named_children():
-        copy.add_module(name, _weights(child))
+        copy.add_module(name, _copy_weights(child))
     return copy
 
 
 def _reshard(module: nn.Module) -> None:
-    """Let go of gathered weights, which would hide that others take their place."""
+    """Free gathered weights, which would otherwise be used in place of the exchanged ones."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()

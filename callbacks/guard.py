@@ -1,4 +1,4 @@
-"""What stands between one bad batch and a ruined run."""
+"""Skips training steps with a non-finite loss or gradient."""
 
 import json
 import math
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
@@ -19,90 +20,105 @@ from t2v.batch import TokenBatch, VideoBatch
 from t2v.errors import UserError
 from t2v.training.lightning_private import skip_average_update
 
-_MEMORY = 0.98
-"""Of the running mean and variance: they look back about 50 steps."""
+_DECAY = 0.98
+"""Decay of the running mean and variance of the loss: they average over about 50 steps."""
 
 
-class _Seen(NamedTuple):
-    """One batch of the step being made, and what it gave."""
+class _Batch(NamedTuple):
+    """A batch of the current step."""
 
-    batch: int
+    number: int
     keys: list[str]
-    loss: Tensor
+    loss: Float[Tensor, ""]
 
 
 class NaNGuard(Callback):
-    """Skips training steps whose loss or gradient is not finite, and records them and jumps of the loss.
+    """Skips training steps whose loss or gradient is not finite, and records them and loss spikes.
 
-    - A skipped step changes no weight, no buffer (a codebook is one), no state of the optimizer and no moving average.
-      The schedule and the count of steps go on, so that the run ends where it would have ended.
-    - All ranks skip together. With gradient accumulation one bad batch skips the whole step.
-    - `anomalies.jsonl` in the run's folder gets a line for each batch that is to blame: the time, the kind (`loss`,
-      `gradient` or `spike`), step, epoch, batch and rank, the loss, the norm of the gradient before clipping, and the
-      keys of the samples. Where no batch stands out, each of the step has its line.
+    - A skipped step changes no weight, no buffer (a codebook is one), no optimizer state and no moving average. The
+      learning-rate schedule and the step count continue, so that the run ends at the same step.
+    - All ranks skip together. With gradient accumulation, one non-finite batch skips the whole step.
+    - For each responsible batch, a line is added to `anomalies.jsonl` in the run folder: time, kind (`loss`, `gradient`
+      or `spike`), step, epoch, batch, data-parallel rank, loss, gradient norm before clipping, and the keys of the
+      samples. If no batch of the step can be singled out, there is a line for each.
     - `train/gradient_norm` is logged.
 
     Args:
-        budget: Skipped steps of the whole run, resumed parts included, after which one more stops it.
-        spike: Standard deviations above the running mean from which on a loss is recorded as a jump; it is not skipped.
-        warmup: Steps at the beginning that only teach what losses are usual.
+        budget: Maximum number of skipped steps of the whole run, including the runs it was resumed from; one more stops
+            it.
+        spike: Number of standard deviations above the running mean from which a loss is recorded as a spike. Spikes
+            are not skipped.
+        warmup: Number of steps at the beginning in which no spikes are recorded, at least 2.
+
+    Raises:
+        UserError: If an argument is out of range.
     """
 
     def __init__(self, budget: int = 10, spike: float = 6.0, warmup: int = 100) -> None:
         if budget < 0 or warmup < 2 or not spike > 0:
             raise UserError(
-                f"budget={budget}, spike={spike} and warmup={warmup} of NaNGuard must be at least 0, above 0 and at "
-                "least 2."
+                f"NaNGuard has budget={budget}, spike={spike} and warmup={warmup}: set budget to at least 0, spike "
+                "above 0 and warmup to at least 2."
             )
         self.budget, self.spike, self.warmup = budget, spike, warmup
-        self.skipped = self.spikes = 0
-        self._steps, self._mean, self._variance = 0, 0.0, 0.0
-        self._seen: list[_Seen] = []
-        self._batch: tuple[int, list[str]] = (0, [])
+        self.skipped = 0
+        self.spikes = 0
+        self._steps = 0
+        self._mean = 0.0
+        self._variance = 0.0
+        self._batches: list[_Batch] = []
+        self._current: tuple[int, list[str]] = (0, [])
         self._buffers: dict[str, Tensor] = {}
         self._path = Path()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a precision whose loss scaler skips steps itself."""
+        """Check that the precision has no loss scaler, which skips steps itself.
+
+        Raises:
+            UserError: If it has one.
+        """
         if stage == "fit" and getattr(trainer.precision_plugin, "scaler", None) is not None:
             raise UserError(
-                f"NaNGuard and the loss scaler of trainer.precision={trainer.precision} would both skip steps: take "
-                "bf16-mixed, or leave NaNGuard out."
+                f"NaNGuard and the loss scaler of trainer.precision={trainer.precision} would both skip steps: use "
+                "bf16-mixed, or remove NaNGuard from trainer.callbacks."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the run's folder, which all ranks must ask for."""
+        """Find the run folder; `log_dir` is a collective call on all ranks."""
         self._path = Path(trainer.log_dir or trainer.default_root_dir) / "anomalies.jsonl"
-        self._seen.clear()
+        self._batches.clear()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Note whose batch it is, and keep the buffers that the forward pass may change."""
-        self._batch = (batch_idx, batch.keys if isinstance(batch, VideoBatch | TokenBatch) else [])
-        if not self._seen:
+        """Remember the keys of the batch, and copy the buffers, which the forward pass may change."""
+        self._current = (batch_idx, batch.keys if isinstance(batch, VideoBatch | TokenBatch) else [])
+        if not self._batches:
             self._buffers = {name: buffer.clone() for name, buffer in pl_module.named_buffers()}
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Note the loss, without waiting for it."""
-        self._seen.append(_Seen(*self._batch, loss.detach() * trainer.accumulate_grad_batches))
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Float[Tensor, ""]) -> None:
+        """Remember the loss, without synchronizing with the device."""
+        index, keys = self._current
+        self._batches.append(_Batch(index, keys, loss.detach() * trainer.accumulate_grad_batches))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Judge the step, and take its gradients away if it is to be skipped: optimizers leave such weights alone."""
-        seen, self._seen = self._seen, []
-        if not seen:
+        """Skip the step if its loss or gradient is not finite, by removing the gradients."""
+        batches, self._batches = self._batches, []
+        if not batches:
             return
-        norm, loss = self._measure(trainer, optimizer, seen)
+        norm, loss = self._measure(trainer, optimizer, batches)
         pl_module.log("train/gradient_norm", norm, batch_size=1)
         pl_module.log("gradient", norm, prog_bar=True, logger=False, batch_size=1)
-        if not math.isfinite(norm + loss):
-            self.skipped += 1
-            self._undo(trainer, pl_module, optimizer)
-            self._record(trainer, "gradient" if math.isfinite(loss) else "loss", norm, seen, math.inf)
-            self._require_budget(trainer)
-        else:
-            self._watch(trainer, loss, norm, seen)
+        if math.isfinite(norm) and math.isfinite(loss):
+            self._update_statistics(trainer, loss, norm, batches)
+            return
+        self.skipped += 1
+        self._undo(trainer, pl_module, optimizer)
+        kind = "gradient" if math.isfinite(loss) else "loss"
+        self._record(trainer, kind, norm, batches, limit=math.inf)
+        rank_zero_warn(f"Step {trainer.global_step} is skipped, its {kind} is not finite: see {self._path}")
+        self._check_budget(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts, and what losses are usual."""
+        """Return the counts and the statistics of the loss."""
         return {
             "skipped": self.skipped,
             "spikes": self.spikes,
@@ -112,12 +128,12 @@ class NaNGuard(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint's counts."""
+        """Restore the counts and the statistics of a checkpoint."""
         self.skipped, self.spikes = state_dict["skipped"], state_dict["spikes"]
         self._steps, self._mean, self._variance = state_dict["steps"], state_dict["mean"], state_dict["variance"]
 
-    def _measure(self, trainer: Trainer, optimizer: Optimizer, seen: list[_Seen]) -> tuple[float, float]:
-        """The gradient's norm and the mean loss of all ranks; the only place where the host waits for the device."""
+    def _measure(self, trainer: Trainer, optimizer: Optimizer, batches: list[_Batch]) -> tuple[float, float]:
+        """Return gradient norm and loss, the mean over the ranks; the only synchronization with the device."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         # The norm of norms, so that gradients in bfloat16 are summed in float32.
         norm = torch.nn.utils.get_total_norm(
@@ -125,15 +141,15 @@ class NaNGuard(Callback):
         )
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
-        loss = torch.stack([batch.loss.float() for batch in seen]).mean()
-        figures = torch.stack([norm.to(loss.device, loss.dtype), loss])
+        loss = torch.stack([batch.loss.float() for batch in batches]).mean()
+        sums = torch.stack([norm.to(loss.device, loss.dtype), loss])
         if trainer.world_size > 1:
-            dist.all_reduce(figures)
-        norm_sum, loss_sum = figures.tolist()
+            dist.all_reduce(sums)
+        norm_sum, loss_sum = sums.tolist()
         return norm_sum / trainer.world_size, loss_sum / trainer.world_size
 
     def _undo(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Leave everything as it was before the step."""
+        """Remove the gradients, so that the optimizer changes no weight, and restore the buffers."""
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             for name, before in self._buffers.items():
@@ -142,55 +158,56 @@ class NaNGuard(Callback):
             if isinstance(callback, WeightAveraging):
                 skip_average_update(callback, trainer.global_step + 1)
 
-    def _watch(self, trainer: Trainer, loss: float, norm: float, seen: list[_Seen]) -> None:
-        """Record a jump of the loss, and learn what is usual."""
+    def _update_statistics(self, trainer: Trainer, loss: float, norm: float, batches: list[_Batch]) -> None:
+        """Record a spike of the loss, and update the running mean and variance."""
         limit = self._mean + self.spike * math.sqrt(self._variance)
         if self._steps >= self.warmup and loss > limit:
             self.spikes += 1
-            self._record(trainer, "spike", norm, seen, limit)
-            loss = limit  # one jump must not hide the next
+            self._record(trainer, "spike", norm, batches, limit)
+            loss = limit  # so that a spike does not hide the next one
         self._steps += 1
-        share = max(1 - _MEMORY, 1 / self._steps)
-        off = loss - self._mean
-        self._mean += share * off
-        self._variance = (1 - share) * (self._variance + share * off**2)
+        weight = max(1 - _DECAY, 1 / self._steps)
+        difference = loss - self._mean
+        self._mean += weight * difference
+        self._variance = (1 - weight) * (self._variance + weight * difference**2)
 
-    def _record(self, trainer: Trainer, kind: str, norm: float, seen: list[_Seen], limit: float) -> None:
-        """Write a line for every batch, of any rank, with a loss above `limit`, or for all where there is none."""
-        told = {
+    def _record(self, trainer: Trainer, kind: str, norm: float, batches: list[_Batch], limit: float) -> None:
+        """Write a line for every batch of any rank whose loss is above `limit` or not finite; if none is, for all."""
+        dp_rank = (trainer.distributed_sampler_kwargs or {"rank": 0})["rank"]
+        lines: list[dict[str, Any]] = [
+            {"batch": batch.number, "rank": dp_rank, "loss": float(batch.loss), "keys": batch.keys} for batch in batches
+        ]
+        if trainer.world_size > 1:
+            of_ranks: list[Any] = [None] * trainer.world_size
+            dist.all_gather_object(of_ranks, lines)
+            # Tensor-parallel ranks have the same batches.
+            unique = {(line["rank"], line["batch"]): line for of_rank in of_ranks for line in of_rank}
+            lines = list(unique.values())
+        if not trainer.is_global_zero:
+            return
+        step = {
             "kind": kind,
             "step": trainer.global_step,
             "epoch": trainer.current_epoch,
-            "gradient_norm": _plain(norm),
+            "gradient_norm": _to_json(norm),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        share = (trainer.distributed_sampler_kwargs or {"rank": 0})["rank"]  # several devices may work on one
-        lines: list[dict[str, Any]] = [
-            {"batch": each.batch, "rank": share, "loss": float(each.loss), "keys": each.keys} for each in seen
-        ]
-        if trainer.world_size > 1:
-            parts: list[Any] = [None] * trainer.world_size
-            dist.all_gather_object(parts, lines)
-            lines = list({(line["rank"], line["batch"]): line for part in parts for line in part}.values())
-        blamed = [line for line in lines if not math.isfinite(line["loss"]) or line["loss"] > limit] or lines
-        if not trainer.is_global_zero:
-            return
-        told["time"] = datetime.now(UTC).isoformat(timespec="seconds")
+        responsible = [line for line in lines if not math.isfinite(line["loss"]) or line["loss"] > limit]
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({**told, **line, "loss": _plain(line["loss"])}) + "\n" for line in blamed)
-        if kind != "spike":
-            rank_zero_warn(f"Step {trainer.global_step} is skipped, its {kind} is not finite: see {self._path}")
+            for line in responsible or lines:
+                file.write(json.dumps({**step, **line, "loss": _to_json(line["loss"])}) + "\n")
 
-    def _require_budget(self, trainer: Trainer) -> None:
+    def _check_budget(self, trainer: Trainer) -> None:
         if self.skipped > self.budget:
             raise UserError(
-                f"{self.skipped} training steps had a loss or a gradient that is not finite, the last at step "
-                f"{trainer.global_step}, and the budget of NaNGuard is {self.budget}: {self._path} names the samples; "
-                "where they are sound, lower the learning rate or the precision's risk (bf16-mixed, 32-true), or raise "
-                "budget."
+                f"{self.skipped} training steps had a non-finite loss or gradient, the last at step "
+                f"{trainer.global_step}, and the budget of NaNGuard is {self.budget}: {self._path} lists the samples; "
+                "if they are not corrupt, lower the learning rate, use a higher precision (bf16-mixed, 32-true), or "
+                "raise budget."
             )
 
 
-def _plain(value: float) -> float | str:
-    """The same as JSON has it, which knows no NaN and no infinity; Python's `float` reads both."""
+def _to_json(value: float) -> float | str:
+    """Return a float, or a string if it is NaN or infinite, which JSON does not have; Python's `float` reads both."""
     return value if math.isfinite(value) else str(value)

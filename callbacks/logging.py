@@ -1,4 +1,4 @@
-"""Moving pictures in TensorBoard: what the models make of a few clips and prompts while they train."""
+"""Animated images in TensorBoard: reconstructions and generated videos during training."""
 
 import io
 
@@ -16,13 +16,17 @@ from t2v.torch_private import add_summary
 
 
 class ValidationLogger(Callback):
-    """Logs something at the first validation batch: there averaged weights are in place, if the run keeps them."""
+    """Base class of callbacks that log videos at the first validation batch, with the moving average of the weights.
+
+    Args:
+        every_n_epochs: Log in every n-th epoch that validates.
+    """
 
     def __init__(self, every_n_epochs: int) -> None:
         self.every_n_epochs = every_n_epochs
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say so if there is no TensorBoard to log to."""
+        """Warn if there is no TensorBoard logger."""
         if stage in ("fit", "validate") and not _tensorboards(trainer):
             rank_zero_warn(f"{type(self).__name__} logs nothing: trainer.logger is not a TensorBoardLogger.")
 
@@ -35,22 +39,22 @@ class ValidationLogger(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Log at the first batch of an epoch that is due."""
+        """Log at the first batch of every n-th epoch."""
         due = trainer.current_epoch % self.every_n_epochs == 0
         if due and batch_idx == dataloader_idx == 0 and not trainer.sanity_checking and _tensorboards(trainer):
             with torch.no_grad(), trainer.precision_plugin.forward_context():
                 self.log_videos(trainer, pl_module, batch)
 
     def log_videos(self, trainer: Trainer, pl_module: LightningModule, batch: VideoBatch) -> None:
-        """Make and log the videos; called on every rank."""
+        """Compute and log the videos; called on every rank."""
         raise NotImplementedError
 
 
 class ReconstructionLogger(ValidationLogger):
-    """Logs clips of the first validation batch above what the VQ-VAE makes of them.
+    """Logs clips of the first validation batch above their reconstructions by the VQ-VAE.
 
     Args:
-        clips: How many, side by side.
+        clips: Number of clips, side by side.
         every_n_epochs: Log in every n-th epoch that validates.
     """
 
@@ -59,18 +63,18 @@ class ReconstructionLogger(ValidationLogger):
         self.clips = clips
 
     def log_videos(self, trainer: Trainer, pl_module: LightningModule, batch: VideoBatch) -> None:
-        """Log originals above reconstructions."""
+        """Log clips above their reconstructions."""
         video = batch.video[: self.clips]
-        pairs = torch.cat([video, pl_module.reconstruct(video)], dim=-2)  # type: ignore[operator]  # (b, t, c, 2h, w)
+        pairs = torch.cat([video, pl_module.reconstruct(video)], dim=-2)  # type: ignore[operator]  # (b, t, c, 2·height, width)
         fps = getattr(trainer.datamodule, "fps", 8.0)  # type: ignore[attr-defined]
-        log_gif(trainer, "reconstruction", torch.cat(list(pairs), dim=-1), fps)  # (t, c, 2h, b·w)
+        log_gif(trainer, "reconstruction", torch.cat(list(pairs), dim=-1), fps)  # (t, c, 2·height, b·width)
 
 
 class GenerationLogger(ValidationLogger):
     """Logs videos that the transformer generates from fixed prompts, with fixed seeds.
 
     Args:
-        prompts: What to generate; each is one picture in TensorBoard.
+        prompts: Prompts; each is one image in TensorBoard.
         every_n_epochs: Log in every n-th epoch that validates.
     """
 
@@ -80,20 +84,26 @@ class GenerationLogger(ValidationLogger):
         self._text: TextEmbedding | None = None
 
     def log_videos(self, trainer: Trainer, pl_module: LightningModule, batch: object) -> None:
-        """Generate and log one video a prompt; the prompts are embedded the first time only."""
+        """Generate and log one video for each prompt; the prompts are embedded the first time only."""
         if self._text is None:
             self._text = pl_module.embed_prompts(self.prompts)  # type: ignore[operator]
-        numbers = list(range(len(self.prompts)))
-        jobs = PromptBatch(self.prompts, seeds=numbers, names=[f"{i:04d}" for i in numbers])
-        made = pl_module.generate_videos(jobs, self._text)  # type: ignore[operator]
-        for video, prompt in zip(torch.cat(list(made.frames), dim=1), made.prompts, strict=True):
-            log_gif(trainer, f"generation/{prompt}", video, made.fps)
+        seeds = list(range(len(self.prompts)))
+        prompts = PromptBatch(self.prompts, seeds, names=[f"{seed:04d}" for seed in seeds])
+        videos = pl_module.generate_videos(prompts, self._text)  # type: ignore[operator]
+        for video, prompt in zip(torch.cat(list(videos.frames), dim=1), videos.prompts, strict=True):
+            log_gif(trainer, f"generation/{prompt}", video, videos.fps)
 
 
-def log_gif(trainer: Trainer, tag: str, video: UInt8[Tensor, "t c h w"], fps: float) -> None:
-    """Log a clip as an animated GIF, on rank zero.
+def log_gif(trainer: Trainer, tag: str, video: UInt8[Tensor, "t c height width"], fps: float) -> None:
+    """Log a video as an animated GIF, on rank zero.
 
-    TensorBoard shows it moving among its images. torch's own ``add_video`` needs a module that moviepy 2 removed.
+    TensorBoard plays it on its images page. torch's ``add_video`` needs a module that moviepy 2 removed.
+
+    Args:
+        trainer: Provides the TensorBoard loggers and the step.
+        tag: Name of the image.
+        video: RGB frames.
+        fps: Frames per second.
     """
     if not trainer.is_global_zero:
         return

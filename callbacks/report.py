@@ -1,4 +1,4 @@
-"""The figures of ``validate`` and ``test`` with all that is needed to compare them, as a file."""
+"""The metrics of ``validate`` and ``test`` as a file, with everything needed to compare them."""
 
 import json
 import math
@@ -12,6 +12,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from t2v.files import atomic_path
+
 PACKAGES = (
     "t2v",
     "torch",
@@ -24,19 +26,19 @@ PACKAGES = (
     "decord",
     "opencv-python",
 )
-"""What a figure may depend on; the report has the version of each that is installed."""
+"""Packages on which a metric may depend; the report has the version of each that is installed."""
 
 
 class MetricsReport(Callback):
-    """Writes a JSON file after ``validate`` and ``test``; while training it writes nothing.
+    """Writes a JSON file after ``validate`` and ``test``; writes nothing during training.
 
-    - `metrics`: every logged figure by its name; null where it is not a number.
-    - `protocol`: the checkpoint and its step, whether its weights are a moving average, the precision, the seed, the
+    - `metrics`: Every logged metric by its name; null if it is not finite.
+    - `protocol`: The checkpoint and its step, whether its weights are a moving average, the precision, the seed, the
       clips and how they were cut, the model's fingerprint, and how each metric is computed.
-    - `versions`: of Python and the packages that figures depend on.
+    - `versions`: The versions of Python and of packages on which the metrics depend.
 
     Args:
-        path: The file; it is replaced where it exists.
+        path: The file; an older one is replaced.
     """
 
     def __init__(self, path: str) -> None:
@@ -44,7 +46,7 @@ class MetricsReport(Callback):
         self._checkpoint: dict[str, Any] = {"step": None, "averaged_weights": None}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note how the weights came about: Lightning's `WeightAveraging` keeps the others beside the average."""
+        """Remember the step, and whether the weights are a moving average: then the trained ones are stored too."""
         self._checkpoint = {
             "step": checkpoint["global_step"],
             "averaged_weights": "current_model_state" in checkpoint,
@@ -65,55 +67,55 @@ class MetricsReport(Callback):
             return
         report = {
             "metrics": metrics,
-            "protocol": {**self._run(trainer), **_parts(trainer, pl_module, sum(batches))},
+            "protocol": {**self._describe_run(trainer), **_describe_parts(trainer, pl_module, sum(batches))},
             "versions": _versions(),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps(_plain(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        partial.replace(self.path)
+        with atomic_path(self.path) as partial:
+            partial.write_text(json.dumps(_to_json(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")
         print(f"Wrote        {self.path}", flush=True)
 
-    def _run(self, trainer: Trainer) -> dict[str, Any]:
-        device, seed = trainer.strategy.root_device, os.environ.get("PL_GLOBAL_SEED")
+    def _describe_run(self, trainer: Trainer) -> dict[str, Any]:
+        device = trainer.strategy.root_device
+        seed = os.environ.get("PL_GLOBAL_SEED")
         return {
-            "command": str(trainer.state.fn and trainer.state.fn.value),
+            "command": trainer.state.fn.value if trainer.state.fn else None,
             "checkpoint": trainer.ckpt_path,
             **self._checkpoint,
             "precision": trainer.precision,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "ranks": trainer.world_size,
-            "seed": seed and int(seed),
+            "seed": int(seed) if seed else None,
         }
 
 
-def _parts(trainer: Trainer, pl_module: LightningModule, batches: float) -> dict[str, Any]:
-    """What the data, the model and the metrics say of themselves."""
-    told: dict[str, Any] = {}
+def _describe_parts(trainer: Trainer, pl_module: LightningModule, batches: int | float) -> dict[str, Any]:
+    """Return the descriptions that data, model and metrics give, if they give one."""
+    parts: dict[str, Any] = {}
     if (protocol := getattr(trainer.datamodule, "protocol", None)) is not None:  # type: ignore[attr-defined]
-        told["data"] = protocol(batches)
+        parts["data"] = protocol(batches)
     if (fingerprint := getattr(pl_module, "fingerprint", None)) is not None:
-        told["model"] = fingerprint()
-    told["metrics"] = {metric.name: metric.protocol() for metric in getattr(pl_module, "metrics", ())}
-    return told
+        parts["model"] = fingerprint()
+    parts["metrics"] = {metric.name: metric.protocol() for metric in getattr(pl_module, "metrics", ())}
+    return parts
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
-def _plain(value: Any) -> Any:
-    """The same as JSON has it: no NaN, no infinity."""
+def _to_json(value: Any) -> Any:
+    """Return a value that JSON can represent: null in place of NaN and infinity, strings in place of other types."""
     if isinstance(value, dict):
-        return {str(name): _plain(inner) for name, inner in value.items()}
+        return {str(name): _to_json(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [_to_json(inner) for inner in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, str | int) else str(value)

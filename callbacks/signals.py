@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop."""
+"""Stops a run when a signal asks for it."""
 
 import os
 import signal
@@ -17,13 +17,17 @@ from callbacks.checkpoint import save_last
 from t2v.training.lightning_private import cluster_environment
 
 STOPPED = 75
-"""Exit status of a run that a signal stopped (`EX_TEMPFAIL`): the same command goes on."""
+"""Exit status of a run that a signal stopped (`EX_TEMPFAIL`): the same command resumes it."""
 
 
 class Stopped(SIGTERMException):
     """Ends the process after a signal.
 
-    The first rank exits with status 75, the others with 0: those who start processes kill the rest when one fails.
+    Rank zero exits with status 75 and the others with 0, because launchers kill all processes when one fails.
+
+    Args:
+        message: What happened, and how to resume.
+        rank: Global rank of the process.
     """
 
     def __init__(self, message: str, rank: int) -> None:
@@ -32,12 +36,11 @@ class Stopped(SIGTERMException):
 
 
 class StopOnSignal(Callback):
-    """Saves and stops at the end of the running step when a SIGTERM or SIGUSR1 comes, on whichever rank.
+    """Saves a checkpoint and stops at the end of the current step when any rank receives SIGTERM or SIGUSR1.
 
-    Lightning too stops at the next batch after a SIGTERM, but saves nothing. Under SLURM, where its plugin
-    `SLURMEnvironment` says so (``auto_requeue``), the plugin's ``requeue_signal`` has the job start again. Lightning
-    would save within the signal's handler, in the middle of a step, and to a file that every run of the same folder
-    takes for its own; so the job is handed back here.
+    Lightning alone also stops after a SIGTERM, but without saving. Under SLURM, if the plugin `SLURMEnvironment` has
+    ``auto_requeue``, its ``requeue_signal`` requeues the job. Lightning would save inside the signal handler, in the
+    middle of a step, and to a file that all runs of the same folder share; so the job is requeued here instead.
     """
 
     def __init__(self) -> None:
@@ -45,30 +48,34 @@ class StopOnSignal(Callback):
         self._step = -1
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over the signals from Lightning, which restores them in the end."""
+        """Install the signal handlers in place of Lightning's, which restores the original ones at the end."""
         if threading.current_thread() is threading.main_thread():
-            again = _requeue_signal(trainer)
-            for number in {signal.SIGTERM, signal.SIGUSR1, again or signal.SIGUSR1}:
-                signal.signal(number, self._note)
+            requeue = _requeue_signal(trainer)
+            for number in {signal.SIGTERM, signal.SIGUSR1, requeue or signal.SIGUSR1}:
+                signal.signal(number, self._remember)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same, in runs that validate nothing before."""
+        """Install the signal handlers in runs without a sanity check too."""
         self.on_sanity_check_start(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Note where the step begins: it may take several batches."""
+        """Remember the step; with gradient accumulation it has several batches."""
         self._step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop after a step if any rank has been told to."""
+        """Save and stop after a complete step if any rank received a signal.
+
+        Raises:
+            Stopped: If any rank received a signal.
+        """
         if trainer.global_step == self._step:
             return
         received = self._received
         if trainer.world_size > 1:
-            mine = torch.tensor(received, device=trainer.strategy.root_device)
-            received = int(trainer.strategy.reduce(mine, reduce_op="max"))
+            on_device = torch.tensor(received, device=trainer.strategy.root_device)
+            received = int(trainer.strategy.reduce(on_device, reduce_op="max"))
         if not received:
             return
         saved = save_last(trainer)
@@ -76,19 +83,19 @@ class StopOnSignal(Callback):
         if received == _requeue_signal(trainer) and trainer.is_global_zero:
             _requeue()
         trainer.strategy.barrier("StopOnSignal")
-        then = (
-            "the same command with --ckpt_path last goes on."
+        advice = (
+            "the same command with --ckpt_path last resumes the run."
             if saved
-            else "nothing is saved, since no ModelCheckpoint has save_last: true."
+            else "nothing was saved, because no ModelCheckpoint has save_last: true."
         )
-        raise Stopped(f"Stopped by {name} at step {trainer.global_step}; {then}", trainer.global_rank)
+        raise Stopped(f"Stopped by {name} at step {trainer.global_step}; {advice}", trainer.global_rank)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _remember(self, number: int, frame: FrameType | None) -> None:
         self._received = number
 
 
 def _requeue_signal(trainer: Trainer) -> int | None:
-    """The signal after which the job shall start again, if there is one."""
+    """Return the signal after which the job is requeued, or None."""
     environment = cluster_environment(trainer)
     if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
         return None
@@ -101,4 +108,4 @@ def _requeue() -> None:
         job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
     if done.returncode:
-        rank_zero_warn(f"`scontrol requeue {job}` failed, so the job does not start again: {done.stderr.strip()}")
+        rank_zero_warn(f"`scontrol requeue {job}` failed, so the job is not requeued: {done.stderr.strip()}")

@@ -1,4 +1,4 @@
-"""Writes what stage 1 predicts as token shards, the training data of stage 2."""
+"""Writes the tokens that stage 1 predicts as token shards, the training data of stage 2."""
 
 import shutil
 from itertools import islice
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float16, Int
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
@@ -16,24 +16,27 @@ from t2v.batch import VideoBatch
 from t2v.errors import UserError
 from t2v.text import TextEncoder
 
-_TOGETHER = 64
-"""So many captions are embedded in one pass."""
-_REMEMBERED = 2**28
-"""So many bytes of embeddings are kept for captions that come again."""
+_BATCH_SIZE = 64
+"""Captions that are embedded in one pass."""
+_CACHE_BYTES = 2**28
+"""Bytes of embeddings that are kept for captions that occur again."""
+
+Embedding = tuple[Float16[np.ndarray, "l d"], Float16[np.ndarray, " d"]]
+"""Embeddings of the text tokens of a caption without padding, and the pooled text embedding."""
 
 
 class TokenShardWriter(BasePredictionWriter):
-    """Writes ``OUTPUT_DIR/SPLIT/shard-RANK-NUMBER.tar``, one folder a split of the data.
+    """Writes ``OUTPUT_DIR/SPLIT/shard-RANK-NUMBER.tar``, one folder for each split of the data.
 
-    A sample is ``KEY.tokens.npy`` (t, h, w); ``KEY.text.npy`` (l, d), the embeddings of all its captions one after the
-    other, and ``KEY.pooled.npy`` (captions, d), both in float16; and ``KEY.json`` with the captions, the length of each
-    one's embedding, the frame rate and a fingerprint of all that made it. The splits' folders appear when every sample
-    is written; until then the shards lie in ``OUTPUT_DIR/.partial``.
+    A sample is ``KEY.tokens.npy`` (t, h, w); ``KEY.text.npy`` (l, d), the text embeddings of all its captions
+    concatenated, and ``KEY.pooled.npy`` (captions, d), both in float16; and ``KEY.json`` with the captions, the number
+    of text tokens of each, the frame rate, and a fingerprint of the tokenizer, the text encoder and the frame rate. The
+    folders of the splits appear when all samples are written; until then the shards are in ``OUTPUT_DIR/.partial``.
 
     Args:
-        output_dir: Where the splits' folders go. It must not hold them already.
-        text_encoder: Embeds the captions; one that comes again soon is not embedded again.
-        samples_per_shard: Clips in one tar file.
+        output_dir: Folder for the folders of the splits, which must not contain shards already.
+        text_encoder: Embeds the captions. Embeddings of recent captions are reused.
+        samples_per_shard: Number of clips in one tar file.
     """
 
     def __init__(self, output_dir: str, text_encoder: TextEncoder, samples_per_shard: int = 1000) -> None:
@@ -41,12 +44,16 @@ class TokenShardWriter(BasePredictionWriter):
         self.output_dir = Path(output_dir)
         self.partial = self.output_dir / ".partial"
         self.text_encoder = text_encoder
-        self._embeddings = _Embeddings(text_encoder)
         self.samples_per_shard = samples_per_shard
+        self._embeddings = _EmbeddingCache(text_encoder)
         self._writers: dict[str, ShardWriter] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse to mix new shards with old ones, before anything is computed."""
+        """Check that there are no older shards, which would be mixed with new ones.
+
+        Raises:
+            UserError: If the folder of a split is not empty.
+        """
         super().setup(trainer, pl_module, stage)
         if stage != "predict":
             return
@@ -62,7 +69,7 @@ class TokenShardWriter(BasePredictionWriter):
         trainer.strategy.barrier("TokenShardWriter.partial")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note what every sample's json says alike."""
+        """Collect the metadata that all samples have in common."""
         self.text_encoder.to(pl_module.device)
         self._fps = float(trainer.datamodule.fps)  # type: ignore[attr-defined]
         self._fingerprint = {
@@ -90,7 +97,8 @@ class TokenShardWriter(BasePredictionWriter):
             )
             self._writers[split] = writer.__enter__()
         with trainer.profiler.profile(f"[TextEncoder]{self.text_encoder.name}"):  # type: ignore[attr-defined]
-            embeddings = iter(self._embeddings.of([caption for captions in batch.captions for caption in captions]))
+            all_captions = [caption for captions in batch.captions for caption in captions]
+            embeddings = iter(self._embeddings.embed(all_captions))
         for key, captions, tokens in zip(batch.keys, batch.captions, prediction.cpu().numpy(), strict=True):
             texts, pooled = zip(*islice(embeddings, len(captions)), strict=True)
             self._writers[split].write(
@@ -109,7 +117,7 @@ class TokenShardWriter(BasePredictionWriter):
             )
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the finished folders their names."""
+        """Move the folders of the splits to their final paths."""
         self._close(None)
         trainer.strategy.barrier("TokenShardWriter.end")
         if not trainer.is_global_zero:
@@ -120,7 +128,7 @@ class TokenShardWriter(BasePredictionWriter):
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave nothing that looks complete."""
+        """Remove incomplete shards."""
         if self._writers:
             self._close(exception)
             shutil.rmtree(self.partial, ignore_errors=True)
@@ -130,28 +138,30 @@ class TokenShardWriter(BasePredictionWriter):
             self._writers.popitem()[1].__exit__(type(error) if error else None, error, None)
 
 
-class _Embeddings:
-    """Embeddings of captions as they are stored: the word pieces (l, d) without padding, and the whole (d)."""
+class _EmbeddingCache:
+    """Embeds captions, and keeps recent embeddings for captions that occur again."""
 
     def __init__(self, encoder: TextEncoder) -> None:
         self.encoder = encoder
-        self.known: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self.embeddings: dict[str, Embedding] = {}
         self.bytes = 0
 
-    def of(self, captions: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        new = [caption for caption in dict.fromkeys(captions) if caption not in self.known]
-        for at in range(0, len(new), _TOGETHER):
-            self._embed(new[at : at + _TOGETHER])
-        found = [self.known[caption] for caption in captions]
-        while self.bytes > _REMEMBERED:
-            text, pooled = self.known.pop(next(iter(self.known)))  # the oldest
+    def embed(self, captions: list[str]) -> list[Embedding]:
+        """Return the embeddings of all captions, which are as if each caption were embedded alone."""
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self.embeddings]
+        for start in range(0, len(new), _BATCH_SIZE):
+            self._embed_batch(new[start : start + _BATCH_SIZE])
+        found = [self.embeddings[caption] for caption in captions]
+        while self.bytes > _CACHE_BYTES:
+            oldest = next(iter(self.embeddings))
+            text, pooled = self.embeddings.pop(oldest)
             self.bytes -= text.nbytes + pooled.nbytes
         return found
 
-    def _embed(self, captions: list[str]) -> None:
+    def _embed_batch(self, captions: list[str]) -> None:
         text = self.encoder.encode_batch(captions)
         lengths = text.mask.sum(1).tolist()
         tokens, pooled = text.tokens.half().cpu().numpy(), text.pooled.half().cpu().numpy()
         for i, caption in enumerate(captions):
-            self.known[caption] = tokens[i, : lengths[i]].copy(), pooled[i].copy()
-            self.bytes += sum(array.nbytes for array in self.known[caption])
+            self.embeddings[caption] = tokens[i, : lengths[i]].copy(), pooled[i].copy()
+            self.bytes += sum(array.nbytes for array in self.embeddings[caption])

@@ -1,55 +1,26 @@
-"""Writes what stage 2 predicts as mp4 files and one page to watch them on."""
+"""Writes the videos that stage 2 generates as mp4 files, and a gallery page of them."""
 
-import os
 from contextlib import ExitStack
-from html import escape
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import torch.distributed
+from jinja2 import Template
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from t2v.batch import GeneratedVideos
+from t2v.files import atomic_path
 from t2v.video import Mp4Writer
 
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Generated videos</title>
-<style>
-:root {{ color-scheme: light dark; font: 16px/1.45 system-ui, sans-serif; }}
-body {{ max-width: 80rem; margin: 0 auto; padding: 2rem 1rem; }}
-h1 {{ font-size: 1.25rem; font-weight: 600; margin: 0 0 1.5rem; }}
-main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr)); gap: 1.5rem 1rem; }}
-figure {{ margin: 0; }}
-video {{ width: 100%; display: block; border-radius: .5rem; background: #8883; }}
-figcaption {{ margin-top: .5rem; overflow-wrap: anywhere; }}
-small {{ opacity: .65; }}
-</style>
-</head>
-<body>
-<h1>Generated videos</h1>
-<main>
-{figures}
-</main>
-</body>
-</html>
-"""
-FIGURE = """<figure>
-<video src="{source}" autoplay loop muted playsinline controls></video>
-<figcaption>{prompt}<br><small>{name}</small></figcaption>
-</figure>"""
+TEMPLATE = Path(__file__).with_name("gallery.html.jinja")
 
 
 class VideoGalleryWriter(BasePredictionWriter):
-    """Writes ``OUTPUT_DIR/videos/NAME.mp4`` as they come, and ``OUTPUT_DIR/index.html`` that shows them at the end.
+    """Writes ``OUTPUT_DIR/videos/NAME.mp4`` during generation, and the page ``OUTPUT_DIR/index.html`` at the end.
 
     Args:
-        output_dir: Where the page and the videos go; files of the same names are replaced.
+        output_dir: Folder of the page and the videos; files of the same names are replaced.
     """
 
     def __init__(self, output_dir: str) -> None:
@@ -58,7 +29,7 @@ class VideoGalleryWriter(BasePredictionWriter):
         self._prompts: dict[str, str] = {}
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the folder."""
+        """Create the folder."""
         self._prompts.clear()
         (self.output_dir / "videos").mkdir(parents=True, exist_ok=True)
 
@@ -72,7 +43,7 @@ class VideoGalleryWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Write one batch, frame by frame as it is made."""
+        """Generate and write a batch frame by frame."""
         paths = [self.output_dir / "videos" / f"{name}.mp4" for name in prediction.names]
         with ExitStack() as stack:
             files = [stack.enter_context(Mp4Writer(path, prediction.fps)) for path in paths]
@@ -82,32 +53,28 @@ class VideoGalleryWriter(BasePredictionWriter):
         self._prompts.update(zip(prediction.names, prediction.prompts, strict=True))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the page, with the videos of all ranks."""
-        shares: list[dict[str, str]] = [self._prompts]
+        """Write the page with the videos of all ranks."""
+        of_ranks: list[dict[str, str]] = [self._prompts]
         if trainer.world_size > 1:
-            shares = [{} for _ in range(trainer.world_size)]
-            torch.distributed.all_gather_object(shares, self._prompts)
+            of_ranks = [{} for _ in range(trainer.world_size)]
+            torch.distributed.all_gather_object(of_ranks, self._prompts)
         if not trainer.is_global_zero:
             return
-        prompts = {name: prompt for share in shares for name, prompt in share.items()}
+        prompts = {name: prompt for of_rank in of_ranks for name, prompt in of_rank.items()}
         page = self.output_dir / "index.html"
-        partial = page.with_name(f".{page.name}.{os.getpid()}.partial")
-        partial.write_text(gallery(prompts), encoding="utf-8")
-        partial.replace(page)
+        with atomic_path(page) as partial:
+            partial.write_text(gallery(prompts), encoding="utf-8")
         print(f"Wrote        {len(prompts)} videos; open {page}", flush=True)
 
 
 def gallery(prompts: dict[str, str]) -> str:
-    """Make the page.
+    """Return the gallery page.
 
     Args:
-        prompts: Each video's prompt by the stem of its file.
+        prompts: The prompt of each video by its file name without suffix.
 
     Returns:
-        HTML that needs nothing but the videos beside it.
+        HTML that refers to no other files than the videos.
     """
-    figures = [
-        FIGURE.format(source=escape(f"videos/{quote(name)}.mp4"), prompt=escape(prompt), name=escape(name))
-        for name, prompt in sorted(prompts.items())
-    ]
-    return PAGE.format(figures="\n".join(figures))
+    template = Template(TEMPLATE.read_text(encoding="utf-8"), autoescape=True, trim_blocks=True)
+    return template.render(videos=sorted(prompts.items()))

@@ -155,7 +155,7 @@ def test_last_starts_then_resumes_and_says_which(config, tmp_path, capsys):
     assert f"Resuming from {last(tmp_path)} at step 4" in capsys.readouterr().out
     assert cli.trainer.global_step == 6
     main(["fit", *config])
-    assert "--ckpt_path last would continue it" in capsys.readouterr().out
+    assert "--ckpt_path last would resume it" in capsys.readouterr().out
 
 
 def test_the_next_command_is_printed_and_runs(config, tmp_path, capsys, monkeypatch):

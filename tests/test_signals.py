@@ -45,7 +45,7 @@ def test_a_stopped_run_ends_as_one_that_was_never_stopped(copy_pipeline, tmp_pat
         timeout=200,
     )
     assert stopped.returncode == 75, stopped.stderr
-    assert f"Stopped by {name} at step 5; the same command with --ckpt_path last goes on.\n" in stopped.stderr
+    assert f"Stopped by {name} at step 5; the same command with --ckpt_path last resumes the run.\n" in stopped.stderr
     assert "Traceback" not in stopped.stderr
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 5
     requeued = tmp_path / "requeued"

@@ -190,7 +190,7 @@ def test_a_codebook_does_not_move_in_a_skipped_step(tmp_path):
 
 def test_the_budget_stops_the_run_and_holds_for_all_of_it(tmp_path):
     poison = {"clip3": "loss", "clip8": "loss"}
-    with pytest.raises(UserError, match=r"2 training steps .* step 4, .* is 1: .*anomalies\.jsonl names the samples"):
+    with pytest.raises(UserError, match=r"2 training steps .* step 4, .* is 1: .*anomalies\.jsonl lists the samples"):
         fit(tmp_path, LitToy(**poison), NaNGuard(budget=1))
     saved = ModelCheckpoint(tmp_path, save_last=True)
     fit(tmp_path, LitToy(**poison), NaNGuard(budget=2), saved)

@@ -48,8 +48,8 @@ def test_a_run_says_what_it_is_and_what_came_of_it(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert f"Run folder   {tmp_path}" in lines
     assert "Device       cpu x 1, precision 32-true" in lines
-    assert "Parameters   encoder 1 k, decoder 2 (all 1 k)" in lines
-    assert "Batch        4 samples a step, 2 steps an epoch" in lines
+    assert "Parameters   encoder 1 k, decoder 2 (total 1 k)" in lines
+    assert "Batch        4 samples per step, 2 steps per epoch" in lines
     assert f"Start        No checkpoint in {tmp_path}/checkpoints, starting at step 0" in lines
     assert lines[-2].startswith("Best         val/loss 0.1235 in ")
     assert lines[-1] == f"Last         {tmp_path}/checkpoints/last.ckpt"
@@ -67,4 +67,4 @@ def test_other_commands_name_their_checkpoint(tmp_path, capsys):
     trainer(tmp_path).validate(LitToy(), LOADER, ckpt_path=last, verbose=False)
     assert f"Checkpoint   {last}" in capsys.readouterr().out
     trainer(tmp_path).predict(LitToy(), LOADER)
-    assert "Checkpoint   none: the weights are those of a new model" in capsys.readouterr().out
+    assert "Checkpoint   none: the weights are newly initialized" in capsys.readouterr().out

