@@ -1,8 +1,8 @@
-"""The main job, once, at a size for two CPU cores: captioned clips in, generated clips out, and an honest report.
+"""The complete pipeline at a size for two CPU cores: captioned clips in, generated videos out, and a report.
 
-`make demo` runs the same commands that a user would type for footage of their own, prints each, and ends with a table.
-Finished steps are not run again; an interrupted training goes on from its last checkpoint. `runs/demo/index.html` is
-the gallery, `runs/demo/report.json` the report; delete `runs/demo` to begin anew.
+`make demo` runs the commands that a user would run on their own footage, prints each, and ends with a table of results.
+Finished steps are not repeated; an interrupted training resumes from its last checkpoint. `runs/demo/index.html` is the
+gallery and `runs/demo/report.json` the report; delete `runs/demo` to start from the beginning.
 """
 
 import csv
@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw
 from cli import main
 from data.examples.oracle import Answer, recognize, recognize_file
 from data.examples.shapes import FRAMES, held_out_prompts
+from t2v.files import atomic_path
 from t2v.generation.compilation import compile_error
 from t2v.video import read_frames
 
@@ -37,31 +38,31 @@ STATE = RUN / "steps.json"
 STAGE1, STAGE2 = "configs/vqvae/shapes.yaml", "configs/transformer/shapes.yaml"
 PROMPTS_PER_COMBINATION = 3
 STEPS = {"bf16-mixed": (600, 2300), "32-true": (600, 450)}
-"""Training steps of the stages, by precision: what fits into a quarter of an hour."""
+"""Training steps of stage 1 and stage 2, by precision; about a quarter of an hour in total."""
 
 
 class PeakMemory(threading.Thread):
-    """Watches the memory of this process and its children; shared pages count once."""
+    """Measures the maximum memory of this process and its children; shared pages count once."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.gib = 0.0
 
     def run(self) -> None:
-        """Look twice a second."""
+        """Measure twice a second."""
         while True:
             total = 0
             for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
                 try:
                     total += process.memory_full_info().pss
-                except psutil.Error:  # gone meanwhile
+                except psutil.Error:  # the process has ended
                     continue
             self.gib = max(self.gib, total / 2**30)
             time.sleep(0.5)
 
 
 class Steps:
-    """Runs each step once and remembers what came of it, across interruptions."""
+    """Runs each step once and keeps its result on disk, so that an interrupted demo continues with the next step."""
 
     def __init__(self) -> None:
         RUN.mkdir(parents=True, exist_ok=True)
@@ -69,26 +70,34 @@ class Steps:
         self.memory.start()
         self.state: dict[str, Any] = json.loads(STATE.read_text()) if STATE.exists() else {}
 
-    def run(self, name: str, what: str, job: Callable[[], Any]) -> Any:
-        """Return the result of `job`, as JSON can hold it; the time of interrupted attempts is added up."""
+    def run(self, name: str, title: str, function: Callable[[], Any]) -> Any:
+        """Run a step, unless it has finished before.
+
+        Args:
+            name: Key of the step in the report.
+            title: Printed before the step.
+            function: The step; its result must be representable in JSON.
+
+        Returns:
+            The result of the step. Its time is the sum over all attempts.
+        """
         step = self.state.setdefault(name, {"seconds": 0.0})
-        print(f"\n==> {what}", flush=True)
+        print(f"\n==> {title}", flush=True)
         if "result" in step:
-            print(f"    done before, in {step['seconds']:.0f} s", flush=True)
+            print(f"    finished before, in {step['seconds']:.0f} s", flush=True)
             return step["result"]
-        began = time.monotonic()
+        start = time.monotonic()
         try:
-            step["result"] = job()
+            step["result"] = function()
         finally:
-            step["seconds"] += time.monotonic() - began
+            step["seconds"] += time.monotonic() - start
             step["peak_memory_gib"] = max(step.get("peak_memory_gib", 0.0), self.memory.gib)
-            partial = STATE.with_suffix(".partial")
-            partial.write_text(json.dumps(self.state, indent=1))
-            partial.replace(STATE)
+            with atomic_path(STATE) as partial:
+                partial.write_text(json.dumps(self.state, indent=1))
         return step["result"]
 
 
-def tool(*args: str) -> None:
+def run_module(*args: str) -> None:
     """Run one of the `python -m` commands."""
     print(f"    python {shlex.join(args)}", flush=True)
     if code := subprocess.run([sys.executable, *args], check=False).returncode:
@@ -96,47 +105,47 @@ def tool(*args: str) -> None:
 
 
 def cli(*args: str) -> dict[str, float]:
-    """Run `python cli.py …` in this process, and return the metrics that it logged."""
+    """Run `python cli.py …` in this process, and return the logged metrics."""
     print(f"    python cli.py {shlex.join(args)}", flush=True)
     metrics = main(list(args)).trainer.callback_metrics
     return {name: float(value) for name, value in metrics.items()}
 
 
 def fit(config: str, steps: int, *args: str) -> None:
-    """Trains a stage, from its last checkpoint where there is one."""
+    """Train a stage, resuming from its last checkpoint if there is one."""
     cli("fit", "--config", config, "--ckpt_path", "last", "--trainer.max_steps", str(steps), *args)
 
 
 def fastest_precision() -> str:
-    """bf16-mixed where this machine multiplies bfloat16 at least twice as fast as float32, else 32-true."""
+    """Return bf16-mixed if matrix products are at least twice as fast in bfloat16 as in float32, otherwise 32-true."""
 
     def seconds(dtype: torch.dtype) -> float:
         a = torch.randn(1024, 1024, dtype=dtype)
         times = []
         for _ in range(8):
-            began = time.perf_counter()
+            start = time.perf_counter()
             a @ a
-            times.append(time.perf_counter() - began)
+            times.append(time.perf_counter() - start)
         return min(times)
 
     return "bf16-mixed" if 2 * seconds(torch.bfloat16) < seconds(torch.float32) else "32-true"
 
 
 def prepare() -> None:
-    """Captioned mp4 files, and shards of them."""
-    tool("-m", "data.examples.shapes", f"{RUN}/clips")
+    """Draw captioned mp4 files, and pack them into shards."""
+    run_module("-m", "data.examples.shapes", f"{RUN}/clips")
     for part in ("train", "val"):
-        tool("-m", "data.prepare", f"{RUN}/clips/{part}", f"{RUN}/shards/{part}")
+        run_module("-m", "data.prepare", f"{RUN}/clips/{part}", f"{RUN}/shards/{part}")
 
 
-def tokenise(precision: str) -> None:
-    """Token shards."""
-    shutil.rmtree(RUN / "tokens", ignore_errors=True)  # of an interrupted try
+def tokenize(precision: str) -> None:
+    """Write token shards."""
+    shutil.rmtree(RUN / "tokens", ignore_errors=True)  # of an interrupted attempt
     cli("predict", "--config", STAGE1, "--ckpt_path", "last", "--trainer.precision", precision)
 
 
 def generate(precision: str, folder: Path, frames: int) -> list[str]:
-    """Videos of held-out prompts in `folder`; their file names, in the order of the prompts."""
+    """Generate videos of held-out prompts in `folder`, and return their file names in the order of the prompts."""
     for old in (folder / "videos").glob("*.mp4"):
         old.unlink()
     folder.mkdir(exist_ok=True)
@@ -152,13 +161,16 @@ def generate(precision: str, folder: Path, frames: int) -> list[str]:
 
 
 def accuracy(answers: list[Answer], truths: list[Answer]) -> dict[str, float]:
-    """Share of right answers, an attribute at a time."""
-    pairs = list(zip(answers, truths, strict=True))
-    return {name: sum(getattr(a, name) == getattr(t, name) for a, t in pairs) / len(pairs) for name in Answer._fields}
+    """Return the fraction of correct answers for each attribute."""
+    accuracies = {}
+    for name in Answer._fields:
+        correct = [getattr(answer, name) == getattr(truth, name) for answer, truth in zip(answers, truths, strict=True)]
+        accuracies[name] = sum(correct) / len(correct)
+    return accuracies
 
 
 def judge_real() -> dict[str, float]:
-    """How often the oracle is right on real held-out clips."""
+    """Return the oracle's accuracy on real held-out clips."""
     with (RUN / "clips/val/captions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     truths = [Answer(row["colour"], row["shape"], row["direction"]) for row in rows]
@@ -166,43 +178,44 @@ def judge_real() -> dict[str, float]:
 
 
 def judge_generated(videos: list[str]) -> dict[str, float]:
-    """How often the generated videos show what their prompts say."""
+    """Return the fraction of generated videos in which the oracle recognizes each attribute of the prompt."""
     clips = [clip for clip, _ in held_out_prompts(PROMPTS_PER_COMBINATION)]
     truths = [Answer(clip.colour, clip.shape, clip.direction) for clip in clips]
     return accuracy([recognize_file(RUN / "videos" / name) for name in videos], truths)
 
 
 def judge_long(videos: list[str]) -> float:
-    """How often the end of a long video, as long as a training clip, still shows the prompt's colour and shape."""
+    """Return the fraction of long videos whose last 16 frames still show the prompt's colour and shape."""
     kept = 0
     for (clip, _), name in zip(held_out_prompts(PROMPTS_PER_COMBINATION), videos, strict=True):
-        end = recognize(
-            read_frames(LONG / "videos" / name, range(LONG_FRAMES - FRAMES, LONG_FRAMES)).permute(0, 2, 3, 1).numpy()
-        )
-        kept += (end.colour, end.shape) == (clip.colour, clip.shape)
+        last_frames = read_frames(LONG / "videos" / name, range(LONG_FRAMES - FRAMES, LONG_FRAMES))
+        answer = recognize(last_frames.permute(0, 2, 3, 1).numpy())
+        if (answer.colour, answer.shape) == (clip.colour, clip.shape):
+            kept += 1
     return kept / len(videos)
 
 
 def contact_sheet(videos: list[str], path: Path, rows: int = 8, frames: int = 6) -> None:
-    """Draw frames of some of the videos, each row under its prompt."""
-    scale, gap, text = 96, 6, 18
-    sheet = Image.new("RGB", (frames * (scale + gap) + gap, rows * (scale + gap + text) + gap), "white")
+    """Save an image with frames of some of the videos, each row below its prompt."""
+    size, gap, text = 96, 6, 18
+    sheet = Image.new("RGB", (frames * (size + gap) + gap, rows * (size + gap + text) + gap), "white")
     draw = ImageDraw.Draw(sheet)
     prompts = [prompt for _, prompt in held_out_prompts(PROMPTS_PER_COMBINATION)]
     for row in range(rows):
-        index, top = row * len(videos) // rows, gap + row * (scale + gap + text)
+        index, top = row * len(videos) // rows, gap + row * (size + gap + text)
         draw.text((gap, top), prompts[index], fill="black")
         video = read_frames(RUN / "videos" / videos[index], [FRAMES * i // frames for i in range(frames)])
         for column, frame in enumerate(video):
-            picture = Image.fromarray(frame.permute(1, 2, 0).numpy()).resize((scale, scale))
-            sheet.paste(picture, (gap + column * (scale + gap), top + text))
-    sheet.save(path)
+            picture = Image.fromarray(frame.permute(1, 2, 0).numpy()).resize((size, size))
+            sheet.paste(picture, (gap + column * (size + gap), top + text))
+    with atomic_path(path) as partial:
+        sheet.save(partial)
 
 
 def demo() -> None:
-    """All steps, and the report."""
+    """Run all steps, and write and print the report."""
     steps = Steps()
-    precision = steps.run("precision", "Finding the fastest precision of this machine", fastest_precision)
+    precision = steps.run("precision", "Measuring the fastest precision of this machine", fastest_precision)
     fast = ("--trainer.precision", precision)
     steps1, steps2 = STEPS[precision]
     steps.run("prepare", "Drawing captioned clips and packing them into shards", prepare)
@@ -213,10 +226,10 @@ def demo() -> None:
     )
     stage1 = steps.run(
         "validate_vqvae",
-        "Stage 1: measuring reconstructions of held-out clips",
+        "Stage 1: evaluating reconstructions of held-out clips",
         lambda: cli("validate", "--config", STAGE1, "--ckpt_path", "last", "--data.frames", "16", *fast),
     )
-    steps.run("tokenise", "Stage 1: turning clips into tokens", lambda: tokenise(precision))
+    steps.run("tokenise", "Stage 1: encoding clips as tokens", lambda: tokenize(precision))
     steps.run(
         "fit_transformer",
         "Stage 2: training the transformer",
@@ -224,7 +237,7 @@ def demo() -> None:
     )
     stage2 = steps.run(
         "validate_transformer",
-        "Stage 2: measuring predictions on held-out clips",
+        "Stage 2: evaluating predictions on held-out clips",
         lambda: cli("validate", "--config", STAGE2, "--ckpt_path", "last", *fast),
     )
     videos = steps.run(
@@ -234,12 +247,16 @@ def demo() -> None:
     )
     long = steps.run(
         "generate_long",
-        f"Stage 2: generating videos of {LONG_FRAMES} frames, from a model that was trained on {FRAMES}",
+        f"Stage 2: generating videos of {LONG_FRAMES} frames with a model trained on {FRAMES} frames",
         lambda: generate(precision, LONG, LONG_FRAMES),
     )
-    real = steps.run("judge_real", "Asking the oracle about real clips", judge_real)
-    generated = steps.run("judge_generated", "Asking the oracle about the videos", lambda: judge_generated(videos))
-    kept = steps.run("judge_long", "Asking the oracle about the end of the long videos", lambda: judge_long(long))
+    real = steps.run("judge_real", "Measuring the oracle's accuracy on real clips", judge_real)
+    generated = steps.run(
+        "judge_generated", "Judging the generated videos with the oracle", lambda: judge_generated(videos)
+    )
+    kept = steps.run(
+        "judge_long", "Judging the last frames of the long videos with the oracle", lambda: judge_long(long)
+    )
 
     contact_sheet(videos, RUN / "generated.png")
     seconds = {name: round(step["seconds"], 1) for name, step in steps.state.items()}
@@ -259,16 +276,20 @@ def demo() -> None:
         "vqvae_checkpoint": f"{RUN}/vqvae/checkpoints/last.ckpt",
         "transformer_checkpoint": f"{RUN}/transformer/checkpoints/last.ckpt",
     }
-    (RUN / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    with atomic_path(RUN / "report.json") as partial:
+        partial.write_text(json.dumps(report, indent=1) + "\n")
+    print_report(report)
 
-    print("\nHeld-out clips, stage 1")
-    print(
-        f"  PSNR {report['psnr']:.2f} dB   SSIM {report['ssim']:.3f}   codebook in use {report['codebook_usage']:.0%}"
-    )
-    print(f"Videos of {len(videos)} prompts that training never saw, judged by the oracle (on real clips)")
+
+def print_report(report: dict[str, Any]) -> None:
+    """Print the table of results."""
+    real = report["oracle_accuracy_real"]
+    print("\nStage 1, reconstruction of held-out clips")
+    print(f"  PSNR {report['psnr']:.2f} dB   SSIM {report['ssim']:.3f}   codebook usage {report['codebook_usage']:.0%}")
+    print(f"Stage 2, accuracy of {report['prompts']} videos of held-out prompts by the oracle (its own on real clips)")
     for name in Answer._fields:
-        print(f"  {name:<10} {generated[name]:6.1%}  ({real[name]:.1%})")
-    print(f"  colour and shape kept to the end of {LONG_FRAMES} frames {kept:6.1%}")
+        print(f"  {name:<10} {report[f'{name}_accuracy']:6.1%}  ({real[name]:.1%})")
+    print(f"  colour and shape at the end of {LONG_FRAMES} frames {report['long_videos_keep_colour_and_shape']:6.1%}")
     print("Seconds")
     for name, value in report["seconds"].items():
         print(f"  {name:<22} {value:7.1f}")
