@@ -36,7 +36,7 @@ class RunSummary(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the best score and the paths of the checkpoints, or that no step was left to train."""
         if not self._trained:
-            _print({"not trained": f"{_start(trainer)}, which is trainer.max_steps: raise it to train longer"})
+            _print({"not trained": f"{_start(trainer)}, no steps are left: raise trainer.max_steps to train longer"})
         checkpoint = trainer.checkpoint_callback
         if not isinstance(checkpoint, ModelCheckpoint):
             return

@@ -1,13 +1,14 @@
-"""What every test gets: a fixed seed and no network; and the whole pipeline, run once at toy sizes."""
+"""Fixtures of all tests: a fixed seed, no network, and the complete pipeline, trained once at toy sizes."""
 
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, a process a core
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in parallel, one process per core
 
 import torch
 
@@ -20,8 +21,8 @@ def _fixed_seed() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _own_environment() -> Iterator[None]:
-    """What a run sets, such as the port where its ranks meet, is not for the next one."""
+def _restored_environment() -> Iterator[None]:
+    """Restore the environment after a test: a run sets variables, such as the port of its ranks."""
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -29,8 +30,8 @@ def _own_environment() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def trained_pipeline(tmp_path_factory) -> Pipeline:
-    """Both stages trained, for tests that only read."""
+def trained_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    """Return a pipeline with both stages trained, for tests that only read it."""
     pipeline = Pipeline(tmp_path_factory.mktemp("pipeline"))
     pipeline.prepare()
     pipeline.fit("vqvae")
@@ -40,8 +41,8 @@ def trained_pipeline(tmp_path_factory) -> Pipeline:
 
 
 @pytest.fixture
-def copy_pipeline(trained_pipeline, tmp_path) -> Callable[[], Pipeline]:
-    """Makes a copy of the finished pipeline, for tests that go on from it."""
+def copy_pipeline(trained_pipeline: Pipeline, tmp_path: Path) -> Callable[[], Pipeline]:
+    """Return a function that copies the trained pipeline, for tests that change it."""
 
     def copy() -> Pipeline:
         folder = tmp_path / "pipeline"

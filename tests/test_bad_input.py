@@ -1,4 +1,4 @@
-"""A user's mistakes: each ends in one sentence and status 2, and leaves nothing behind."""
+"""A user's mistakes: each is reported in one line with exit status 2, and writes no files."""
 
 import csv
 import sys
@@ -18,38 +18,38 @@ PROMPTS = '--data.prompts=["a red circle"]'
 
 @pytest.fixture
 def fails(capsys):
-    """Runs a command that must fail, and returns the sentence it ends with."""
+    """Return a function that runs a command which must fail, and returns its error message."""
 
     def run(command, *args) -> str:
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit_:
             command(*args)
         assert exit_.value.code == 2
-        told = capsys.readouterr().err
-        assert "Traceback" not in told
-        sentence = told.splitlines()[-1]
-        assert sentence.startswith("error: ")
-        return sentence
+        message = capsys.readouterr().err
+        assert "Traceback" not in message
+        message = message.splitlines()[-1]
+        assert message.startswith("error: ")
+        return message
 
     return run
 
 
 @pytest.fixture
 def mistaken(fails, trained_pipeline):
-    """Runs a command line on the finished pipeline, which must fail and change no file."""
+    """Return a function that runs a command line on the trained pipeline, which must fail and change no file."""
 
     def run(command, stage, *flags) -> str:
         before = trained_pipeline.files()
-        sentence = fails(trained_pipeline.cli, command, stage, *flags)
+        message = fails(trained_pipeline.cli, command, stage, *flags)
         assert trained_pipeline.files() == before
-        return sentence
+        return message
 
     return run
 
 
 @pytest.fixture
 def tool(monkeypatch):
-    """Runs one of the `python -m` commands in this process."""
+    """Return a function that runs one of the `python -m` commands in this process."""
 
     def run(function, *args) -> None:
         monkeypatch.setattr(sys, "argv", ["tool", *map(str, args)])
@@ -60,13 +60,13 @@ def tool(monkeypatch):
 
 @pytest.fixture
 def footage(tmp_path):
-    """One good captioned video, one that does not decode and one that is too short."""
+    """Return a folder with one valid captioned video, one that is corrupt and one that is too short."""
     folder = tmp_path / "footage"
     folder.mkdir()
     write_mp4(folder / "good.mp4", torch.full((16, 3, 64, 64), 99, dtype=torch.uint8), fps=8)
     write_mp4(folder / "brief.mp4", torch.zeros(3, 3, 64, 64, dtype=torch.uint8), fps=8)
-    (folder / "broken.mp4").write_bytes(b"no video")
-    write_captions(folder, "good", "broken", "brief")
+    (folder / "corrupt.mp4").write_bytes(b"no video")
+    write_captions(folder, "good", "corrupt", "brief")
     return folder
 
 
@@ -75,19 +75,19 @@ def write_captions(folder, *names, columns=("path", "caption")):
         csv.writer(file).writerows([columns, *((f"{name}.mp4", f"a {name} video") for name in names)])
 
 
-def test_a_broken_video_is_skipped_and_named(footage, tool, tmp_path, capsys):
+def test_a_corrupt_video_is_skipped_and_listed(footage, tool, tmp_path, capsys):
     tool(prepare, footage, tmp_path / "out")
-    told = capsys.readouterr().out
-    assert "1 clips from 3 videos." in told
-    assert "Dropped 2: 1 does not decode: broken.mp4 (" in told
-    assert "1 too short: brief.mp4" in told
+    message = capsys.readouterr().out
+    assert "1 clips from 3 videos." in message
+    assert "Dropped 2: 1 does not decode: corrupt.mp4 (" in message
+    assert "1 too short: brief.mp4" in message
     assert len(ShardSet(tmp_path / "out")) == 1
 
 
 @pytest.mark.parametrize(
-    ("spoil", "flags", "sentence"),
+    ("damage", "flags", "message"),
     [
-        (lambda folder: write_captions(folder, "broken"), (), "was kept: "),
+        (lambda folder: write_captions(folder, "corrupt"), (), "was kept: "),
         (lambda folder: write_captions(folder, "brief"), (), "too short: brief.mp4"),
         (lambda folder: write_captions(folder, "good"), ("--frames=17",), "too short: good.mp4"),
         (lambda folder: write_captions(folder, "good", columns=("file", "text")), (), "no column path and no column"),
@@ -96,11 +96,11 @@ def test_a_broken_video_is_skipped_and_named(footage, tool, tmp_path, capsys):
         (lambda folder: None, ("--captions=none.csv",), "There is no caption file 'none.csv'"),
         (lambda folder: None, ("--size=0",), "size=0: all must be greater than 0"),
     ],
-    ids=["broken", "short", "asked too long", "columns", "empty", "missing", "no caption file", "size"],
+    ids=["corrupt", "short", "asked too long", "columns", "empty", "missing", "no caption file", "size"],
 )
-def test_footage_that_does_not_serve(spoil, flags, sentence, footage, tool, fails, tmp_path):
-    spoil(footage)
-    assert sentence in fails(tool, prepare, footage, tmp_path / "out", *flags)
+def test_unusable_footage(damage, flags, message, footage, tool, fails, tmp_path):
+    damage(footage)
+    assert message in fails(tool, prepare, footage, tmp_path / "out", *flags)
     assert {path.name for path in tmp_path.iterdir()} <= {"footage"}
 
 
@@ -110,20 +110,20 @@ def test_no_clips_to_draw(tool, fails, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "sentence"),
+    ("line", "message"),
     [
         ((), "subcommand"),
         (("fitt",), "invalid choice: 'fitt' (choose from 'fit', 'validate', 'test', 'predict', 'plan')"),
         (("fit",), "required: fit.data, fit.model"),
     ],
 )
-def test_half_a_command(line, sentence, fails, trained_pipeline):
-    assert sentence in fails(trained_pipeline.main, *line)
+def test_an_incomplete_command(line, message, fails, trained_pipeline):
+    assert message in fails(trained_pipeline.main, *line)
 
 
 @pytest.mark.parametrize("stage", ["vqvae", "transformer"])
 @pytest.mark.parametrize(
-    ("flags", "sentence"),
+    ("flags", "message"),
     [
         (("--data.train=nowhere",), "No shards (*.tar) in 'nowhere': the folder does not exist"),
         (("--data.val=runs",), "No shards (*.tar) in 'runs': nothing there ends in .tar"),
@@ -141,12 +141,12 @@ def test_half_a_command(line, sentence, fails, trained_pipeline):
     ],
     ids=lambda value: value[0].split("=")[0].strip("-") if isinstance(value, tuple) else "",
 )
-def test_fit(stage, flags, sentence, mistaken):
-    assert sentence in mistaken("fit", stage, *flags)
+def test_fit(stage, flags, message, mistaken):
+    assert message in mistaken("fit", stage, *flags)
 
 
 @pytest.mark.parametrize(
-    ("stage", "flags", "sentence"),
+    ("stage", "flags", "message"),
     [
         ("vqvae", ("--data.train=runs/demo/tokens/train",), "No sample in 'runs/demo/tokens/train' has a mp4"),
         ("transformer", ("--data.train=runs/demo/shards/train",), "are these the shards of the other stage?"),
@@ -163,20 +163,20 @@ def test_fit(stage, flags, sentence, mistaken):
         ("transformer", ("--model.generation.frames=0",), "generation.frames=0 must be at least 1"),
     ],
 )
-def test_fit_of_one_stage(stage, flags, sentence, mistaken):
-    assert sentence in mistaken("fit", stage, *flags)
+def test_fit_of_one_stage(stage, flags, message, mistaken):
+    assert message in mistaken("fit", stage, *flags)
 
 
 @pytest.mark.parametrize(("stage", "other"), [("vqvae", "transformer"), ("transformer", "vqvae")])
 @pytest.mark.parametrize("command", ["fit", "validate", "predict"])
 def test_the_checkpoint_of_the_other_stage(command, stage, other, mistaken):
     path = f"runs/demo/{other}/checkpoints/last.ckpt"
-    assert f"{path} holds a Lit" in (told := mistaken(command, stage, "--ckpt_path", path))
-    assert "give the checkpoint of that model, or the other config" in told
+    assert f"{path} holds a Lit" in (message := mistaken(command, stage, "--ckpt_path", path))
+    assert "give the checkpoint of that model, or the other config" in message
 
 
 @pytest.mark.parametrize(
-    ("flags", "sentence"),
+    ("flags", "message"),
     [
         ((PROMPTS,), "`predict` needs trained weights"),
         ((*LAST,), "There are no prompts in data.prompts"),
@@ -186,9 +186,9 @@ def test_the_checkpoint_of_the_other_stage(command, stage, other, mistaken):
         ((*LAST, PROMPTS, "--model.generation.sampler.min_p=2"), "min_p=2.0 must lie in (0, 1]"),
     ],
 )
-def test_generation(flags, sentence, mistaken, trained_pipeline):
+def test_generation(flags, message, mistaken, trained_pipeline):
     (trained_pipeline.folder / "empty.txt").write_text("\n  \n")
-    assert sentence in mistaken("predict", "transformer", *flags)
+    assert message in mistaken("predict", "transformer", *flags)
 
 
 @pytest.mark.parametrize("stage", ["vqvae", "transformer"])
@@ -196,12 +196,12 @@ def test_predict_before_fit(stage, fails, copy_pipeline):
     pipeline = copy_pipeline()
     pipeline.checkpoint(stage).unlink()
     before = pipeline.files()
-    told = fails(pipeline.cli, "predict", stage, *LAST, *([PROMPTS] if stage == "transformer" else []))
-    assert f"There is no last.ckpt in runs/demo/{stage}/checkpoints" in told
+    message = fails(pipeline.cli, "predict", stage, *LAST, *([PROMPTS] if stage == "transformer" else []))
+    assert f"There is no last.ckpt in runs/demo/{stage}/checkpoints" in message
     assert pipeline.files() == before
 
 
-def test_tokens_are_not_written_over(mistaken):
+def test_token_shards_are_not_overwritten(mistaken):
     assert "runs/demo/tokens/train already holds token shards: delete it" in mistaken("predict", "vqvae", *LAST)
 
 
@@ -212,7 +212,7 @@ def test_another_tokenizer(fails, copy_pipeline):
     torch.save(checkpoint, pipeline.checkpoint("vqvae"))
     before = pipeline.files()
     for flags in (("fit",), ("fit", *LAST), ("predict", *LAST, PROMPTS)):
-        told = fails(pipeline.cli, flags[0], "transformer", *flags[1:])
-        assert "model.tokenizer is " in told
-        assert "give that tokenizer, or write the token shards again" in told
+        message = fails(pipeline.cli, flags[0], "transformer", *flags[1:])
+        assert "model.tokenizer is " in message
+        assert "give that tokenizer, or write the token shards again" in message
     assert pipeline.files() == before

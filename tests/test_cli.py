@@ -52,25 +52,25 @@ class ForbiddenNetwork(Network):
 
 
 class Noise(Dataset):
-    def __init__(self, width: int, broken: bool) -> None:
-        self.width, self.broken = width, broken
+    def __init__(self, width: int, corrupt: bool) -> None:
+        self.width, self.corrupt = width, corrupt
 
     def __len__(self) -> int:
         return 8
 
     def __getitem__(self, i: int) -> torch.Tensor:
-        if self.broken:
-            raise UserError("Every clip is broken: all of them, really.")
+        if self.corrupt:
+            raise UserError("All clips are corrupt.")
         return torch.full((self.width,), float(i))
 
 
 class ToyData(LightningDataModule):
-    def __init__(self, width: int = 4, batch_size: int = 4, num_workers: int = 0, broken: bool = False) -> None:
+    def __init__(self, width: int = 4, batch_size: int = 4, num_workers: int = 0, corrupt: bool = False) -> None:
         super().__init__()
-        self.width, self.batch_size, self.num_workers, self.broken = width, batch_size, num_workers, broken
+        self.width, self.batch_size, self.num_workers, self.corrupt = width, batch_size, num_workers, corrupt
 
     def train_dataloader(self) -> DataLoader:
-        noise = Noise(self.width, self.broken)
+        noise = Noise(self.width, self.corrupt)
         return DataLoader(noise, batch_size=self.batch_size, num_workers=self.num_workers)
 
     val_dataloader = predict_dataloader = train_dataloader
@@ -102,7 +102,7 @@ data:
 
 @pytest.fixture
 def config(tmp_path) -> list[str]:
-    """The flags that every run of a test shares: a config file and its run folder."""
+    """Return the flags of a config file and of the run folder."""
     path = tmp_path / "toy.yaml"
     path.write_text(CONFIG)
     return ["-c", str(path), f"--trainer.default_root_dir={tmp_path / 'run'}"]
@@ -113,7 +113,7 @@ def last(tmp_path: Path) -> Path:
 
 
 def fails(capsys, *args: str) -> str:
-    """The one line that a mistake prints."""
+    """Run a command line that must fail, and return its error message."""
     with pytest.raises(SystemExit) as exit_:
         main(list(args))
     assert exit_.value.code == 2
@@ -135,7 +135,7 @@ def test_a_later_config_reaches_every_interpolation_too(config, tmp_path):
     assert main(["fit", *config, "-c", str(tmp_path / "wide.yaml")]).datamodule.width == 7
 
 
-def test_a_key_that_no_file_gives_can_be_referred_to(config, tmp_path):
+def test_an_interpolation_can_refer_to_a_default(config, tmp_path):
     (tmp_path / "steps.yaml").write_text("trainer: {max_steps: '${data.init_args.batch_size}'}")
     assert main(["fit", *config, "-c", str(tmp_path / "steps.yaml")]).trainer.max_steps == 4
 
@@ -148,7 +148,7 @@ def test_a_config_may_come_before_the_command(config, tmp_path):
     assert cli.trainer.ckpt_path == str(last(tmp_path))
 
 
-def test_last_starts_then_resumes_and_says_which(config, tmp_path, capsys):
+def test_last_starts_a_run_then_resumes_it(config, tmp_path, capsys):
     main(["fit", *config, "--ckpt_path", "last"])
     assert f"No checkpoint in {tmp_path}/run/checkpoints, starting at step 0" in capsys.readouterr().out
     cli = main(["fit", *config, "--ckpt_path", "last", "--trainer.max_steps", "6"])
@@ -169,7 +169,7 @@ def test_the_next_command_is_printed_and_runs(config, tmp_path, capsys, monkeypa
     assert f"Checkpoint   {last(tmp_path)}" in capsys.readouterr().out
 
 
-def test_the_config_says_what_the_checkpoint_does_not(config, tmp_path):
+def test_configs_and_flags_override_the_checkpoint(config, tmp_path):
     main(["fit", *config, "--model.network.depth", "2", "--model.scale", "3"])
     flags = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
     data = ["--data", f"{__name__}.ToyData", "--data.width", "6"]
@@ -220,7 +220,7 @@ def test_arguments_may_be_a_dictionary(tmp_path):
     assert main({"subcommand": "predict", "predict": tree}).trainer.ckpt_path == str(last(tmp_path))
 
 
-def test_a_sharded_checkpoint_knows_its_model_too(config, tmp_path, capsys):
+def test_a_sharded_checkpoint_contains_its_model_config(config, tmp_path, capsys):
     main(["fit", *config, "--model.network.depth", "2"])
     checkpoint = torch.load(last(tmp_path), weights_only=True)
     folder = tmp_path / "sharded.ckpt"
@@ -237,7 +237,7 @@ def test_predict_without_a_last_checkpoint(config, tmp_path, capsys):
     assert f"no last.ckpt in {tmp_path}/run/checkpoints" in error
 
 
-def test_last_without_a_folder_to_look_in(config, capsys):
+def test_last_without_a_checkpoint_folder(config, capsys):
     assert "ModelCheckpoint with dirpath" in fails(
         capsys, "fit", *config, "--trainer.callbacks=null", "--ckpt_path", "last"
     )
@@ -248,7 +248,7 @@ def test_a_missing_checkpoint(config, capsys, command):
     assert "no checkpoint at nowhere.ckpt" in fails(capsys, command, *config, "--ckpt_path", "nowhere.ckpt")
 
 
-def test_a_file_that_is_no_checkpoint(config, capsys):
+def test_a_file_that_is_not_a_checkpoint(config, capsys):
     error = fails(capsys, "predict", *config, "--ckpt_path", config[1])
     assert f"{config[1]} is not a checkpoint of this program" in error
     assert error.count("\n") == 1
@@ -261,32 +261,32 @@ def test_a_checkpoint_of_another_model(config, tmp_path, capsys):
     assert f"{last(tmp_path)} holds a LitToy, but this run's config asks for a LitOther" in error
 
 
-def test_a_model_may_go_by_two_names(config, tmp_path):
+def test_a_model_class_may_have_two_names(config, tmp_path):
     main(["fit", *config, "--model.network.depth", "2", "--model.scale", "3"])
     (tmp_path / "same.yaml").write_text(CONFIG.replace("LitToy", "LitSame"))
     model = main(["predict", "-c", str(tmp_path / "same.yaml"), config[-1], "--ckpt_path", "last"]).model
     assert (len(model.network.layers), model.scale) == (2, 3.0)
 
 
-def test_a_checkpoint_that_does_not_fit(config, capsys):
+def test_a_checkpoint_that_does_not_match(config, capsys):
     main(["fit", *config])
     error = fails(capsys, "fit", *config, "--ckpt_path", "last", "--model.network.width", "5")
     assert "The checkpoint does not fit the model" in error
     assert "size mismatch for network.layers.0.weight" in error
 
 
-def test_a_mistake_told_by_a_class_of_the_config(config, capsys):
+def test_an_error_in_a_class_of_the_config(config, capsys):
     error = fails(capsys, "fit", *config, "--model.network", f"{__name__}.ForbiddenNetwork")
     assert error == "error: width is 6, but only 5 will do: set network.width.\n"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_mistake_told_by_the_loader(config, capsys, workers):
-    error = fails(capsys, "fit", *config, "--data.broken=true", f"--data.num_workers={workers}")
-    assert error.endswith("error: Every clip is broken: all of them, really.\n")
+def test_an_error_in_the_loader(config, capsys, workers):
+    error = fails(capsys, "fit", *config, "--data.corrupt=true", f"--data.num_workers={workers}")
+    assert error.endswith("error: All clips are corrupt.\n")
 
 
-def test_the_command_itself_ends_with_status_2(config):
+def test_the_process_exits_with_status_2(config):
     done = subprocess.run(
         [sys.executable, "cli.py", "predict", *config, "--ckpt_path", "last"], capture_output=True, text=True
     )

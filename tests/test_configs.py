@@ -1,6 +1,7 @@
-"""Every shipped config: it parses, and what it describes can be built."""
+"""Every shipped config can be parsed, and its objects can be built."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +11,27 @@ from lightning.pytorch import LightningDataModule, LightningModule
 import cli
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted(path for path in ROOT.glob("configs/*/*.yaml") if path.parent.name != "cluster")
+CONFIGS = sorted(path for path in ROOT.glob("configs/*/*.yaml") if path.parent.name not in ("cluster", "debug"))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return a recipe merged with its base."""
+    content = yaml.safe_load(path.read_text())
+    base = content.pop("base", None)
+    return merge(read(path.parent / base), content) if base else content
+
+
+def merge(general: dict[str, Any], special: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(general)
+    for name, value in special.items():
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = merge(merged[name], value) if both else value
+    return merged
 
 
 @pytest.fixture
 def build(monkeypatch):
-    """Builds what a config describes, with weights that take no memory, and runs nothing."""
+    """Return a function that builds the objects of a config on the meta device, without running them."""
     monkeypatch.setattr(cli.T2VCLI, "_run_subcommand", lambda self, subcommand: None)
 
     def build(path):
@@ -27,16 +43,16 @@ def build(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_what_a_config_describes_can_be_built(path, build, tmp_path):
-    offline = tmp_path / path.name  # LPIPS has weights that are no package's
-    offline.write_text(path.read_text().replace("LPIPSLoss", "MobileNetLoss"))
-    built = build(offline)
+def test_the_objects_of_a_config_can_be_built(path, build, tmp_path):
+    for config in path.parent.glob("*.yaml"):  # the weights of LPIPS are in no package
+        (tmp_path / config.name).write_text(config.read_text().replace("LPIPSLoss", "MobileNetLoss"))
+    built = build(tmp_path / path.name)
     assert isinstance(built.model, LightningModule)
     assert isinstance(built.datamodule, LightningDataModule)
     assert all(parameter.is_meta for parameter in built.model.model.parameters())
 
 
-def test_a_config_with_lpips_says_which_file_it_lacks(build, tmp_path, monkeypatch, capsys):
+def test_a_config_with_lpips_names_the_missing_file(build, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(SystemExit):
         build(ROOT / "configs/vqvae/512.yaml")
@@ -46,9 +62,9 @@ def test_a_config_with_lpips_says_which_file_it_lacks(build, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_a_config_says_what_it_is_and_can_be_resumed(path):
+def test_a_config_has_a_title_and_can_be_resumed(path):
     assert path.read_text().startswith("# Stage ")
-    trainer = yaml.safe_load(path.read_text())["trainer"]
+    trainer = read(path)["trainer"]
     options = {callback["class_path"]: callback.get("init_args", {}) for callback in trainer["callbacks"]}
     assert options["ModelCheckpoint"]["save_last"]
     assert "dirpath" in options["ModelCheckpoint"]
@@ -56,7 +72,7 @@ def test_a_config_says_what_it_is_and_can_be_resumed(path):
 
 
 @pytest.mark.parametrize(("name", "count", "within"), [("8b", 8.0e9, 0.02), ("1b", 1.0e9, 0.1), ("300m", 0.3e9, 0.1)])
-def test_a_size_is_what_the_name_says_and_begins_without_memory(name, count, within, monkeypatch):
+def test_a_config_has_the_named_size_and_starts_on_the_meta_device(name, count, within, monkeypatch):
     monkeypatch.setattr(cli.T2VCLI, "_run_subcommand", lambda self, subcommand: None)
     path = ROOT / f"configs/transformer/{name}.yaml"
     model = cli.main(["fit", "--config", str(path), "--trainer.accelerator=cpu"]).model.model
@@ -65,11 +81,8 @@ def test_a_size_is_what_the_name_says_and_begins_without_memory(name, count, wit
 
 
 @pytest.mark.parametrize(("first", "second"), [("512", "8b"), ("256", "1b"), ("128", "300m")])
-def test_a_size_fits_the_tokens_it_names(first, second):
-    vqvae, transformer = (
-        yaml.safe_load((ROOT / f"configs/{path}.yaml").read_text())
-        for path in (f"vqvae/{first}", f"transformer/{second}")
-    )
+def test_the_transformer_of_each_size_matches_its_vqvae(first, second):
+    vqvae, transformer = (read(ROOT / f"configs/{path}.yaml") for path in (f"vqvae/{first}", f"transformer/{second}"))
     tokenizer, given = vqvae["model"]["init_args"]["model"]["init_args"], transformer["model"]["init_args"]
     stride = tokenizer["patch_size"] * tokenizer["latent_patch_size"] * 2 ** (len(tokenizer["channel_multipliers"]) - 1)
     assert given["model"]["init_args"]["grid_size"] == tokenizer["image_size"] / stride
@@ -79,14 +92,23 @@ def test_a_size_fits_the_tokens_it_names(first, second):
     assert given["text_encoder"] == writer["init_args"]["text_encoder"]
 
 
-def test_the_stages_of_the_demo_fit_each_other(build):
+def test_the_stages_of_the_demo_match(build):
     first, second = (build(ROOT / f"configs/{stage}/shapes.yaml") for stage in ("vqvae", "transformer"))
     vqvae, transformer = first.model.model, second.model.model
     assert (transformer.vocab_size, transformer.grid_size) == (vqvae.codebook_size, vqvae.grid_size)
-    assert transformer.text_dim == second.model.text_encoder.width
+    assert transformer.text.dim == second.model.text_encoder.width
     folder = Path(first.trainer.checkpoint_callback.dirpath)
     assert Path(second.model.tokenizer_path).absolute() == folder / "last.ckpt"
     writer = next(callback for callback in first.trainer.callbacks if hasattr(callback, "text_encoder"))
     assert writer.text_encoder.name == second.model.text_encoder.name
     splits = [str(writer.output_dir / split) for split in first.datamodule.predict_splits]
     assert splits == [second.datamodule.train, second.datamodule.val]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_recipe_can_be_planned_without_weights(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # no weights for LPIPS
+    cli.main(["plan", "--config", str(path)])
+    output = capsys.readouterr().out
+    assert "recommended  " in output
+    assert not [line for line in output.splitlines() if "FSDP2" in line and "8bit" in line]

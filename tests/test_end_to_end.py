@@ -1,4 +1,4 @@
-"""The whole pipeline with the shipped configs, as a user goes it."""
+"""The complete pipeline with the shipped configs, through the command line."""
 
 import subprocess
 import sys
@@ -9,6 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.shards import ShardSet
+from tests.support.pipeline import ROOT
 
 PROMPTS = ["a small red circle moves left slowly", "the <big> blue square & nothing else"]
 STAGES = ["vqvae", "transformer"]
@@ -19,7 +20,7 @@ def load(path):
 
 
 def logged(folder, tag):
-    """All values of a tag in the order of their steps."""
+    """Return all values of a tag in the order of their steps."""
     events = EventAccumulator(str(folder)).Reload()
     return [event.value for event in sorted(events.Scalars(tag), key=lambda event: event.step)]
 
@@ -35,7 +36,7 @@ def test_the_loss_falls(trained_pipeline, stage):
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
 
 
-def test_reconstructions_and_generations_are_logged_as_moving_pictures(trained_pipeline):
+def test_reconstructions_and_generated_videos_are_logged_as_animated_images(trained_pipeline):
     for stage, tags in (("vqvae", 1), ("transformer", 3)):
         events = EventAccumulator(str(trained_pipeline.run / stage)).Reload()
         images = events.Tags()["images"]
@@ -44,7 +45,7 @@ def test_reconstructions_and_generations_are_logged_as_moving_pictures(trained_p
 
 
 @pytest.mark.parametrize(("steps", "started"), [(3, False), (5, True)])
-def test_the_codebook_starts_when_it_should_and_not_from_validation(copy_pipeline, steps, started):
+def test_the_codebook_starts_at_its_step_and_not_in_validation(copy_pipeline, steps, started):
     pipeline = copy_pipeline()
     validate = ["--trainer.check_val_every_n_epoch=null", "--trainer.val_check_interval=1"]
     cli = pipeline.cli("fit", "vqvae", "--trainer.max_steps", str(steps), *validate)
@@ -69,7 +70,7 @@ def test_validate_measures_the_checkpoint(trained_pipeline, stage, metric):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_run_goes_on_where_it_stopped(trained_pipeline, stage):
+def test_a_run_resumes_at_the_step_where_it_stopped(trained_pipeline, stage):
     before, after = trained_pipeline.halfway[stage], load(trained_pipeline.checkpoint(stage))
     for checkpoint, step in ((before, 7), (after, 12)):
         assert checkpoint["global_step"] == checkpoint["lr_schedulers"][0]["last_epoch"] == step
@@ -84,20 +85,20 @@ def test_a_run_goes_on_where_it_stopped(trained_pipeline, stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_what_is_loaded_is_what_was_saved(copy_pipeline, stage, capsys):
+def test_loaded_weights_equal_the_saved_weights(copy_pipeline, stage, capsys):
     pipeline = copy_pipeline()
     saved = weights(load(pipeline.checkpoint(stage)))
     capsys.readouterr()
     cli = pipeline.cli("fit", stage, "--ckpt_path", "last")  # no step is left to do
-    told = (
-        f"Resuming from runs/demo/{stage}/checkpoints/last.ckpt at step 12, which is the end: raise trainer.max_steps"
+    message = (
+        f"Resuming from runs/demo/{stage}/checkpoints/last.ckpt at step 12, no steps are left: raise trainer.max_steps"
     )
-    assert told in capsys.readouterr().out
+    assert message in capsys.readouterr().out
     loaded = cli.model.state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
 
 
-def test_prompts_become_videos_on_a_page(copy_pipeline):
+def test_prompts_become_videos_on_a_gallery_page(copy_pipeline):
     pipeline = copy_pipeline()
     pipeline.cli("predict", "transformer", "--ckpt_path", "last", f"--data.prompts={PROMPTS}")
     videos = sorted((pipeline.run / "videos").iterdir())
@@ -115,30 +116,30 @@ def test_prompts_become_videos_on_a_page(copy_pipeline):
     assert "the &lt;big&gt; blue square &amp; nothing else" in page
     assert all(f'src="videos/{path.name}"' in page for path in videos)
 
-    # A run's own config, its checkpoint and prompts are all that is needed; the same prompts make the same bytes.
+    # The saved config, the checkpoint and prompts are sufficient, and the same prompts give the same bytes.
     before = [path.read_bytes() for path in videos]
     (pipeline.folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    own = ["-c", "runs/demo/transformer/config.yaml", "--ckpt_path", "last", "--data.prompts", "prompts.txt"]
+    saved_config = ["-c", "runs/demo/transformer/config.yaml", "--ckpt_path", "last", "--data.prompts", "prompts.txt"]
     for path in videos:
         path.unlink()
-    pipeline.main("predict", *own)
+    pipeline.main("predict", *saved_config)
     assert [path.read_bytes() for path in videos] == before
 
 
 def test_two_processes_train_the_vqvae_with_discriminators(trained_pipeline, tmp_path):
-    """Every parameter must get a gradient in every step, before the codebook and the discriminators begin too."""
+    """Every parameter must have a gradient in every step, also before the codebook and the discriminators start."""
     flags = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=6", "--data.batch_size=4"]
     flags += ["--model.adversarial=t2v.losses.AdversarialLoss", "--model.adversarial.start_step=4"]
     flags += ["--model.adversarial.channels=4", "--model.adversarial.layers=1", "--model.quantize_from_step=2"]
     flags += [f"--data.{split}={trained_pipeline.run / 'shards' / split}" for split in ("train", "val")]
-    made = subprocess.run(
-        [sys.executable, f"{trained_pipeline.code}/cli.py", "fit", *trained_pipeline.config("vqvae"), *flags],
+    process = subprocess.run(
+        [sys.executable, f"{ROOT}/cli.py", "fit", *trained_pipeline.config("vqvae"), *flags],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=200,
     )
-    assert made.returncode == 0, made.stderr
+    assert process.returncode == 0, process.stderr
     checkpoint = torch.load(tmp_path / "runs/demo/vqvae/checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 6
     assert checkpoint["state_dict"]["model.quantizer.initialized"]

@@ -1,4 +1,4 @@
-"""A training run that is killed and started again ends as if nothing had happened."""
+"""A training run that is killed and resumed ends bit-equal to an uninterrupted one."""
 
 import os
 import shutil
@@ -12,12 +12,12 @@ from tests.support.pipeline import ROOT, differences, resumable, training_state
 
 
 @pytest.mark.parametrize("stage", ["vqvae", "transformer"])
-def test_a_killed_run_ends_as_one_that_was_never_stopped(copy_pipeline, stage, capfd):
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(copy_pipeline, stage, capfd):
     pipeline = copy_pipeline()
     fit, checkpoint = resumable(pipeline, stage), pipeline.checkpoint(stage)
     shutil.rmtree(checkpoint.parent)
     pipeline.main(*fit)
-    whole = training_state(checkpoint)
+    expected = training_state(checkpoint)
 
     shutil.rmtree(checkpoint.parent)
     killed = subprocess.run(
@@ -35,5 +35,5 @@ def test_a_killed_run_ends_as_one_that_was_never_stopped(copy_pipeline, stage, c
     capfd.readouterr()
     pipeline.main(*fit, "--data.num_workers=2")
     assert "at step 4" in capfd.readouterr().out
-    assert not differences(whole, training_state(checkpoint))
-    assert len(whole) > 100
+    assert not differences(expected, training_state(checkpoint))
+    assert len(expected) > 100

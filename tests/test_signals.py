@@ -1,4 +1,4 @@
-"""A run that is asked to stop saves at the end of its step, and goes on later as if nothing had happened."""
+"""A run that receives a signal saves at the end of its step, and can be resumed exactly."""
 
 import os
 import shutil
@@ -21,16 +21,16 @@ SLURM = {
 
 
 @pytest.mark.parametrize(("stage", "name", "batches"), [("vqvae", "SIGUSR1", 1), ("transformer", "SIGTERM", 2)])
-def test_a_stopped_run_ends_as_one_that_was_never_stopped(copy_pipeline, tmp_path, stage, name, batches, capfd):
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(copy_pipeline, tmp_path, stage, name, batches, capfd):
     pipeline = copy_pipeline()
     fit, checkpoint = resumable(pipeline, stage), pipeline.checkpoint(stage)
     fit += [f"--trainer.accumulate_grad_batches={batches}", "--data.batch_size=4"]
     shutil.rmtree(checkpoint.parent)
     pipeline.main(*fit)
-    whole = training_state(checkpoint)
+    expected = training_state(checkpoint)
 
     shutil.rmtree(checkpoint.parent)
-    scontrol = tmp_path / "bin/scontrol"  # what SLURM's machines have
+    scontrol = tmp_path / "bin/scontrol"  # as SLURM provides it
     scontrol.parent.mkdir()
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/requeued\n')
     scontrol.chmod(0o755)
@@ -55,4 +55,4 @@ def test_a_stopped_run_ends_as_one_that_was_never_stopped(copy_pipeline, tmp_pat
     capfd.readouterr()
     pipeline.main(*fit)
     assert "at step 5" in capfd.readouterr().out
-    assert not differences(whole, training_state(checkpoint))
+    assert not differences(expected, training_state(checkpoint))

@@ -22,7 +22,7 @@ class LitCounter(LightningModule):
 
 
 def fit(folder, max_steps: int, resume: bool = False) -> tuple[int, float]:
-    """Trains, saving every third step; returns the step and the weight in last.ckpt."""
+    """Train with a checkpoint every third step, and return the step and the weight in last.ckpt."""
     checkpoint = ModelCheckpoint(dirpath=folder, save_last=True, every_n_train_steps=3, save_top_k=0)
     trainer = Trainer(
         accelerator="cpu",
@@ -39,7 +39,7 @@ def fit(folder, max_steps: int, resume: bool = False) -> tuple[int, float]:
 
 
 @pytest.mark.parametrize("steps", [2, 3, 5, 8])
-def test_last_is_the_last_step(tmp_path, steps):
+def test_last_ckpt_is_of_the_last_step(tmp_path, steps):
     assert fit(tmp_path, steps) == (steps, steps)
     assert fit(tmp_path, steps + 5, resume=True) == (steps + 5, steps + 5)
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]

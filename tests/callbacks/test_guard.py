@@ -14,13 +14,14 @@ from t2v import VQVAE, LitVQVAE
 from t2v.batch import VideoBatch
 from t2v.errors import UserError
 from t2v.losses import AdversarialLoss, L1Loss
+from t2v.training.lightning_private import average_of
 from t2v.vqvae.quantizer import VectorQuantizer
 
 CLIPS = 12
 
 
 class LitToy(LightningModule):
-    """Learns a number for a clip; samples that are poisoned make the loss or only the gradient infinite."""
+    """Learns one number per clip; given samples make the loss, or only the gradient, infinite."""
 
     def __init__(self, **poison: str) -> None:
         super().__init__()
@@ -46,7 +47,7 @@ class LitToy(LightningModule):
 
 
 class LitTwo(LitToy):
-    """The same with two optimizers that it steps itself."""
+    """The same with two optimizers and manual optimization."""
 
     def __init__(self, **poison: str) -> None:
         super().__init__(**poison)
@@ -67,19 +68,19 @@ class LitTwo(LitToy):
 
 
 class History(Callback):
-    """Keeps the whole state after every batch."""
+    """Keeps the training state after every batch."""
 
     def __init__(self) -> None:
         self.states: list[dict[str, Tensor]] = []
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         state = dict(pl_module.state_dict())
         for i, optimizer in enumerate(trainer.optimizers):
             for j, values in optimizer.state_dict()["state"].items():
                 state |= {f"optimizer{i}.{j}.{name}": value for name, value in values.items()}
         for callback in trainer.callbacks:
             if isinstance(callback, EMA):
-                state |= {f"average.{name}": value for name, value in callback._average_model.state_dict().items()}
+                state |= {f"average.{name}": value for name, value in average_of(callback).state_dict().items()}
         self.states.append({name: value.clone() for name, value in state.items()})
 
     def changed(self, step: int) -> set[str]:
@@ -114,14 +115,14 @@ def fit(folder, model: LightningModule, *callbacks: Callback, **flags) -> Traine
 
 def records(folder) -> list[dict]:
     def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
     return [json.loads(line, parse_constant=refuse) for line in (folder / "anomalies.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("how", ["loss", "gradient"])
-def test_a_bad_step_changes_nothing(tmp_path, how, precision):
+def test_a_skipped_step_changes_nothing(tmp_path, how, precision):
     history = History()
     with pytest.warns(UserWarning, match=f"Step 3 is skipped, its {how} is not finite"):
         trainer = fit(
@@ -140,7 +141,7 @@ def test_a_bad_step_changes_nothing(tmp_path, how, precision):
     assert record == {"kind": how, "step": 3, "epoch": 0, "batch": 3, "rank": 0, "keys": ["clip6", "clip7"]}
 
 
-def test_a_run_without_anomalies_is_the_run_without_a_guard(tmp_path):
+def test_a_run_without_anomalies_equals_a_run_without_the_callback(tmp_path):
     with_guard, without = History(), History()
     for callbacks in ([NaNGuard(), with_guard], [without]):
         torch.manual_seed(0)
@@ -150,7 +151,7 @@ def test_a_run_without_anomalies_is_the_run_without_a_guard(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_bad_batch_skips_the_whole_accumulated_step_and_is_named(tmp_path):
+def test_a_non_finite_batch_skips_the_accumulated_step_and_is_recorded(tmp_path):
     history = History()
     trainer = fit(tmp_path, LitToy(clip7="loss"), NaNGuard(), EMA(0.9), history, accumulate_grad_batches=3)
     assert trainer.global_step == 2
@@ -161,14 +162,14 @@ def test_a_bad_batch_skips_the_whole_accumulated_step_and_is_named(tmp_path):
     assert (record["step"], record["batch"], record["keys"]) == (1, 3, ["clip6", "clip7"])
 
 
-def test_optimizers_that_the_module_steps_are_guarded_one_by_one(tmp_path):
+def test_manual_optimization_skips_each_optimizer_separately(tmp_path):
     history = History()
     fit(tmp_path, LitTwo(clip7="loss"), NaNGuard(), history)
     assert {name.split(".")[0] for name in history.changed(3)} == {"other", "optimizer1"}
     assert {name.split(".")[0] for name in history.changed(4)} == {"net", "other", "optimizer0", "optimizer1"}
 
 
-def test_a_codebook_does_not_move_in_a_skipped_step(tmp_path):
+def test_a_codebook_does_not_change_in_a_skipped_step(tmp_path):
     class LitBroken(LitVQVAE):
         def training_step(self, batch: VideoBatch, batch_idx: int) -> Tensor:
             weight = self.model.decoder.get_parameter(next(name for name, _ in self.model.decoder.named_parameters()))
@@ -188,7 +189,7 @@ def test_a_codebook_does_not_move_in_a_skipped_step(tmp_path):
     assert {"model.quantizer.codes", "adversarial.frames.0.weight"} <= history.changed(2) & history.changed(4)
 
 
-def test_the_budget_stops_the_run_and_holds_for_all_of_it(tmp_path):
+def test_the_budget_counts_the_resumed_run_too(tmp_path):
     poison = {"clip3": "loss", "clip8": "loss"}
     with pytest.raises(UserError, match=r"2 training steps .* step 4, .* is 1: .*anomalies\.jsonl lists the samples"):
         fit(tmp_path, LitToy(**poison), NaNGuard(budget=1))
@@ -201,7 +202,7 @@ def test_the_budget_stops_the_run_and_holds_for_all_of_it(tmp_path):
     assert [(record["epoch"], record["step"]) for record in records(tmp_path)[-3:]] == [(0, 1), (0, 4), (1, 7)]
 
 
-def test_a_jump_of_the_loss_is_recorded_and_trained_on(tmp_path):
+def test_a_loss_spike_is_recorded_and_not_skipped(tmp_path):
     history = History()
     fit(tmp_path, LitToy(clip3="spike", clip9="spike"), NaNGuard(warmup=3), history)
     assert len(history.changed(4)) > 10
@@ -211,7 +212,7 @@ def test_a_jump_of_the_loss_is_recorded_and_trained_on(tmp_path):
     assert record["gradient_norm"] > 0
 
 
-def test_what_is_usual_is_in_the_checkpoint(tmp_path):
+def test_the_loss_statistics_are_in_the_checkpoint(tmp_path):
     first = NaNGuard(warmup=6)
     fit(tmp_path, LitToy(), first, ModelCheckpoint(tmp_path, save_last=True))
     assert not (tmp_path / "anomalies.jsonl").exists()
@@ -222,8 +223,8 @@ def test_what_is_usual_is_in_the_checkpoint(tmp_path):
 
 
 def test_two_ranks_skip_together(tmp_path):
-    class Halves(Callback):
-        """Gives every rank other clips, and writes down what it ends with."""
+    class SaveWeights(Callback):
+        """Saves the final weights of every rank."""
 
         def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
             torch.save(pl_module.net.state_dict(), tmp_path / f"rank{trainer.global_rank}.pt")
@@ -233,7 +234,7 @@ def test_two_ranks_skip_together(tmp_path):
         tmp_path,
         model,
         NaNGuard(),
-        Halves(),
+        SaveWeights(),
         strategy="ddp_fork",
         devices=2,
         use_distributed_sampler=True,
@@ -244,17 +245,17 @@ def test_two_ranks_skip_together(tmp_path):
         assert value.isfinite().all()
         if "running" not in name:
             assert torch.equal(value, second[name])
-    told = records(tmp_path)
-    assert {record["kind"] for record in told} == {"loss", "gradient"}
-    (loss,) = (record for record in told if record["kind"] == "loss")
+    lines = records(tmp_path)
+    assert {record["kind"] for record in lines} == {"loss", "gradient"}
+    (loss,) = (record for record in lines if record["kind"] == "loss")
     assert loss["loss"] in ("nan", "inf")
     assert "clip5" in loss["keys"]
-    gradient = [record for record in told if record["kind"] == "gradient"]
+    gradient = [record for record in lines if record["kind"] == "gradient"]
     assert {record["rank"] for record in gradient} == {0, 1}  # the gradient is the mean of both
     assert any("clip6" in record["keys"] for record in gradient)
 
 
 @pytest.mark.parametrize("wrong", [{"budget": -1}, {"spike": 0.0}, {"spike": math.nan}, {"warmup": 1}])
-def test_wrong_arguments_are_refused(wrong):
+def test_invalid_arguments_raise(wrong):
     with pytest.raises(UserError, match=f"{next(iter(wrong))}={next(iter(wrong.values()))}"):
         NaNGuard(**wrong)

@@ -14,7 +14,7 @@ from t2v.batch import GeneratedVideos, PromptBatch, TextEmbedding, VideoBatch
 
 
 class LitToy(LightningModule):
-    """Reconstructs a clip as its negative, and generates grey."""
+    """Reconstructs a clip as its negative, and generates grey frames."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,30 +66,30 @@ def fit(tmp_path, *callbacks: Callback, model: LitToy | None = None, **flags) ->
 
 def frames(content: bytes) -> list[Image.Image]:
     gif = Image.open(io.BytesIO(content))
-    pictures = []
+    images = []
     for i in range(gif.n_frames):
         gif.seek(i)
-        pictures.append(gif.convert("RGB"))
-    return pictures
+        images.append(gif.convert("RGB"))
+    return images
 
 
-def test_originals_stand_above_reconstructions(tmp_path):
+def test_clips_are_logged_above_their_reconstructions(tmp_path):
     events = fit(tmp_path, ReconstructionLogger(clips=2)).Images("reconstruction")
-    assert [event.step for event in events] == [2, 4]  # one an epoch, and none while sanity checking
-    pictures = frames(events[0].encoded_image_string)
-    assert len(pictures) == 2
-    assert pictures[0].size == (events[0].width, events[0].height) == (2 * 6, 2 * 4)
+    assert [event.step for event in events] == [2, 4]  # one per epoch, and none in the sanity check
+    images = frames(events[0].encoded_image_string)
+    assert len(images) == 2
+    assert images[0].size == (events[0].width, events[0].height) == (2 * 6, 2 * 4)
     second_clip = 6
-    assert pictures[1].getpixel((second_clip, 0)) == (101, 101, 101)
-    assert pictures[1].getpixel((second_clip, 4)) == (154, 154, 154)
+    assert images[1].getpixel((second_clip, 0)) == (101, 101, 101)
+    assert images[1].getpixel((second_clip, 4)) == (154, 154, 154)
 
 
-def test_each_prompt_is_a_moving_picture(tmp_path):
+def test_each_prompt_is_an_animated_image(tmp_path):
     events = fit(tmp_path, GenerationLogger(["a red circle", "a blue square"], every_n_epochs=2))
     assert events.Tags()["images"] == ["generation/a red circle", "generation/a blue square"]
     (event,) = events.Images("generation/a blue square")
-    pictures = frames(event.encoded_image_string)
-    assert [picture.getpixel((0, 0)) for picture in pictures] == [(9, 9, 9), (10, 10, 10), (11, 11, 11)]
+    images = frames(event.encoded_image_string)
+    assert [image.getpixel((0, 0)) for image in images] == [(9, 9, 9), (10, 10, 10), (11, 11, 11)]
 
 
 def test_fixed_prompts_are_embedded_once(tmp_path):
@@ -99,6 +99,6 @@ def test_fixed_prompts_are_embedded_once(tmp_path):
     assert model.embedded == 1
 
 
-def test_no_tensorboard_is_said(tmp_path):
+def test_a_missing_tensorboard_logger_is_warned_about(tmp_path):
     with pytest.warns(UserWarning, match="ReconstructionLogger logs nothing"):
         fit(tmp_path, ReconstructionLogger(), logger=CSVLogger(tmp_path), max_epochs=1)

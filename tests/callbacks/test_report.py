@@ -13,7 +13,7 @@ LOADER = DataLoader(torch.ones(8, 1), batch_size=2)
 
 
 class Blur:
-    """A metric with something to declare."""
+    """A metric with a protocol."""
 
     name = "blur"
 
@@ -31,7 +31,7 @@ class LitToy(LightningModule):
         return self.layer(batch).square().mean()
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.log_dict({"val/blur": 0.25, "val/broken": float("nan")})
+        self.log_dict({"val/blur": 0.25, "val/nan": float("nan")})
 
     def test_step(self, batch: Tensor, batch_idx: int) -> None:
         self.log("test/blur", 0.5)
@@ -47,7 +47,7 @@ def trainer(*callbacks) -> Trainer:
 
 def read(path) -> dict:
     def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
     return json.loads(path.read_text(), parse_constant=refuse)
 
@@ -57,7 +57,7 @@ def test_validate_and_test_write_a_report(tmp_path, capsys):
     trainer(MetricsReport(str(path))).validate(LitToy(), LOADER, verbose=False)
     assert f"Wrote        {path}\n" in capsys.readouterr().out
     report = read(path)
-    assert report["metrics"] == {"val/blur": 0.25, "val/broken": None}
+    assert report["metrics"] == {"val/blur": 0.25, "val/nan": None}
     assert report["protocol"]["command"] == "validate"
     assert report["protocol"]["metrics"] == {"blur": {"network": "none", "limits": [0.0, None]}}
     assert report["protocol"]["checkpoint"] is None
@@ -75,7 +75,7 @@ def test_training_writes_none(tmp_path):
 
 
 @pytest.mark.parametrize("averaged", [False, True])
-def test_it_says_which_weights_were_measured(tmp_path, averaged):
+def test_the_report_names_the_measured_weights(tmp_path, averaged):
     fitted = trainer(*[EMAWeightAveraging(decay=0.9)] * averaged)
     fitted.fit(LitToy(), LOADER)
     fitted.save_checkpoint(tmp_path / "toy.ckpt")
@@ -86,7 +86,7 @@ def test_it_says_which_weights_were_measured(tmp_path, averaged):
     assert (protocol["step"], protocol["averaged_weights"]) == (3, averaged)
 
 
-def test_a_report_of_the_command_line_says_what_was_measured(trained_pipeline, tmp_path):
+def test_the_report_of_the_command_line_has_the_protocol(trained_pipeline, tmp_path):
     path = tmp_path / "report.json"
     flags = ["--trainer.callbacks+=callbacks.MetricsReport", f"--trainer.callbacks.path={path}", "--seed_everything=3"]
     cli = trained_pipeline.cli("validate", "vqvae", "--ckpt_path", "last", *flags)

@@ -43,7 +43,7 @@ def trainer(tmp_path, **flags) -> Trainer:
     )
 
 
-def test_a_run_says_what_it_is_and_what_came_of_it(tmp_path, capsys):
+def test_fit_prints_a_header_and_its_checkpoints(tmp_path, capsys):
     trainer(tmp_path, max_steps=2, accumulate_grad_batches=2).fit(LitToy(), LOADER, LOADER)
     lines = capsys.readouterr().out.splitlines()
     assert f"Run folder   {tmp_path}" in lines
@@ -60,7 +60,7 @@ def test_validating_inside_fit_prints_no_second_header(tmp_path, capsys):
     assert capsys.readouterr().out.count("Run folder") == 1
 
 
-def test_other_commands_name_their_checkpoint(tmp_path, capsys):
+def test_other_commands_print_their_checkpoint(tmp_path, capsys):
     trainer(tmp_path, max_steps=1).fit(LitToy(), LOADER, LOADER)
     capsys.readouterr()
     last = tmp_path / "checkpoints/last.ckpt"

@@ -19,11 +19,11 @@ from t2v.transformer.model import VideoTransformer
 CLIPS, FRAMES, GRID = 4, 3, 2
 IN, HIDDEN = FRAMES * GRID**2, 16
 PASS = 2 * CLIPS * HIDDEN * IN
-"""FLOPs of either layer's product, forward."""
+"""FLOPs of the forward pass of one layer."""
 
 
 class LitToy(LightningModule):
-    """Two linear layers over the tokens, or the pixels, of a clip."""
+    """Two linear layers over the tokens or pixels of a clip."""
 
     def __init__(self, compiled: bool = False) -> None:
         super().__init__()
@@ -58,17 +58,17 @@ class LitTransformer(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1e-2)
 
 
-class Figures(Callback):
-    """Keeps what is logged, at every step it is logged."""
+class LoggedValues(Callback):
+    """Keeps the values of every step at which they are logged."""
 
     def __init__(self) -> None:
         self.logged: list[dict[str, float]] = []
         self.shown: dict[str, float] = {}
 
-    def on_train_batch_end(self, trainer: Trainer, *_) -> None:
-        found = {name: float(value) for name, value in trainer.logged_metrics.items() if "throughput/" in name}
-        if found and found not in self.logged:
-            self.logged.append(found)
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        current = {name: float(value) for name, value in trainer.logged_metrics.items() if "throughput/" in name}
+        if current and current not in self.logged:
+            self.logged.append(current)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.shown = {name: float(value) for name, value in trainer.progress_bar_metrics.items()}
@@ -79,8 +79,10 @@ def tokens(clips: int = CLIPS, frames: int = FRAMES) -> TokenBatch:
     return TokenBatch(torch.randint(32, (clips, frames, GRID, GRID)), text, [""] * clips, [""] * clips)
 
 
-def fit(model: LightningModule, batches: list, tmp_path=None, callback: Throughput | None = None, **flags) -> Figures:
-    figures = Figures()
+def fit(
+    model: LightningModule, batches: list, tmp_path=None, callback: Throughput | None = None, **flags
+) -> LoggedValues:
+    values = LoggedValues()
     trainer = Trainer(
         **{
             "accelerator": "cpu",
@@ -91,16 +93,16 @@ def fit(model: LightningModule, batches: list, tmp_path=None, callback: Throughp
             "enable_model_summary": False,
             "enable_checkpointing": False,
             "num_sanity_val_steps": 0,
-            "callbacks": [callback or Throughput(peak=0.5), figures],
+            "callbacks": [callback or Throughput(peak=0.5), values],
             **flags,
         }
     )
     trainer.fit(model, DataLoader(batches, batch_size=None), DataLoader(batches[:1], batch_size=None))
-    return figures
+    return values
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_flops_are_those_counted_by_hand(compiled):
+def test_flops_equal_the_ones_counted_by_hand(compiled):
     (*_, last) = fit(LitToy(compiled), [tokens()] * 9).logged
     forward, backward = 2 * PASS, 3 * PASS  # the first layer's input needs no gradient
     assert last["throughput/tflop_per_step"] == pytest.approx((forward + backward) / 1e12)
@@ -118,19 +120,19 @@ def test_tokens_and_frames_are_counted():
     assert last["throughput/frames_per_second"] / last["throughput/clips_per_second"] == pytest.approx(5, rel=1e-4)
 
 
-def test_a_step_of_several_batches_has_the_flops_of_all():
+def test_an_accumulated_step_has_the_flops_of_all_batches():
     (*_, last) = fit(LitToy(), [tokens()] * 12, accumulate_grad_batches=2).logged
     assert last["throughput/tflop_per_step"] == pytest.approx(2 * 5 * PASS / 1e12)
 
 
-def test_batches_of_several_shapes_have_their_own_flops():
+def test_flops_are_counted_for_each_shape():
     small, large = tokens(), tokens(clips=2 * CLIPS)
     *_, last = fit(LitToy(), [small] * 6 + [large] * 8, log_every_n_steps=7).logged
     assert last["throughput/tflop_per_step"] == pytest.approx(2 * 5 * PASS / 1e12)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_what_checkpointing_computes_again_does_not_count(precision):
+def test_recomputation_by_activation_checkpointing_is_not_counted(precision):
     batch = TokenBatch(torch.randint(32, (1, 3, 12, 12)), tokens(1).text, [""], [""])
 
     def flops(checkpointing: str) -> float:
@@ -145,7 +147,7 @@ def test_what_checkpointing_computes_again_does_not_count(precision):
         assert counter.get_total_flops() > 1.2 * none
 
 
-def test_fused_attention_counts_as_its_products():
+def test_fused_attention_is_counted_as_its_matrix_products():
     class LitAttention(LitToy):
         def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
             x = self.first.weight[0].expand(1, 1, 300, IN)
@@ -156,18 +158,18 @@ def test_fused_attention_counts_as_its_products():
     assert last["throughput/tflop_per_step"] == pytest.approx((2 + 4) * product / 1e12)
 
 
-def test_the_progress_bar_and_the_logger_have_them(tmp_path):
-    figures = fit(LitToy(), [tokens()] * 9, tmp_path)
-    assert set(figures.shown) >= {"tokens/s", "mfu", "wait", "GiB"}
-    assert 0 <= figures.shown["wait"] <= 1
-    assert 0 < figures.shown["GiB"] < 1000
+def test_values_are_in_the_progress_bar_and_the_logger(tmp_path):
+    values = fit(LitToy(), [tokens()] * 9, tmp_path)
+    assert set(values.shown) >= {"tokens/s", "mfu", "wait", "GiB"}
+    assert 0 <= values.shown["wait"] <= 1
+    assert 0 < values.shown["GiB"] < 1000
     header = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()[0].split(",")
     names = "clips_per_second", "tokens_per_second", "tflop_per_step", "utilization", "data_wait", "memory"
     assert {f"throughput/{name}" for name in names} <= set(header)
 
 
 class SlowLoader:
-    """A loader of which all time is waiting for it, by a clock that only it moves."""
+    """A loader that advances the clock by three seconds for each batch."""
 
     def __init__(self, clock) -> None:
         self.clock = clock
@@ -189,7 +191,7 @@ class Clock:
         return self.now
 
 
-def test_waiting_for_data_is_told_from_training(monkeypatch):
+def test_waiting_for_data_is_separated_from_training(monkeypatch):
     clock = Clock()
     monkeypatch.setattr("callbacks.throughput.time.perf_counter", clock)
 
@@ -201,7 +203,7 @@ def test_waiting_for_data_is_told_from_training(monkeypatch):
         def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
             clock.now += 100.0
 
-    figures = Figures()
+    values = LoggedValues()
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=1,
@@ -211,20 +213,20 @@ def test_waiting_for_data_is_told_from_training(monkeypatch):
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
-        callbacks=[Throughput(peak=1.0), figures],
+        callbacks=[Throughput(peak=1.0), values],
     )
     trainer.fit(LitSlow(), SlowLoader(clock), DataLoader([tokens()], batch_size=None))
-    (*_, last) = figures.logged
+    (*_, last) = values.logged
     assert last["throughput/data_wait"] == pytest.approx(3 / 4, abs=0.02)
     assert last["throughput/clips_per_second"] == pytest.approx(CLIPS / 4, rel=0.02)
 
 
-def test_a_peak_that_no_data_sheet_tells_is_measured():
+def test_an_unknown_peak_is_measured():
     (*_, last) = fit(LitToy(), [tokens()] * 4, callback=Throughput("known")).logged
     assert 0 < last["throughput/utilization"] < 1
 
 
-def test_training_is_the_same_with_and_without():
+def test_the_callback_does_not_change_training():
     plain = LitTransformer("full")
     watched = copy.deepcopy(plain)
     batches = [tokens() for _ in range(7)]
@@ -234,18 +236,18 @@ def test_training_is_the_same_with_and_without():
         assert torch.equal(one, other)
 
 
-def test_a_run_that_fails_leaves_no_counter_behind():
+def test_a_failed_run_stops_counting():
     class LitBroken(LitToy):
         def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
             if batch_idx == 1:
-                raise RuntimeError("broken")
+                raise RuntimeError("failed")
             return super().training_step(batch, batch_idx)
 
-    with pytest.raises(RuntimeError, match="broken"):
+    with pytest.raises(RuntimeError, match="failed"):
         fit(LitBroken(), [tokens()] * 3)
     assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
 
 
-def test_a_peak_of_nothing_is_refused():
+def test_a_peak_of_zero_raises():
     with pytest.raises(UserError, match="peak=0"):
         Throughput(peak=0.0)

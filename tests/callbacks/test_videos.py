@@ -37,7 +37,7 @@ def collate(jobs: list[tuple[int, str]]) -> PromptBatch:
 
 
 class Page(HTMLParser):
-    """Collects what a browser would show."""
+    """Collects the videos, tags and text of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -61,8 +61,8 @@ def predict(folder, model: LightningModule | None = None, **flags) -> None:
     trainer.predict(model or LitPainter(), datamodule=Prompts(), return_predictions=False)
 
 
-class LitLosingPainter(LitPainter):
-    """Notes what lies in a folder while it paints, and gives up in the second batch."""
+class LitFailingPainter(LitPainter):
+    """Lists a folder while generating, and fails in the second batch."""
 
     def __init__(self, folder) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class LitLosingPainter(LitPainter):
             self.listed.append(sorted(path.name for path in self.folder.iterdir()))
             yield frame
             if 2 in seeds:
-                raise RuntimeError("out of paint")
+                raise RuntimeError("generation failed")
 
 
 def check(folder) -> None:
@@ -93,7 +93,7 @@ def check(folder) -> None:
     assert not page.tags & {"b", "script", "link", "img", "iframe"}
 
 
-def test_every_prompt_has_its_video_on_the_page(tmp_path, capsys):
+def test_the_page_shows_the_video_of_every_prompt(tmp_path, capsys):
     predict(tmp_path)
     check(tmp_path)
     assert f"3 videos; open {tmp_path / 'index.html'}" in capsys.readouterr().out
@@ -101,8 +101,8 @@ def test_every_prompt_has_its_video_on_the_page(tmp_path, capsys):
 
 
 def test_videos_appear_when_they_are_complete(tmp_path):
-    model = LitLosingPainter(tmp_path / "videos")
-    with pytest.raises(RuntimeError, match="out of paint"):
+    model = LitFailingPainter(tmp_path / "videos")
+    with pytest.raises(RuntimeError, match="generation failed"):
         predict(tmp_path, model)
     first, second = model.listed[:4], model.listed[4:]
     assert all(name.startswith(".") for names in first for name in names)
@@ -111,12 +111,12 @@ def test_videos_appear_when_they_are_complete(tmp_path):
     assert not (tmp_path / "index.html").exists()
 
 
-def test_two_ranks_make_one_page(tmp_path):
+def test_two_ranks_write_one_page(tmp_path):
     predict(tmp_path, strategy="ddp_fork", devices=2)
     check(tmp_path)
 
 
-def test_the_page_needs_nothing_from_elsewhere():
+def test_the_page_refers_to_its_videos_only():
     page = gallery({"a b#1": "x"})
     assert "http" not in page
     assert 'src="videos/a%20b%231.mp4"' in page

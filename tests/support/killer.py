@@ -7,17 +7,17 @@ from lightning.pytorch import Callback, Trainer
 
 
 class Killer(Callback):
-    """Signals the process in the middle of a step, after its gradients are computed and before they are applied.
+    """Sends a signal in the middle of a step, after the gradients are computed and before they are applied.
 
     Args:
-        step: number of the step, from 0.
-        name: the signal.
-        rank: of the process, where there are several.
+        step: Number of the step, from 0.
+        name: Name of the signal.
+        rank: Global rank of the process that receives it.
     """
 
     def __init__(self, step: int, name: str = "SIGKILL", rank: int = 0) -> None:
         self.step, self.name, self.rank = step, name, rank
 
-    def on_before_optimizer_step(self, trainer: Trainer, *_) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, *_: object) -> None:
         if trainer.global_step == self.step and trainer.global_rank == self.rank:
             os.kill(os.getpid(), signal.Signals[self.name])

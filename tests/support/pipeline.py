@@ -1,4 +1,4 @@
-"""The whole pipeline at toy sizes: the shipped configs, made small by a second one."""
+"""The complete pipeline at toy sizes: the shipped configs with an overlay of small sizes."""
 
 import contextlib
 import subprocess
@@ -63,15 +63,20 @@ TOY = {
 
 
 class Pipeline:
-    """A folder in which the shipped configs run at toy sizes; their paths are relative to where one stands."""
+    """A folder in which the shipped configs run at toy sizes; paths in configs are relative to it.
+
+    Args:
+        folder: The folder.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.code, self.folder, self.run = ROOT, folder, folder / "runs/demo"
+        self.folder = folder
+        self.run = folder / "runs/demo"
         self.halfway: dict[str, Any] = {}
-        """Each stage's checkpoint after the first of its two runs."""
+        """The checkpoint of each stage after the first of its two runs."""
 
     def config(self, stage: str) -> list[str]:
-        """The flags of a stage's shipped config, and of a second one that makes it small."""
+        """Return the flags of a stage's shipped config and of the overlay with toy sizes."""
         small = self.folder / f"{stage}.yaml"
         if not small.exists():
             small.write_text(yaml.safe_dump(TOY[stage]))
@@ -95,18 +100,18 @@ class Pipeline:
         for part in ("train", "val"):
             prepare(clips / part, self.run / "shards" / part, num_workers=1)
 
-    def cli(self, command: str, stage: str, *flags: str):
-        """Run one command of a stage in this process."""
+    def cli(self, command: str, stage: str, *flags: str) -> Any:
+        """Run one command of a stage in this process, and return its `T2VCLI`."""
         return self.main(command, *self.config(stage), *flags)
 
     def fit(self, stage: str) -> None:
-        """Train a stage in two runs: 7 steps, then 5 more."""
+        """Train a stage in two runs: 7 steps, then 5 more after resuming."""
         self.cli("fit", stage, "--ckpt_path", "last", "--trainer.max_steps", "7")
         self.halfway[stage] = torch.load(self.checkpoint(stage), weights_only=True)
         self.cli("fit", stage, "--ckpt_path", "last")
 
-    def main(self, *args: str):
-        """Run a command line in this process and this folder."""
+    def main(self, *args: str) -> Any:
+        """Run a command line in this process with the folder as working directory."""
         from cli import main
 
         with contextlib.chdir(self.folder):
@@ -116,7 +121,7 @@ class Pipeline:
         return self.run / stage / "checkpoints/last.ckpt"
 
     def files(self) -> dict[str, bytes]:
-        """Everything in the runs' folder but TensorBoard's logs, which every command begins."""
+        """Return all files of the run folder except TensorBoard logs, which every command creates."""
         paths = (path for path in self.run.rglob("*") if path.is_file() and not path.name.startswith("events."))
         return {str(path.relative_to(self.run)): path.read_bytes() for path in paths}
 
@@ -135,21 +140,21 @@ _RANDOM = {
 
 
 def resumable(pipeline: Pipeline, stage: str) -> list[str]:
-    """The command line of a run that saves often, keeps an average, and draws more random numbers than the recipes."""
+    """Return the command line of a run with frequent checkpoints, a moving average and more random numbers."""
     often = pipeline.folder / f"{stage}-often.yaml"
     often.write_text(_OFTEN.replace("STAGE", stage))
     return ["fit", *pipeline.config(stage), "-c", str(often), "--ckpt_path", "last", *_RANDOM[stage]]
 
 
 def training_state(checkpoint: Path) -> dict[str, Any]:
-    """Every tensor and number that training goes on from, by where it stands in a checkpoint of either kind."""
+    """Return every tensor and number of a checkpoint, single-file or sharded, that resuming uses, by its path."""
     parts = ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers", "global_step")
     loaded = read_checkpoint(checkpoint, optimizers=True)
     return _leaves({part: loaded[part] for part in parts})
 
 
 def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """What is not bit for bit the same in two training states."""
+    """Return the paths whose values are not bit-equal in two training states."""
 
     def same(one: Any, other: Any) -> bool:
         return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other

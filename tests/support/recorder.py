@@ -1,4 +1,4 @@
-"""A callback that writes down the loss of every batch, for tests that compare runs."""
+"""A callback that writes the loss of every batch to a file, for tests that compare runs."""
 
 from pathlib import Path
 from typing import Any
@@ -7,10 +7,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class Losses(Callback):
-    """Writes one line a batch, one file a rank.
+    """Writes one line per batch, and one file per rank.
 
     Args:
-        folder: where the files go.
+        folder: Folder of the files.
     """
 
     def __init__(self, folder: str) -> None:
@@ -20,12 +20,12 @@ class Losses(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        loss = outputs["loss"].item() * trainer.accumulate_grad_batches  # Lightning has divided it
+        loss = outputs["loss"].item() * trainer.accumulate_grad_batches  # Lightning divided it
         with (self.folder / str(trainer.global_rank)).open("a") as file:
             file.write(f"{loss!r}\n")
 
 
 def losses(folder: Path, ranks: int) -> list[float]:
-    """The loss of every batch in the order of the plan, in which each step takes one batch a rank."""
+    """Return the loss of every batch in the order of the plan, in which each step has one batch per rank."""
     columns = [[float(line) for line in (folder / str(rank)).read_text().split()] for rank in range(ranks)]
     return [loss for step in zip(*columns, strict=True) for loss in step]
