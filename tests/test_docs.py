@@ -23,10 +23,9 @@ from t2v import TextToVideo
 from t2v.text import MiniLMTextEncoder
 from t2v.transformer.config import TextConfig
 from t2v.video import write_mp4
-from t2v.vqvae.model import VQVAE
 from t2v.vqvae.quantizer import FSQuantizer
 from tests.support.documents import DOCUMENTS, ROOT, anchors, blocks, document_id, prose, shell_commands
-from tests.support.toy_transformer import toy_transformer
+from tests.support.toys import toy_transformer, toy_vqvae
 
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=document_id)
 
@@ -112,17 +111,7 @@ def test_python_blocks_use_names_that_exist(path):
 def toy_model() -> TextToVideo:
     layers = {"spatial_layers": 1, "temporal_layers": 1}
     transformer = toy_transformer(text=TextConfig(384), vocab_size=16, **layers)
-    vqvae = VQVAE(
-        image_size=16,
-        base_channels=8,
-        channel_multipliers=(1, 1),
-        encoder_blocks=1,
-        decoder_blocks=1,
-        temporal_blocks=1,
-        patch_size=2,
-        latent_patch_size=2,
-        quantizer=FSQuantizer(levels=[4, 4]),
-    ).eval()
+    vqvae = toy_vqvae(FSQuantizer(levels=[4, 4]), channel_multipliers=(1, 1)).eval()
     return TextToVideo(transformer, vqvae, MiniLMTextEncoder(), fps=8.0, frames=5)
 
 

@@ -10,12 +10,13 @@ from torch.utils.data import DataLoader
 
 from callbacks import EMA
 from callbacks.guard import NaNGuard
-from t2v import VQVAE, LitVQVAE
+from t2v import LitVQVAE
 from t2v.batch import VideoBatch
 from t2v.errors import UserError
 from t2v.losses import AdversarialLoss, L1Loss
 from t2v.training.lightning_private import average_of
 from t2v.vqvae.quantizer import VectorQuantizer
+from tests.support.toys import toy_vqvae
 
 CLIPS = 12
 
@@ -181,7 +182,7 @@ def test_a_codebook_does_not_change_in_a_skipped_step(tmp_path):
             return loss
 
     torch.manual_seed(0)
-    network = VQVAE(16, 8, (1, 2), 1, 3, 1, 1, 2, 2, quantizer=VectorQuantizer(32, 4, decay=0.9))
+    network = toy_vqvae(VectorQuantizer(32, 4, decay=0.9))
     model = LitBroken(network, [L1Loss()], AdversarialLoss(channels=4, layers=1), optimizer=torch.optim.AdamW)
     history = History()
     fit(tmp_path, model, NaNGuard(), EMA(0.9), history, gradient_clip_val=1.0)

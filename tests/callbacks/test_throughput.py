@@ -2,10 +2,10 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -151,7 +151,7 @@ def test_fused_attention_is_counted_as_its_matrix_products():
     class LitAttention(LitToy):
         def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
             x = self.first.weight[0].expand(1, 1, 300, IN)
-            return F.scaled_dot_product_attention(x, x, x, is_causal=True).square().mean()
+            return functional.scaled_dot_product_attention(x, x, x, is_causal=True).square().mean()
 
     (*_, last) = fit(LitAttention(), [tokens()] * 4).logged
     product = 2 * 300**2 * IN

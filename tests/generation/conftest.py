@@ -1,38 +1,14 @@
 """Toy models that fit each other: 16 codes on a grid of 2×2, frames of 16×16 pixels."""
 
-import zlib
-
 import pytest
 import torch
-from torch import Tensor
 
 from t2v.generation.text_to_video import TextToVideo
-from t2v.text import TextEncoder
 from t2v.transformer.config import AttentionConfig, TextConfig
 from t2v.transformer.model import VideoTransformer
 from t2v.vqvae.model import VQVAE
 from t2v.vqvae.quantizer import FSQuantizer
-
-
-class WordEncoder(TextEncoder):
-    """Text encoder with one random embedding per word."""
-
-    def __init__(self, width: int = 8) -> None:
-        self._width = width
-
-    @property
-    def name(self) -> str:
-        return f"words-{self._width}"
-
-    @property
-    def width(self) -> int:
-        return self._width
-
-    def embed(self, caption: str) -> tuple[Tensor, Tensor]:
-        seeds = [zlib.crc32(word.encode()) for word in caption.split()] or [0]
-        words = [torch.randn(self._width, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        tokens = torch.stack(words).to(self.device)
-        return tokens, tokens.mean(0)
+from tests.support.toys import WordEncoder, toy_vqvae
 
 
 @pytest.fixture(scope="session")
@@ -58,18 +34,7 @@ def transformer() -> VideoTransformer:
 @pytest.fixture(scope="session")
 def vqvae() -> VQVAE:
     torch.manual_seed(0)
-    quantizer = FSQuantizer(levels=[4, 4])
-    return VQVAE(
-        image_size=16,
-        base_channels=8,
-        channel_multipliers=(1, 1),
-        encoder_blocks=1,
-        decoder_blocks=1,
-        temporal_blocks=1,
-        patch_size=2,
-        latent_patch_size=2,
-        quantizer=quantizer,
-    ).eval()
+    return toy_vqvae(FSQuantizer(levels=[4, 4]), channel_multipliers=(1, 1)).eval()
 
 
 @pytest.fixture

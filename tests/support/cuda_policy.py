@@ -154,9 +154,10 @@ class HostReads(TorchDispatchMode):
         """Note the line of this project that is being run, if `source` is on the GPU."""
         if source is not None and not _is_cuda(source):
             return
-        frames = [frame for frame in traceback.extract_stack() if "/site-packages/" not in frame.filename]
-        ours = [frame for frame in frames if "/t2v/" in frame.filename or "/callbacks/" in frame.filename]
-        last = (ours or frames)[-1]
+        stack = [frame for frame in traceback.extract_stack() if frame.filename != __file__]
+        ours = [frame for frame in stack if "/t2v/" in frame.filename or "/callbacks/" in frame.filename]
+        others = [frame for frame in stack if "/torch/" not in frame.filename]
+        last = (ours or others)[-1]
         self.places.append(f"{last.filename.rpartition('/')[2]}:{last.lineno} {last.name}")
 
 
@@ -195,8 +196,7 @@ def fake_cuda() -> Iterator[HostReads]:
 
     def no_data(self: Tensor) -> Any:
         assert self.device.type == "cpu", "NumPy cannot see a GPU's memory"
-        with unset_fake_temporarily():
-            return np.zeros(tuple(self.shape), torch.empty(0, dtype=self.dtype).numpy().dtype)
+        return np.zeros(tuple(self.shape), str(self.dtype).removeprefix("torch."))
 
     def tolist(self: Tensor) -> Any:
         """One copy, whatever the number of values."""
@@ -217,10 +217,17 @@ def fake_cuda() -> Iterator[HostReads]:
         for name, replacement in replaced.items():
             stack.enter_context(patch(name, replacement))
         stack.enter_context(patch.object(FakeTensor, "tolist", tolist))
-        stack.enter_context(patch.object(FakeTensor, "__deepcopy__", lambda self, memo: self.detach().clone()))
+        stack.enter_context(patch.object(FakeTensor, "__deepcopy__", _copy))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=False))
         stack.enter_context(reads)
         yield reads
+
+
+def _copy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    """Copy a tensor without data, which has no storage that could be copied."""
+    copied = tensor.detach().clone()
+    memo[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
+    return memo[id(tensor)]
 
 
 def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -269,12 +276,16 @@ class FakeCudaStrategy(SingleDeviceStrategy):
     def __init__(self) -> None:
         super().__init__(torch.device("cuda", 0), accelerator=CPUAccelerator())
 
+    def setup_environment(self) -> None:
+        """Do nothing: the accelerator would refuse the device."""
+
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         assert closure_loss.ndim == 0
         assert closure_loss.requires_grad
         assert _is_cuda(closure_loss)
         assert self.lightning_module is not None
+        self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
         for parameter in self.lightning_module.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)
-        return closure_loss.detach()
+        return self.precision_plugin.post_backward(closure_loss, self.lightning_module)

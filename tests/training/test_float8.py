@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from torchao.float8.float8_linear import Float8Linear
 
 from callbacks import EMA
-from t2v import VQVAE, LitVideoTransformer, VideoTransformer
+from t2v import LitVideoTransformer, VideoTransformer
 from t2v.batch import PromptBatch, TextEmbedding, TokenBatch
 from t2v.checkpoints.storage import read_checkpoint
 from t2v.errors import UserError
@@ -30,6 +30,7 @@ from t2v.training.objective import TokenObjective
 from t2v.transformer.config import AttentionConfig, TextConfig
 from t2v.transformer.decoding import Decoder
 from t2v.vqvae.quantizer import VectorQuantizer
+from tests.support.toys import toy_vqvae
 
 ROOT = Path(__file__).parents[2]
 CODES = 32
@@ -75,7 +76,7 @@ class Run:
 
     def __init__(self, folder: Path, network: VideoTransformer | None = None) -> None:
         torch.manual_seed(0)
-        VQVAE(16, 8, (1, 2), 1, 3, 1, 1, 2, 2, quantizer=VectorQuantizer(CODES, 4)).save_pretrained(folder / "vqvae")
+        toy_vqvae(VectorQuantizer(CODES, 4)).save_pretrained(folder / "vqvae")
         torch.manual_seed(0)
         self.module = LitVideoTransformer(
             network or model(),
@@ -164,7 +165,7 @@ def test_unsupported_sizes_and_the_head_are_left_in_bfloat16_and_listed(capsys):
     [
         (model, ("blocks.*.attn.*",), r"'blocks\.\*\.attn\.\*', since VideoTransformer has no such linear .*mlp"),
         (model, ("head",), "can convert no layer of VideoTransformer .*head.*bf16-mixed"),
-        (lambda: VQVAE(16, 8, (1, 2), 1, 3, 1, 1, 2, 2, quantizer=VectorQuantizer(CODES, 4)), LAYERS, "VQVAE has no"),
+        (toy_vqvae, LAYERS, "VQVAE has no"),
     ],
 )
 def test_a_plugin_that_would_convert_no_layer_is_rejected(network, layers, message):

@@ -12,7 +12,7 @@ from t2v import VQVAE, VideoTransformer
 from t2v.batch import TextEmbedding
 from t2v.training.optimization import MuonAdamW, parameter_groups, warmup_cosine
 from t2v.transformer.config import AttentionConfig, TextConfig
-from t2v.vqvae.quantizer import VectorQuantizer
+from tests.support.toys import toy_vqvae
 
 
 def transformer(**changes) -> VideoTransformer:
@@ -20,7 +20,7 @@ def transformer(**changes) -> VideoTransformer:
 
 
 def vqvae() -> VQVAE:
-    return VQVAE(16, 8, (1, 2), 1, 3, 1, 1, 2, 2, quantizer=VectorQuantizer(32, 4))
+    return toy_vqvae()
 
 
 @pytest.mark.parametrize("build", [transformer, vqvae])

@@ -34,8 +34,8 @@ from t2v.training.planner.step import Meter
 from t2v.training.transformer import LitVideoTransformer
 from t2v.transformer.decoding import Decoder
 from t2v.transformer.model import VideoTransformer
-from t2v.vqvae.model import VQVAE
 from t2v.vqvae.quantizer import VectorQuantizer
+from tests.support.toys import toy_vqvae
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(ROOT.glob("configs/transformer/*.yaml"))
@@ -195,7 +195,7 @@ def test_planned_generation_has_the_weights_and_caches_of_real_decoding(weights)
 
 
 def test_a_vqvae_step_in_groups_of_frames_saves_less():
-    model = VQVAE(32, 16, (1, 2), 1, 3, 1, 1, 2, 2, quantizer=VectorQuantizer(16, 4))
+    model = toy_vqvae(VectorQuantizer(16, 4), image_size=32, base_channels=16)
     at_once, groups = (vqvae_step(model, 1, 8, frames_at_once=size) for size in (None, 1))
     assert groups.saved < at_once.saved / 3
     assert sum(parameter_counts(model).values()) == sum(parameter.numel() for parameter in model.parameters())

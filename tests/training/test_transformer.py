@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from callbacks import EMA
 from data.plan import Bucket
-from t2v import VQVAE, LitVideoTransformer, VideoTransformer
+from t2v import LitVideoTransformer, VideoTransformer
 from t2v.batch import TextEmbedding, TokenBatch
 from t2v.errors import UserError
 from t2v.generation.sampling import Sampler
@@ -23,7 +23,7 @@ from t2v.text import MiniLMTextEncoder
 from t2v.training.lightning_private import average_of
 from t2v.training.objective import TokenObjective
 from t2v.transformer.config import AttentionConfig, TextConfig
-from t2v.vqvae.quantizer import VectorQuantizer
+from tests.support.toys import toy_vqvae
 
 ROOT = Path(__file__).parents[2]
 CODES = 32
@@ -63,7 +63,7 @@ def fit(
     built: LitVideoTransformer, folder, steps: int = 2, frames: int = 3, buckets: tuple[Bucket, ...] = (), **options
 ) -> Trainer:
     torch.manual_seed(0)
-    vqvae = VQVAE(16, 8, (1, 2), 1, 3, 1, 1, 2, 2, quantizer=VectorQuantizer(CODES, 4))
+    vqvae = toy_vqvae()
     vqvae.save_pretrained(folder / "vqvae")
     built.tokenizer_path = str(folder / "vqvae")
     fingerprint = {"tokenizer": built.tokenizer.fingerprint(), "text_encoder": built.text_encoder.name}

@@ -9,11 +9,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from callbacks import EMA, FinalCheckpoint
-from t2v import VQVAE, LitVQVAE
+from t2v import LitVQVAE
 from t2v.batch import VideoBatch
 from t2v.losses import AdversarialLoss, L1Loss, TemporalDifferenceLoss
 from t2v.vqvae.loading import load_vqvae
 from t2v.vqvae.quantizer import FSQuantizer, VectorQuantizer
+from tests.support.toys import toy_vqvae
 
 
 class Clips(LightningDataModule):
@@ -32,7 +33,7 @@ def _collate(clips: list[torch.Tensor]) -> VideoBatch:
 
 def module(adversarial_from: int | None = None, **changes) -> LitVQVAE:
     torch.manual_seed(0)
-    model = VQVAE(16, 8, (1, 2), 1, 3, 1, 1, 2, 2, quantizer=VectorQuantizer(32, 4, decay=0.9))
+    model = toy_vqvae(VectorQuantizer(32, 4, decay=0.9))
     adversarial = None
     if adversarial_from is not None:
         adversarial = AdversarialLoss(start_step=adversarial_from, channels=4, layers=1)
@@ -148,7 +149,7 @@ def test_loading_a_checkpoint_gives_the_moving_average(tmp_path):
 
 
 def test_a_checkpoint_with_another_quantizer_loads(tmp_path):
-    model = VQVAE(16, 8, (1, 2), 1, 3, 1, 1, 2, 2, quantizer=FSQuantizer([4, 4, 3]))
+    model = toy_vqvae(FSQuantizer([4, 4, 3]))
     built = module(model=model)
     fit(built, 2, tmp_path)
     loaded = load_vqvae(str(tmp_path / "last.ckpt"))

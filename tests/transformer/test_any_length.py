@@ -8,7 +8,7 @@ from t2v.generation.sampling import Sampler
 from t2v.transformer.config import AttentionConfig, TextConfig
 from t2v.transformer.decoding import Decoder
 from t2v.transformer.layers import TextGate
-from tests.support.toy_transformer import TEXT_DIM, random_text, random_tokens, toy_transformer
+from tests.support.toys import TEXT_DIM, random_text, random_tokens, toy_transformer
 
 WINDOW = 3
 

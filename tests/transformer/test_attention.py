@@ -8,7 +8,7 @@ import torch
 from t2v.transformer.attention import SelfAttention, causal_attention, flex_window_attention
 from t2v.transformer.model import VideoTransformer
 from t2v.transformer.rope import raster_positions, rotation_at
-from tests.support.toy_transformer import random_text, random_tokens, toy_transformer
+from tests.support.toys import random_text, random_tokens, toy_transformer
 
 
 def positions_with_gradient(model: VideoTransformer, frames: int, query: int) -> list[int]:

@@ -11,7 +11,7 @@ from t2v.errors import UserError
 from t2v.transformer.config import AttentionConfig, TextConfig
 from t2v.transformer.decoding import Decoder
 from t2v.transformer.model import VideoTransformer
-from tests.support.toy_transformer import TEXT_DIM, random_text, random_tokens, toy_transformer
+from tests.support.toys import TEXT_DIM, random_text, random_tokens, toy_transformer
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
 

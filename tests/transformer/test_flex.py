@@ -12,7 +12,7 @@ from t2v.transformer.block import Block
 from t2v.transformer.config import AttentionConfig
 from t2v.transformer.rope import raster_positions, rotation_at
 from tests.support.cuda_policy import fake_cuda, to_fake_cuda
-from tests.support.toy_transformer import random_text, random_tokens, toy_transformer
+from tests.support.toys import random_text, random_tokens, toy_transformer
 
 CPU = torch.device("cpu")
 

@@ -9,21 +9,12 @@ import torch
 from t2v.errors import UserError
 from t2v.vqvae.model import VQVAE, to_model_range, to_uint8
 from t2v.vqvae.quantizer import FSQuantizer, LFQuantizer, VectorQuantizer
+from tests.support.toys import toy_vqvae
 
 
 def tiny(**changes) -> VQVAE:
     torch.manual_seed(0)
-    arguments = {
-        "image_size": 16,
-        "base_channels": 8,
-        "channel_multipliers": (1, 2),
-        "encoder_blocks": 1,
-        "decoder_blocks": 1,
-        "temporal_blocks": 2,
-        "patch_size": 2,
-        "latent_patch_size": 2,
-    }
-    return VQVAE(**{**arguments, "quantizer": VectorQuantizer(codebook_size=32, dim=4), **changes})
+    return toy_vqvae(**{"temporal_blocks": 2, **changes})
 
 
 def trained(model: VQVAE) -> VQVAE:

@@ -1,15 +1,66 @@
-"""A transformer of a few thousand weights, for 2×2 tokens per frame, and text embeddings for it."""
+"""Toy models of a few thousand weights, for 2×2 tokens per frame of 16×16 pixels, and their inputs."""
 
+import zlib
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from t2v.batch import TextEmbedding
+from t2v.text import TextEncoder
 from t2v.transformer.config import AttentionConfig, TextConfig
 from t2v.transformer.model import VideoTransformer
+from t2v.vqvae.model import VQVAE
+from t2v.vqvae.quantizer import Quantizer, VectorQuantizer
 
 VOCABULARY = 24
 TEXT_DIM = 12
+
+
+class WordEncoder(TextEncoder):
+    """Text encoder with one random embedding per word.
+
+    Args:
+        width: Width of the embeddings.
+    """
+
+    def __init__(self, width: int = 8) -> None:
+        self._width = width
+
+    @property
+    def name(self) -> str:
+        return f"words-{self._width}"
+
+    @property
+    def width(self) -> int:
+        return self._width
+
+    def embed(self, caption: str) -> tuple[Tensor, Tensor]:
+        seeds = [zlib.crc32(word.encode()) for word in caption.split()] or [0]
+        words = [torch.randn(self._width, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        tokens = torch.stack(words).to(self.device)
+        return tokens, tokens.mean(0)
+
+
+def toy_vqvae(quantizer: Quantizer | None = None, **changes: Any) -> VQVAE:
+    """Build a toy VQ-VAE with random weights.
+
+    Args:
+        quantizer: By default a `VectorQuantizer` of 32 codes.
+        changes: Other arguments of `VQVAE`.
+    """
+    arguments: dict[str, Any] = {
+        "image_size": 16,
+        "base_channels": 8,
+        "channel_multipliers": (1, 2),
+        "encoder_blocks": 1,
+        "decoder_blocks": 1,
+        "temporal_blocks": 1,
+        "patch_size": 2,
+        "latent_patch_size": 2,
+        "quantizer": quantizer or VectorQuantizer(32, 4),
+    }
+    return VQVAE(**{**arguments, **changes})
 
 
 def toy_transformer(window: int = 4, text: TextConfig = TextConfig(TEXT_DIM), **changes: Any) -> VideoTransformer:  # noqa: B008 (frozen)
@@ -43,7 +94,7 @@ def toy_transformer(window: int = 4, text: TextConfig = TextConfig(TEXT_DIM), **
     return model
 
 
-def random_tokens(batch: int = 1, frames: int = 4) -> torch.Tensor:
+def random_tokens(batch: int = 1, frames: int = 4) -> Tensor:
     """Return uniformly random tokens (b, t, 2, 2)."""
     return torch.randint(0, VOCABULARY, (batch, frames, 2, 2))
 
