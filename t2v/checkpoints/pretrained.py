@@ -8,7 +8,9 @@
 import hashlib
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -25,8 +27,19 @@ from t2v.errors import UserError
 Protocol = dict[str, Any]
 """Names, files, hashes and sizes, as strings, numbers, lists and dicts."""
 
+_without_weights: ContextVar[bool] = ContextVar("without_weights", default=False)
 LPIPS_BACKBONES = {"alex": "alexnet", "squeeze": "squeezenet1_1", "vgg": "vgg16"}
 MOBILENET_SHA256 = "2f518e773d4402dde55f981ae3078a72ba95c3adccae1d55051a4be844d50197"
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Build objects that hold pretrained networks without reading their weights: they can be planned for, not used."""
+    token = _without_weights.set(True)
+    try:
+        yield
+    finally:
+        _without_weights.reset(token)
 
 
 def load_torchvision(name: str, weights_path: str | None = None) -> tuple[nn.Module, Protocol]:
@@ -41,9 +54,11 @@ def load_torchvision(name: str, weights_path: str | None = None) -> tuple[nn.Mod
     """
     from torchvision.models import get_model
 
-    path, protocol = _find_torchvision_weights(name, weights_path)
     with torch.device("meta"):  # no time, memory or random numbers for values that are replaced
         network = get_model(name, weights=None)
+    if _without_weights.get():
+        return network, {"network": name}
+    path, protocol = _find_torchvision_weights(name, weights_path)
     _load_weights(network, _read_weights(path), path, name)
     return network.requires_grad_(False).eval(), protocol
 
@@ -61,6 +76,8 @@ def load_lpips(backbone: str, weights_path: str | None = None) -> tuple[nn.Modul
     if backbone not in LPIPS_BACKBONES:
         raise UserError(f"backbone={backbone} must be one of {', '.join(LPIPS_BACKBONES)}.")
     name = LPIPS_BACKBONES[backbone]
+    if _without_weights.get():
+        return nn.Identity(), {"network": name}
     instead = ", or use t2v.losses.MobileNetLoss, whose weights come from a Python package"
     path, protocol = _find_torchvision_weights(name, weights_path, instead)
     import lpips
@@ -99,6 +116,9 @@ class MobileNet(nn.Module):
         super().__init__()
         from torchvision.models import mobilenet_v2
 
+        self.depths = tuple(depths)
+        if _without_weights.get():
+            return
         path = _find_mobilenet_weights()
         with torch.device("meta"):
             features = mobilenet_v2(weights=None).features
@@ -107,7 +127,6 @@ class MobileNet(nn.Module):
         features.load_state_dict(dict(zip(features.state_dict(), values, strict=True)), assign=True)
         stages = features[: max(depths) + 1].requires_grad_(False).eval()
         _fold_batch_norms(stages)
-        self.depths = tuple(depths)
         self.stages = stages.to(memory_format=torch.channels_last)
         self.weights = path.name
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])

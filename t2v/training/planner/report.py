@@ -119,6 +119,8 @@ def _settings(run: PlannedRun, memory: float) -> str:
     for precision in precisions:
         for layout in run.layouts():
             for optimizer in run.optimizers:
+                if layout.strategy == "FSDP2" and optimizer in run.unsharded_optimizers:
+                    continue
                 cells = []
                 for level in run.levels:
                     setting = Setting(precision, level, optimizer, layout)

@@ -79,7 +79,7 @@ class PlannedRun:
             )
         self.module = module
         self.model: VideoTransformer | VQVAE = model
-        self.trained: nn.Module = model if isinstance(model, VideoTransformer) else module
+        self.trained: nn.Module = model if isinstance(model, VideoTransformer) else _trained_parts(module)
         self.device = device
         self.generation: GenerationSettings | None = getattr(module, "generation", None)
         buckets = getattr(datamodule, "buckets", None) or []
@@ -102,6 +102,12 @@ class PlannedRun:
         else:
             self.levels, level = ("none", "frames"), "none" if model.frames_at_once is None else "frames"
         precision = str(trainer.precision) if trainer else "32-true"
+        self.unsharded_optimizers = {
+            name
+            for name, factory in self.optimizers.items()
+            if type(build_optimizer(self.trained, factory)[0]).__module__.startswith("bitsandbytes")
+        }
+        """Optimizers that FSDP2 cannot be combined with: bitsandbytes' kernels take no sharded tensors."""
         self.setting = Setting(precision, level, next(iter(self.optimizers)), _layout(trainer))
         self.step = cache(self._step)
         self.optimizer = cache(self._optimizer)
@@ -118,18 +124,22 @@ class PlannedRun:
         )
 
     def largest_batch(self, setting: Setting, memory: float) -> int:
-        """Return the largest batch size of a device that fits, since bytes are linear in it.
+        """Return the largest batch size of a device that fits, extrapolated from two batch sizes.
+
+        Bytes grow linearly, from the batch size on at which stored inputs exceed what one group of frames takes.
 
         Args:
             setting: The setting.
             memory: Bytes of one device.
         """
-        clips = max(self.clips, 2)
-        first, last = self.budget(setting, 1).peak, self.budget(setting, clips).peak
-        if first > memory:
+        if self.budget(setting, 1).peak > memory:
             return 0
-        per_clip = max(last - first, 1) / (clips - 1)
-        return 1 + int((memory - first) / per_clip)
+        small, large = (
+            (8 * self.clips, 16 * self.clips) if setting.checkpointing == "frames" else (1, max(self.clips, 2))
+        )
+        first, last = self.budget(setting, small).peak, self.budget(setting, large).peak
+        per_clip = max(last - first, 1) / (large - small)
+        return max(1, small + int((memory - first) / per_clip))
 
     def layouts(self) -> list[Layout]:
         """Return the run's own layout, one device, and FSDP2 over at least eight devices."""
@@ -151,6 +161,12 @@ class PlannedRun:
 
 def _unique(layouts: Iterable[Layout]) -> list[Layout]:
     return list(dict.fromkeys(layouts))
+
+
+def _trained_parts(module: LightningModule) -> nn.ModuleDict:
+    """Return the VQ-VAE and its discriminators, without the metrics and frozen networks that the module holds too."""
+    parts = {"model": module.model, "adversarial": getattr(module, "adversarial", None)}
+    return nn.ModuleDict({name: part for name, part in parts.items() if isinstance(part, nn.Module)})
 
 
 def _optimizers(module: LightningModule, trained: nn.Module) -> dict[str, OptimizerFactory]:
