@@ -35,7 +35,7 @@ from tqdm import tqdm
 from data.examples import is_complete
 from t2v.errors import UserError, run_tool
 from t2v.files import atomic_path
-from t2v.video import write_mp4
+from t2v.video import encode_mp4
 
 T = TypeVar("T")
 
@@ -308,7 +308,7 @@ def _write_split(folder: Path, clips: list[ShapeClip], captions: list[list[str]]
 
 def _write_clip(job: tuple[Path, ShapeClip]) -> None:
     path, clip = job
-    write_mp4(path, render(clip), fps=FPS)
+    path.write_bytes(encode_mp4(render(clip), fps=FPS))  # the whole folder is written atomically
 
 
 if __name__ == "__main__":
