@@ -11,7 +11,7 @@ from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 
-from t2v.batch import PromptBatch, TextEmbedding, VideoBatch
+from t2v.batch import PromptBatch, TextEmbedding, TokenBatch, VideoBatch
 from t2v.torch_private import add_summary
 
 
@@ -35,7 +35,7 @@ class ValidationLogger(Callback):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: object,
-        batch: VideoBatch,
+        batch: VideoBatch | TokenBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
@@ -45,7 +45,7 @@ class ValidationLogger(Callback):
             with torch.no_grad(), trainer.precision_plugin.forward_context():
                 self.log_videos(trainer, pl_module, batch)
 
-    def log_videos(self, trainer: Trainer, pl_module: LightningModule, batch: VideoBatch) -> None:
+    def log_videos(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Compute and log the videos; called on every rank."""
         raise NotImplementedError
 
