@@ -1,6 +1,7 @@
 """Animated images in TensorBoard: reconstructions and generated videos during training."""
 
 import io
+from typing import Any
 
 import torch
 from jaxtyping import UInt8
