@@ -1,4 +1,4 @@
-"""What a run of generation needs beside the models: sampler, length, guidance, start frames, stored weights."""
+"""Settings of generation: sampler, length, guidance scale, start frames, storage of the weights."""
 
 from dataclasses import dataclass
 

@@ -3,7 +3,7 @@
 from t2v.metrics.codebook import CodebookUsage
 from t2v.metrics.features import ClipFeatures, MobileNetClipFeatures, VideoNetworkFeatures
 from t2v.metrics.frechet import FrechetVideoDistance
-from t2v.metrics.metric import MeanVideoMetric, VideoMetric
+from t2v.metrics.metric import MeanVideoMetric, VideoMetric, WeightedMean
 from t2v.metrics.perceptual import PerceptualDistance
 from t2v.metrics.pixel import PSNR, SSIM
 from t2v.metrics.temporal import Flicker, WarpError
@@ -21,4 +21,5 @@ __all__ = [
     "VideoMetric",
     "VideoNetworkFeatures",
     "WarpError",
+    "WeightedMean",
 ]

@@ -1,4 +1,4 @@
-"""Base classes of the metrics of a reconstruction."""
+"""Base classes of the metrics, and a mean of numbers."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -14,14 +14,48 @@ from t2v.batch import Video
 from t2v.checkpoints.pretrained import Protocol
 
 
-class VideoMetric(Metric):
+class ExactMetric(Metric):
+    """Base of the metrics whose sums stay in float32 or wider whatever the precision of the run."""
+
+    full_state_update = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> "ExactMetric":
+        """Move the state and the networks to another device, but keep their types under `bf16-true`."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device)).device)
+
+        return super()._apply(move, exclude_state)  # type: ignore[return-value]
+
+
+class WeightedMean(ExactMetric):
+    """Weighted mean of numbers over all batches and ranks, summed in float64."""
+
+    total: Tensor
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "weight"):
+            self.add_state(name, torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, value: Float[Tensor, ""], weight: int) -> None:
+        """Add a number that counts `weight` times."""
+        self.total += value.double() * weight
+        self.weight += weight
+
+    def compute(self) -> Float[Tensor, ""]:
+        """Return the mean in float32."""
+        return (self.total / self.weight).float()
+
+
+class VideoMetric(ExactMetric):
     """A value over all clips and ranks that compares reconstructions with their originals.
 
     Attributes:
         name: Name in logs.
     """
 
-    full_state_update = False
     name: str
 
     def update(self, reconstruction: Video, video: Video) -> None:
@@ -36,14 +70,6 @@ class VideoMetric(Metric):
     @abstractmethod
     def compute(self) -> Float[Tensor, ""]:
         """Return the value over all clips added."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> "VideoMetric":
-        """Move the state and the networks to another device, but keep their types under `bf16-true`."""
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device)).device)
-
-        return super()._apply(move, exclude_state)  # type: ignore[return-value]
 
     def protocol(self) -> Protocol:
         """Return what a report must state for the value to be comparable: networks, files and their hashes."""

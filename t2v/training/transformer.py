@@ -8,7 +8,6 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from t2v.batch import GeneratedVideos, PromptBatch, TextEmbedding, TokenBatch
 from t2v.errors import UserError
@@ -16,6 +15,7 @@ from t2v.generation.quantization import convert
 from t2v.generation.settings import GenerationSettings
 from t2v.generation.text_to_video import TextToVideo, check_parts
 from t2v.losses.tokens import token_loss_
+from t2v.metrics import WeightedMean
 from t2v.text import TextEncoder
 from t2v.training.clip_lengths import warn_of_short_clips
 from t2v.training.lightning_private import trainer_of
@@ -67,8 +67,8 @@ class LitVideoTransformer(LightningModule):
         self.fingerprint: dict[str, Any] = {}
         self._tokenizer: list[VQVAE] = []  # in a list, so that no checkpoint of this stage contains it
         self._start: UInt8[Tensor, "t c height width"] | None = None
-        self.loss = MeanMetric().set_dtype(torch.float32)
-        self.accuracy = MeanMetric().set_dtype(torch.float32)
+        self.loss = WeightedMean()
+        self.accuracy = WeightedMean()
 
     @property
     def tokenizer(self) -> VQVAE:

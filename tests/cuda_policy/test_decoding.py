@@ -53,7 +53,7 @@ def test_an_overflow_stops_generation_with_the_frame():
     network = transformer().eval()
     frames = generate_frames(network, text_for(1), 3, Sampler(), [0])
     assert next(frames).max() < CODES
-    hook = network.blocks[0].mlp.out.register_forward_hook(lambda *_: torch.full((), torch.inf))
+    hook = network.blocks[0].mlp.out.register_forward_hook(lambda _, __, y: torch.full_like(y, torch.inf))
     with pytest.raises(UserError, match=r"frame 1 .* overflow"):
         next(frames)
     hook.remove()

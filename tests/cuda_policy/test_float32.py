@@ -102,7 +102,7 @@ def test_the_perplexity_of_a_codebook_is_exact():
 
 @pytest.mark.usefixtures("bf16_true")
 def test_validation_of_many_batches_is_averaged_in_float32():
-    module = lit_transformer()
+    module = lit_transformer().to(torch.bfloat16)  # as Lightning does
     for loss in torch.linspace(3, 4, 1000, dtype=torch.float32):
         module.loss.update(loss, 4096)
         module.accuracy.update(loss / 10, 4096)
@@ -124,7 +124,7 @@ def test_the_norm_of_bfloat16_gradients_is_summed_in_float32():
 def test_a_moving_average_of_bfloat16_weights_is_float32(tmp_path):
     """In bfloat16 steps of (1 − decay) would round to nothing; a validation in between must not round it either."""
     module, average = lit_vqvae(), EMA(decay=0.99)
-    run = trainer("bf16-true", tmp_path, callbacks=[average], logger=False, val_check_interval=1)
+    run = trainer("bf16-true", tmp_path, callbacks=[average], logger=False, max_steps=3, val_check_interval=1)
     run.fit(module, data_for(module))
     averaged = list(average_of(average).module.parameters())
     assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}

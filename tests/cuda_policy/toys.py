@@ -117,12 +117,11 @@ def precision_plugin(name: str, device: str) -> Precision:
 
 
 def trainer(precision: str, folder: Any, fake: bool = False, **options: Any) -> Trainer:
-    """A trainer of three steps, on the CPU or on the device of `fake_cuda`."""
+    """A trainer on the CPU or on the device of `fake_cuda`."""
     device = {"strategy": FakeCudaStrategy()} if fake else {"accelerator": "cpu"}
     return Trainer(
         **device,
         plugins=[precision_plugin(precision, "cuda" if fake else "cpu")],
-        max_steps=3,
         default_root_dir=folder,
         num_sanity_val_steps=0,
         gradient_clip_val=1.0,
