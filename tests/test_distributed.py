@@ -258,7 +258,7 @@ def test_a_strategy_that_overwrites_sharded_checkpoints_is_rejected(pipeline, ca
     lightnings_own = '--trainer.strategy={"class_path": "ModelParallelStrategy"}'
     with pytest.raises(SystemExit):
         pipeline.cli("fit", "transformer", lightnings_own, "--trainer.devices=1")
-    assert "take t2v.training.sharding.ShardedStrategy" in capsys.readouterr().err
+    assert "use t2v.training.sharding.ShardedStrategy" in capsys.readouterr().err
 
 
 def complete_folder(folder: Path, name: str, step: int) -> Path:
