@@ -47,7 +47,7 @@ def batch(clips: int = 2) -> TokenBatch:
 class Tokens(LightningDataModule):
     """The same batch in every step, with a fingerprint."""
 
-    def __init__(self, fingerprint: dict, frames: int, buckets: list[Bucket]) -> None:
+    def __init__(self, fingerprint: dict, frames: int = 3, buckets: tuple[Bucket, ...] = ()) -> None:
         super().__init__()
         self.frames, self.buckets = frames, buckets
         self.fingerprint = fingerprint
@@ -67,7 +67,7 @@ def fit(
     vqvae.save_pretrained(folder / "vqvae")
     built.tokenizer_path = str(folder / "vqvae")
     fingerprint = {"tokenizer": built.tokenizer.fingerprint(), "text_encoder": built.text_encoder.name}
-    tokens = Tokens(fingerprint, frames, list(buckets))
+    tokens = Tokens(fingerprint, frames, buckets)
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     trainer = Trainer(max_steps=steps, accelerator="cpu", logger=False, num_sanity_val_steps=0, **quiet, **options)
     trainer.fit(built, datamodule=tokens)
