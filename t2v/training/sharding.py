@@ -129,9 +129,7 @@ class ShardedStrategy(ModelParallelStrategy):
         averaged = any(key[0] == "current_model_state" for key in keys.values())
         if averaged:
             checkpoint["current_model_state"] = {}
-        weights: dict[str, Any] = {
-            "state_dict": get_model_state_dict(model)
-        }  # the model's own tensors, loaded in place
+        weights: dict[str, Any] = {"state_dict": get_model_state_dict(model)}  # the model's tensors, which are loaded
         if self.optimizers and averaged:
             weights["current_model_state"] = {name: value.clone() for name, value in weights["state_dict"].items()}
             weights["averaging_state"] = {"n_averaged": torch.tensor(0)}
