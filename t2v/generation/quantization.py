@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
+from t2v.autocast import to_autocast_type, without_autocast
 from t2v.errors import UserError
 from t2v.generation.compilation import compile_error
 from t2v.transformer.model import VideoTransformer
@@ -66,8 +67,18 @@ def stored_bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *scales))
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(nn.Module, ABC):
     """Inference-only quantized linear layer without bias."""
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """Return the product, in the type of autocast where it is enabled, as for other linear layers."""
+        x = to_autocast_type(x)
+        with without_autocast(x):
+            return self.multiply(x)
+
+    @abstractmethod
+    def multiply(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """Return the product in the type of `x`."""
 
     def train(self, mode: bool = True) -> "QuantizedLinear":
         """Set eval mode; refuse training mode."""
@@ -82,7 +93,7 @@ class QuantizedLinear(nn.Module):
         )
 
 
-class ByteLinear(QuantizedLinear, ABC):
+class ByteLinear(QuantizedLinear):
     """Linear layer with one byte per weight and a scale per output channel.
 
     Args:
@@ -101,7 +112,7 @@ class ByteLinear(QuantizedLinear, ABC):
         self.register_buffer("stored", self.quantize(weight.float() / scale[:, None]))
         self.register_buffer("scale", scale)
 
-    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+    def multiply(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         if x.is_cpu and x.numel() <= _FEW_ROWS * x.shape[-1]:
             rows = x.reshape(-1, x.shape[-1]).float().unbind(0)
             y = torch.stack([_run(self.multiply_row, self.stored, self.scale, row) for row in rows])
@@ -200,7 +211,7 @@ class Nf4Linear(QuantizedLinear):
             self.linear.support_avx512bf16_for_cpu = False
         self._pack()
 
-    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+    def multiply(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         y: Tensor = self.linear(x)
         return y
 

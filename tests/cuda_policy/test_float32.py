@@ -9,13 +9,14 @@ from lightning.pytorch import Trainer
 
 from callbacks import EMA, NaNGuard
 from callbacks.guard import _Batch
+from t2v.generation.quantization import convert
 from t2v.losses.tokens import token_loss_
 from t2v.metrics import CodebookUsage
 from t2v.training.lightning_private import average_of
 from t2v.transformer.layers import RMSNorm, TextGate
 from t2v.transformer.rope import raster_positions, rotation_at
 from t2v.vqvae.layers import ChannelNorm, ResBlock, Upsample
-from tests.cuda_policy.toys import data_for, lit_transformer, lit_vqvae, trainer, vqvae
+from tests.cuda_policy.toys import data_for, lit_transformer, lit_vqvae, trainer, transformer, vqvae
 from tests.support.cuda_policy import cuda_autocast
 
 
@@ -35,6 +36,16 @@ def test_rms_norm_returns_the_type_of_its_input_under_autocast(dtype):
         y = norm(x)
     assert y.dtype == dtype
     torch.testing.assert_close(y.float(), norm(x.float()), atol=0.02, rtol=0.01)
+
+
+@pytest.mark.parametrize("rows", [2, 20])
+@pytest.mark.parametrize("weights", ["fp8", "int8", "nf4"])
+def test_quantized_layers_return_the_type_of_autocast_for_few_and_for_many_rows(weights, rows):
+    """Keys of start frames and of single tokens meet in one cache."""
+    model = transformer().eval()
+    convert(model, weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.blocks[1].mlp.gate_up(torch.randn(rows, 1, 32)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("layer", [ChannelNorm(8), Upsample(8), ResBlock(8, 8)], ids=lambda layer: type(layer).__name__)
