@@ -23,7 +23,7 @@ from t2v.vqvae.quantizer import VectorQuantizer
 from tests.support.cuda_policy import FakeCudaStrategy
 
 CODES, TEXT_DIM, SIZE = 32, 16, 16
-FRAMES = 3
+FRAMES = 2
 
 
 class PromptEncoder(TextEncoder):
@@ -59,9 +59,15 @@ def lit_vqvae(compiled: bool = False, **options: Any) -> LitVQVAE:
     return LitVQVAE(vqvae(), [L1Loss(), TemporalDifferenceLoss()], compiled=compiled, **options)
 
 
-def lit_transformer(compiled: bool = False, weights: Any = "full") -> LitVideoTransformer:
+def lit_transformer(
+    compiled: bool = False, compiled_decoding: bool = False, weights: Any = "full"
+) -> LitVideoTransformer:
     settings = GenerationSettings(
-        Sampler(temperature=Linear(1.0, 0.8), top_p=0.9), FRAMES, Linear(3.0, 1.0), weights=weights, compiled=compiled
+        Sampler(temperature=Linear(1.0, 0.8), top_p=0.9),
+        FRAMES,
+        Linear(3.0, 1.0),
+        weights=weights,
+        compiled=compiled_decoding,
     )
     objective = TokenObjective(label_smoothing=0.1, z_loss=1e-4, corruption=0.1)
     module = LitVideoTransformer(transformer(), "none", PromptEncoder(), settings, objective, compiled)
