@@ -13,6 +13,7 @@ import copy
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -142,11 +143,11 @@ class Meter(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
         self.peak_activations = max(self.peak_activations, self.live - self.gradients)
 
-        def release(_: weakref.ref[Any]) -> None:
-            self.live -= size
-            del self._storages[key]
+        self._storages[key] = weakref.ref(storage, partial(self._release, key, size))
 
-        self._storages[key] = weakref.ref(storage, release)
+    def _release(self, key: int, size: int, _: weakref.ref[Any]) -> None:
+        self.live -= size
+        del self._storages[key]
 
 
 def _signature(value: Any) -> Any:
