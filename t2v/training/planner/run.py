@@ -1,5 +1,6 @@
 """A training run as the planner sees it: what it trains, its settings, and their measured steps."""
 
+import math
 from collections.abc import Iterable
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -101,6 +102,7 @@ class PlannedRun:
             self.levels, level = ("none", "attention", "full"), str(model.checkpointing)
         else:
             self.levels, level = ("none", "frames"), "none" if model.frames_at_once is None else "frames"
+            self.frames_at_once: int = model.frames_at_once or self.frames
         precision = str(trainer.precision) if trainer else "32-true"
         self.unsharded_optimizers = {
             name
@@ -134,9 +136,10 @@ class PlannedRun:
         """
         if self.budget(setting, 1).peak > memory:
             return 0
-        small, large = (
-            (8 * self.clips, 16 * self.clips) if setting.checkpointing == "frames" else (1, max(self.clips, 2))
-        )
+        small, large = 1, max(self.clips, 2)
+        if setting.checkpointing == "frames":
+            small = math.ceil(16 * self.frames_at_once / self.frames)
+            large = 2 * small
         first, last = self.budget(setting, small).peak, self.budget(setting, large).peak
         per_clip = max(last - first, 1) / (large - small)
         return max(1, small + int((memory - first) / per_clip))
@@ -152,7 +155,7 @@ class PlannedRun:
             return transformer_step(
                 self.model, clips, self.frames, self.text_length, precision, checkpointing, self.device
             )
-        frames_at_once = None if checkpointing == "none" else self.model.frames_at_once or 1
+        frames_at_once = None if checkpointing == "none" else self.frames_at_once
         return vqvae_step(self.model, clips, self.frames, precision, frames_at_once, self.device)
 
     def _optimizer(self, name: str, precision: str) -> OptimizerBytes:
