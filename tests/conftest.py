@@ -10,6 +10,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in parallel, one process per core
 
+import jaxtyping
 import torch
 
 from tests.support.pipeline import Pipeline
@@ -27,6 +28,15 @@ def _restored_environment() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture
+def unchecked_shapes() -> Iterator[None]:
+    """Switch the checks of shapes off, for planning: a plan of millions of calls takes ten times as long with them."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,8 @@ from t2v.transformer.model import VideoTransformer
 from t2v.vqvae.quantizer import VectorQuantizer
 from tests.support.toys import toy_vqvae
 
+pytestmark = pytest.mark.usefixtures("unchecked_shapes")
+
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(ROOT.glob("configs/transformer/*.yaml"))
 CLIPS, FRAMES, TEXT_LENGTH = 2, 3, 5

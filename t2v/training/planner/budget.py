@@ -91,6 +91,14 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
+def _weight_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """Return the bytes of a state dict whose floating-point tensors have a type; shared memory counts once."""
+    tensors = {storage_id(tensor): tensor for tensor in model.state_dict().values()}
+    return sum(
+        tensor.numel() * (dtype if tensor.is_floating_point() else tensor.dtype).itemsize for tensor in tensors.values()
+    )
+
+
 def precision_dtypes(precision: str) -> tuple[torch.dtype, torch.dtype | None]:
     """Return the type of the weights and the type that autocast casts to, for the name of a Lightning precision."""
     if precision.endswith("-mixed"):
@@ -255,7 +263,7 @@ def training_budget(
         return math.ceil(size * replication / shards)
 
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) * dtype.itemsize
-    weights = sharded(tensor_bytes(without_data(model, dtype).state_dict().values()))
+    weights = sharded(_weight_bytes(model, dtype))
     gradients = sharded(trained)
     communication = 0
     if strategy == "DDP" and world_size > 1:
