@@ -1,8 +1,7 @@
 """Quantizers: from latents to codes and their indices, and from indices back to codes.
 
-- FSQ and LFQ come from `vector-quantize-pytorch`. From its `VectorQuantize` we use k-means and the rotation trick; its
-  codebook update multiplies a one-hot matrix of all vectors and all codes, and our indexing and `index_add_` give the
-  same result in a quarter of the time.
+- FSQ, LFQ and the rotation trick come from `vector-quantize-pytorch`. The learned codebook is our own: the library's
+  k-means and update take matrices of all vectors and all codes.
 - A quantizer works on vectors of its own width `dim`; the encoder and the decoder project to and from that width.
 - `relax` maps vectors to the range of the codes without quantizing them. Training an autoencoder that way for a few
   hundred steps before k-means initializes a learned codebook gives k-means meaningful latents.
@@ -21,13 +20,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from vector_quantize_pytorch import FSQ, LFQ
-from vector_quantize_pytorch.vector_quantize_pytorch import kmeans, rotate_to
+from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
 from t2v.errors import UserError
 
 ENTROPY_TEMPERATURE = 100.0
 """Factor on cosine similarities before the softmax of the entropy term."""
+SIMILARITIES = 2**24
+"""Similarities of vectors and codes that are in memory at a time: 64 MiB."""
+KMEANS_STEPS = 10
+RESTART_COUNT = 10
+"""Count that a new code starts with, relative to `restart_below`: it is kept for about ln(10) / (1 - decay) steps."""
 
 
 class Quantized(NamedTuple):
@@ -84,7 +89,8 @@ class VectorQuantizer(Quantizer):
         codebook_size: Number of codes.
         dim: Width of a code; 8 to 32 is usual.
         decay: Decay of the moving averages, in (0, 1).
-        restart_below: A code is replaced if fewer vectors per batch choose it (moving average).
+        restart_below: A code is replaced if the number of vectors that choose it (moving average) is below this
+            fraction of the average over all codes.
         commitment_weight: Weight of the mean squared difference between vectors and their codes.
         entropy_weight: Weight of the entropy of the mean code probabilities in a batch, which is maximized.
     """
@@ -99,7 +105,7 @@ class VectorQuantizer(Quantizer):
         codebook_size: int = 16384,
         dim: int = 16,
         decay: float = 0.99,
-        restart_below: float = 0.1,
+        restart_below: float = 0.025,
         commitment_weight: float = 0.25,
         entropy_weight: float = 0.0,
     ) -> None:
@@ -124,14 +130,13 @@ class VectorQuantizer(Quantizer):
             codebook = self.codes.to(
                 unit.dtype, copy=True
             )  # `_update_codebook` modifies self.codes before the backward pass
-            similarity = unit @ codebook.T
-            indices = similarity.argmax(dim=-1)
+            indices = nearest(flat, codebook).indices.unflatten(0, unit.shape[:2])
             codes = codebook[indices]
             if not self.training:
                 return Quantized(codes, indices, vectors.new_zeros(()))
             loss = self.commitment_weight * F.mse_loss(unit, codes)
             if self.entropy_weight:
-                probabilities = (similarity * ENTROPY_TEMPERATURE).softmax(dim=-1).mean(dim=(0, 1))
+                probabilities = _mean_probabilities(unit.flatten(0, 1), codebook)
                 probabilities = probabilities.clamp(min=1e-8)  # the gradient of the entropy is infinite at 0
                 loss = loss - self.entropy_weight * torch.special.entr(probabilities).sum()
             self._update_codebook(flat, indices.flatten())
@@ -158,37 +163,52 @@ class VectorQuantizer(Quantizer):
 
         It starts from k-means++, which draws several codes at a time: as many as there are already.
         """
-        vectors = _gather_from_ranks(vectors)
-        start = vectors[torch.randint(len(vectors), (1,), device=vectors.device)]
-        while len(start) < self.codebook_size:
-            count = min(self.codebook_size - len(start), len(start))
-            start = torch.cat([start, _draw_distant(vectors, start, count)])
-        start = _broadcast_from_rank_zero(start)
-        codes, counts = kmeans(vectors[None], self.codebook_size, use_cosine_sim=True, sample_fn=lambda *_: start[None])
-        codes, counts = _broadcast_from_rank_zero(codes[0]), _broadcast_from_rank_zero(counts[0])
-        self._set_codes(torch.ones_like(counts, dtype=torch.bool), codes, counts.to(codes.dtype))
+        gathered = _gather_on_rank_zero(vectors)
+        codes = vectors.new_empty(self.codebook_size, self.dim)
+        if gathered is not None:
+            codes = gathered[torch.randint(len(gathered), (1,), device=vectors.device)]
+            while len(codes) < self.codebook_size:
+                count = min(self.codebook_size - len(codes), len(codes))
+                codes = torch.cat([codes, _draw_distant(gathered, codes, count)])
+        codes = _broadcast_from_rank_zero(codes)
+        for _ in range(KMEANS_STEPS):
+            counts, sums = self._assign(vectors, nearest(vectors, codes).indices)
+            codes = torch.where(counts[:, None] > 0, F.normalize(sums, dim=-1), codes)
+        self._set_codes(torch.ones_like(counts, dtype=torch.bool), codes, counts)
         self.initialized.fill_(True)
 
-    def _update_codebook(self, vectors: Float[Tensor, "m d"], indices: Int[Tensor, " m"]) -> None:
-        """Update the moving averages by one step, then replace the codes that are rarely chosen."""
+    def _assign(
+        self, vectors: Float[Tensor, "m d"], indices: Int[Tensor, " m"]
+    ) -> tuple[Float[Tensor, " k"], Float[Tensor, "k d"]]:
+        """Return how many vectors of all ranks chose each code, and their sums, both relative to the average count."""
         counts = indices.bincount(minlength=self.codebook_size).to(vectors.dtype)
         sums = torch.zeros_like(self.sums).index_add_(0, indices, vectors)
         if _is_distributed():
             dist.all_reduce(counts)
             dist.all_reduce(sums)
+        average = counts.mean()
+        return counts / average, sums / average
+
+    def _update_codebook(self, vectors: Float[Tensor, "m d"], indices: Int[Tensor, " m"]) -> None:
+        """Update the moving averages by one step, then replace the codes that are rarely chosen."""
+        counts, sums = self._assign(vectors, indices)
         self.counts.lerp_(counts, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
         self.codes.copy_(F.normalize(self.sums, dim=-1))
         rare = self.counts < self.restart_below
         missing = int(rare.sum())
         if missing > 0:
-            codes = _broadcast_from_rank_zero(_draw_distant(_gather_from_ranks(vectors), self.codes, missing))
-            self._set_codes(rare, codes, codes.new_ones(missing))
+            gathered = _gather_on_rank_zero(vectors)
+            codes = vectors.new_empty(missing, self.dim)
+            if gathered is not None:
+                codes = _draw_distant(gathered, self.codes, missing)
+            new_counts = codes.new_full((missing,), RESTART_COUNT * self.restart_below)
+            self._set_codes(rare, _broadcast_from_rank_zero(codes), new_counts)
 
     def _set_codes(
         self, selected: Bool[Tensor, " k"], codes: Float[Tensor, "chosen d"], counts: Float[Tensor, " chosen"]
     ) -> None:
-        """Replace the selected codes, with moving averages as if `counts` vectors per batch had chosen them."""
+        """Replace the selected codes; `counts` is relative to the average count, as in the moving average."""
         self.codes[selected], self.sums[selected], self.counts[selected] = codes, codes * counts[:, None], counts
 
 
@@ -270,9 +290,39 @@ class LFQuantizer(Quantizer):
         return codes
 
 
+class Nearest(NamedTuple):
+    """The most similar code of each vector."""
+
+    similarities: Float[Tensor, " m"]
+    indices: Int[Tensor, " m"]
+
+
+@torch.no_grad()
+def nearest(vectors: Float[Tensor, "m d"], codes: Float[Tensor, "k d"]) -> Nearest:
+    """Return the most similar code of each unit vector, in memory that does not grow with the product of both."""
+    parts = [(chunk @ codes.T).max(dim=1) for chunk in vectors.split(_rows(codes))]
+    return Nearest(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def _rows(codes: Float[Tensor, "k d"]) -> int:
+    """Return the number of vectors whose similarities to all codes may be in memory at a time."""
+    return max(SIMILARITIES // len(codes), 1)
+
+
+def _mean_probabilities(vectors: Float[Tensor, "m d"], codes: Float[Tensor, "k d"]) -> Float[Tensor, " k"]:
+    """Return the mean over all vectors of the softmax of the similarities; the backward pass computes them again."""
+
+    def summed(chunk: Float[Tensor, "rows d"]) -> Float[Tensor, " k"]:
+        return (chunk @ codes.T * ENTROPY_TEMPERATURE).softmax(dim=-1).sum(dim=0)
+
+    chunks = vectors.split(_rows(codes))
+    sums = [checkpoint(summed, chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    return torch.stack(sums).sum(dim=0) / len(vectors)
+
+
 def _draw_distant(vectors: Float[Tensor, "m d"], codes: Float[Tensor, "k d"], count: int) -> Float[Tensor, "{count} d"]:
     """Draw unit vectors with a probability proportional to the squared distance from the nearest code."""
-    distance = 1 - (vectors @ codes.T).amax(dim=1)  # half the squared distance of unit vectors
+    distance = 1 - nearest(vectors, codes).similarities  # half the squared distance of unit vectors
     distance = distance.nan_to_num().clamp(min=1e-8)  # training skips a step whose gradients are not finite
     return vectors[torch.multinomial(distance, count, replacement=count > len(vectors))]
 
@@ -281,13 +331,13 @@ def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _gather_from_ranks(vectors: Float[Tensor, "m d"]) -> Float[Tensor, "all d"]:
-    """Return the vectors of all ranks; every rank must have the same number."""
+def _gather_on_rank_zero(vectors: Float[Tensor, "m d"]) -> Float[Tensor, "all d"] | None:
+    """Return the vectors of all ranks on rank 0, None on the others; every rank must have the same number."""
     if not _is_distributed():
         return vectors
-    parts = [torch.empty_like(vectors) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, vectors.contiguous())
-    return torch.cat(parts)
+    parts = [torch.empty_like(vectors) for _ in range(dist.get_world_size())] if dist.get_rank() == 0 else None
+    dist.gather(vectors.contiguous(), parts, dst=0)
+    return None if parts is None else torch.cat(parts)
 
 
 def _broadcast_from_rank_zero(tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:

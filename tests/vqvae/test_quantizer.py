@@ -3,13 +3,17 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import t2v.vqvae.quantizer as quantizer_module
 from t2v.checkpoints.config import from_config, to_config
 from t2v.errors import UserError
-from t2v.vqvae.quantizer import FSQuantizer, LFQuantizer, Quantizer, VectorQuantizer
+from t2v.vqvae.quantizer import FSQuantizer, LFQuantizer, Quantizer, VectorQuantizer, nearest
 
 ROOT = Path(__file__).parents[2]
 KINDS = {
@@ -89,30 +93,87 @@ def test_few_codes_are_spent_on_a_plain_background():
     assert quantizer(torch.randn(1, 1000, 8)).indices.unique().numel() >= 24
 
 
+class LargestTensor(TorchDispatchMode):
+    """Records the size of the largest tensor that any operator returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [each for each in tree_leaves(result) if isinstance(each, torch.Tensor)]
+        self.elements = max([self.elements, *(tensor.numel() for tensor in tensors)])
+        return result
+
+
+@pytest.mark.parametrize("entropy_weight", [0.0, 0.1])
+def test_no_tensor_grows_with_the_product_of_vectors_and_codes(entropy_weight, monkeypatch):
+    """k-means, the choice of codes, the entropy term with its gradient, and restarts."""
+    monkeypatch.setattr(quantizer_module, "SIMILARITIES", 4096)
+    quantizer = VectorQuantizer(codebook_size=64, dim=4, restart_below=0.9, entropy_weight=entropy_weight).train()
+    with LargestTensor() as largest:
+        for _ in range(2):
+            vectors = torch.randn(2, 500, 4, requires_grad=True)
+            quantizer(vectors).loss.backward()
+    assert quantizer.counts.max() > 5  # restarted codes begin at 9 times the average
+    assert largest.elements <= 4096 < 1000 * 64
+
+
+def test_chunks_of_similarities_choose_the_same_codes(monkeypatch):
+    vectors, codes = torch.randn(1000, 4), torch.randn(64, 4)
+    expected = (vectors @ codes.T).max(dim=1)
+    monkeypatch.setattr(quantizer_module, "SIMILARITIES", 64 * 7)
+    found = nearest(vectors, codes)
+    assert torch.equal(found.indices, expected.indices)
+    torch.testing.assert_close(found.similarities, expected.values)
+
+
+@pytest.mark.parametrize("copies", [1, 8])
+def test_restarts_do_not_depend_on_the_number_of_vectors(copies):
+    """1 of 200 vectors chooses the first of four codes: 2 % of the average."""
+    for restart_below, restarted in ((0.01, False), (0.03, True)):
+        quantizer = VectorQuantizer(codebook_size=4, dim=4, decay=0.0, restart_below=restart_below).train()
+        quantizer.load_state_dict(
+            {"codes": torch.eye(4), "sums": torch.eye(4), "counts": torch.ones(4), "initialized": torch.tensor(True)}
+        )
+        quantizer(torch.eye(4).repeat_interleave(torch.tensor([1, 66, 66, 67]), 0).repeat(copies, 1)[None])
+        assert (quantizer.counts[0] == pytest.approx(10 * restart_below)) == restarted
+        assert quantizer.counts[1:].tolist() == pytest.approx([1.32, 1.32, 1.34])
+
+
 RANK = """
 import sys, torch, torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 from t2v.vqvae.quantizer import VectorQuantizer
 
+class Draws(TorchDispatchMode):
+    count = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.multinomial.default
+        return func(*args, **(kwargs or {}))
+
 rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-quantizer = VectorQuantizer(codebook_size=48, dim=4, decay=0.5, restart_below=1.5).train()
+quantizer = VectorQuantizer(codebook_size=48, dim=4, decay=0.5, restart_below=0.6).train()
 if ranks > 1:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
 data = torch.randn(12, 2, 60, 4, generator=torch.Generator().manual_seed(0)).cumsum(0)
 torch.manual_seed(1)
-for step in data:
-    quantizer(step.flatten(0, 1)[None] if ranks == 1 else step[rank][None])
-torch.save(quantizer.state_dict(), f"{folder}/{rank}-of-{ranks}.pt")
+with Draws() as draws:
+    for step in data:
+        quantizer(step.flatten(0, 1)[None] if ranks == 1 else step[rank][None])
+torch.save({"state": quantizer.state_dict(), "draws": draws.count}, f"{folder}/{rank}-of-{ranks}.pt")
 """
 
 
 def test_two_ranks_train_the_codebook_of_one_process_with_both_batches(tmp_path):
-    """Twelve steps, each with replaced codes, although the ranks have different vectors."""
+    """Twelve steps with replaced codes, which only the first rank draws, although the ranks have different vectors."""
     runs = [
         subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(ranks), tmp_path], cwd=ROOT)
         for rank, ranks in ((0, 2), (1, 2), (0, 1))
     ]
     assert [run.wait(timeout=100) for run in runs] == [0, 0, 0]
     first, second, alone = (torch.load(tmp_path / f"{name}.pt") for name in ("0-of-2", "1-of-2", "0-of-1"))
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
-        torch.testing.assert_close(first[name], alone[name], atol=1e-4, rtol=1e-4)
+    assert first["draws"] == alone["draws"] > 6  # k-means begins with six
+    assert second["draws"] == 0
+    for name, value in first["state"].items():
+        assert torch.equal(value, second["state"][name]), name
+        torch.testing.assert_close(value, alone["state"][name], atol=1e-4, rtol=1e-4)
