@@ -27,8 +27,10 @@ def run_tool(commands: Callable[..., Any] | dict[str, Callable[..., Any]]) -> No
     """
     from jsonargparse import auto_cli
 
+    module = sys.modules["__main__"].__spec__  # None if a file is run
+    program = f"python -m {module.name.removesuffix('.__main__')}" if module else None
     with exit_on_user_error():
-        auto_cli(commands, exit_on_error=False)  # type: ignore[arg-type]  # a dict may hold plain functions
+        auto_cli(commands, exit_on_error=False, prog=program)  # type: ignore[arg-type]  # a dict may hold plain functions
 
 
 @contextmanager

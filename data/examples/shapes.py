@@ -17,12 +17,10 @@ still, or moves by whole pixels until it reaches the edge of the picture and sta
 one row for each caption.
 """
 
-import csv
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from multiprocessing import get_context
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,12 +28,10 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
-from tqdm import tqdm
 
 from data.examples import is_complete
+from data.examples.writer import write_split
 from t2v.errors import UserError, run_tool
-from t2v.files import atomic_path
-from t2v.video import encode_mp4
 
 T = TypeVar("T")
 
@@ -281,34 +277,12 @@ def make_shapes(out: Path, train_clips: int = 3600, val_clips: int = 360, seed: 
             continue
         drawn = list(draw(split == "val", clips, seed))
         captions = [[caption] for _, caption in drawn] if split == "val" else training_captions(drawn, seed)
-        with atomic_path(folder) as temporary:
-            temporary.mkdir()
-            _write_split(temporary, [clip for clip, _ in drawn], captions, num_workers)
+        write_split(folder, [clip for clip, _ in drawn], captions, render, FPS, num_workers)
         print(f"{folder}: {clips} clips.")
 
 
 def _pick(choices: Sequence[T], rng: np.random.Generator) -> T:
     return choices[int(rng.integers(len(choices)))]
-
-
-def _write_split(folder: Path, clips: list[ShapeClip], captions: list[list[str]], num_workers: int) -> None:
-    """Write the mp4 files and the table of captions of a split."""
-    jobs = [(folder / f"{i:06d}.mp4", clip) for i, clip in enumerate(clips)]
-    with get_context("spawn").Pool(num_workers) as pool:
-        written = pool.imap_unordered(_write_clip, jobs, chunksize=16)
-        for _ in tqdm(written, total=len(jobs), desc="drawing clips", unit="clip"):
-            pass
-    with (folder / "captions.csv").open("w", newline="") as file:
-        columns = ["path", "caption", *(field.name for field in fields(ShapeClip))]
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        for (path, clip), texts in zip(jobs, captions, strict=True):
-            writer.writerows({"path": path.name, "caption": text, **asdict(clip)} for text in texts)
-
-
-def _write_clip(job: tuple[Path, ShapeClip]) -> None:
-    path, clip = job
-    path.write_bytes(encode_mp4(render(clip), fps=FPS))  # the whole folder is written atomically
 
 
 if __name__ == "__main__":

