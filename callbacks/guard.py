@@ -12,13 +12,14 @@ from jaxtyping import Float
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from t2v.batch import TokenBatch, VideoBatch
 from t2v.errors import UserError
 from t2v.training.lightning_private import skip_average_update
+from t2v.training.optimization import split_discriminators
 
 _DECAY = 0.98
 """Decay of the running mean and variance of the loss: they average over about 50 steps."""
@@ -41,7 +42,8 @@ class NaNGuard(Callback):
     - For each responsible batch, a line is added to `anomalies.jsonl` in the run folder: time, kind (`loss`, `gradient`
       or `spike`), step, epoch, batch, data-parallel rank, loss, gradient norm before clipping, and the keys of the
       samples. If no batch of the step can be singled out, there is a line for each.
-    - `train/gradient_norm` is logged.
+    - `train/gradient_norm` is logged; that of discriminators, which are clipped separately, as
+      `train/discriminator_gradient_norm`.
 
     Args:
         budget: Maximum number of skipped steps of the whole run, including the runs it was resumed from; one more stops
@@ -104,9 +106,11 @@ class NaNGuard(Callback):
         batches, self._batches = self._batches, []
         if not batches:
             return
-        norm, loss = self._measure(trainer, optimizer, batches)
-        pl_module.log("train/gradient_norm", norm, batch_size=1)
-        pl_module.log("gradient", norm, prog_bar=True, logger=False, batch_size=1)
+        norms, loss = self._measure(trainer, optimizer, batches)
+        for name, each in zip(("train/gradient_norm", "train/discriminator_gradient_norm"), norms, strict=False):
+            pl_module.log(name, each, batch_size=1)
+        pl_module.log("gradient", norms[0], prog_bar=True, logger=False, batch_size=1)
+        norm = math.hypot(*norms)
         if math.isfinite(norm) and math.isfinite(loss):
             self._update_statistics(trainer, loss, norm, batches)
             return
@@ -132,21 +136,19 @@ class NaNGuard(Callback):
         self.skipped, self.spikes = state_dict["skipped"], state_dict["spikes"]
         self._steps, self._mean, self._variance = state_dict["steps"], state_dict["mean"], state_dict["variance"]
 
-    def _measure(self, trainer: Trainer, optimizer: Optimizer, batches: list[_Batch]) -> tuple[float, float]:
-        """Return gradient norm and loss, the mean over the ranks; the only synchronization with the device."""
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        # The norm of norms, so that gradients in bfloat16 are summed in float32.
-        norm = torch.nn.utils.get_total_norm(
-            [g if g.dtype == torch.float32 else torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
-        )
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
+    def _measure(self, trainer: Trainer, optimizer: Optimizer, batches: list[_Batch]) -> tuple[list[float], float]:
+        """Return gradient norms and loss, the mean over the ranks; the only synchronization with the device.
+
+        The norms are those of the model and, if there are any, of its discriminators.
+        """
         loss = torch.stack([batch.loss.float() for batch in batches]).mean()
-        sums = torch.stack([norm.to(loss.device, loss.dtype), loss])
+        model, discriminators = split_discriminators(optimizer)
+        parts = [model, discriminators] if discriminators else [model]
+        sums = torch.stack([*(_gradient_norm(part).to(loss.device) for part in parts), loss])
         if trainer.world_size > 1:
             dist.all_reduce(sums)
-        norm_sum, loss_sum = sums.tolist()
-        return norm_sum / trainer.world_size, loss_sum / trainer.world_size
+        *mean_norms, mean_loss = (sums / trainer.world_size).tolist()
+        return mean_norms, mean_loss
 
     def _undo(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Remove the gradients, so that the optimizer changes no weight, and restore the buffers."""
@@ -206,6 +208,15 @@ class NaNGuard(Callback):
                 "if they are not corrupt, lower the learning rate, use a higher precision (bf16-mixed, 32-true), or "
                 "raise budget."
             )
+
+
+def _gradient_norm(parameters: list[nn.Parameter]) -> Float[Tensor, ""]:
+    """Return the norm of norms, so that gradients in bfloat16 are summed in float32."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(
+        [g if g.dtype == torch.float32 else torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
+    )
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def _to_json(value: float) -> float | str:

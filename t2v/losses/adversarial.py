@@ -4,7 +4,9 @@
   in 3D for motion.
 - Generator and discriminators share one optimizer and one backward pass: the generator loss treats the discriminators'
   weights as constants, and the discriminator loss treats the reconstruction as a constant. Every training step updates
-  both, and gradient clipping, accumulation and precision work as without the term.
+  both, and accumulation and precision work as without the term.
+- The discriminators have their own betas, and their gradients are clipped separately, so that they do not change the
+  step of the generator.
 - The weight is adaptive: the term's gradient at the reconstruction is in proportion to that of the other terms (VQGAN
   does this at the last layer, https://arxiv.org/abs/2012.09841, and EnCodec at the output,
   https://arxiv.org/abs/2210.13438).
@@ -27,11 +29,19 @@ class AdversarialLoss(nn.Module):
         start_step: First training step that uses the term; before it, the reconstruction should become recognizable.
         channels: Channels of the discriminators' first layer.
         layers: Number of layers that halve the size; a patch is about 2^(layers + 3) pixels wide.
+        betas: Decay rates of Adam's moments for the discriminators.
     """
 
-    def __init__(self, weight: float = 0.1, start_step: int = 0, channels: int = 64, layers: int = 3) -> None:
+    def __init__(
+        self,
+        weight: float = 0.1,
+        start_step: int = 0,
+        channels: int = 64,
+        layers: int = 3,
+        betas: tuple[float, float] = (0.5, 0.9),
+    ) -> None:
         super().__init__()
-        self.weight, self.start_step = weight, start_step
+        self.weight, self.start_step, self.betas = weight, start_step, betas
         self.frames = PatchDiscriminator(2, channels, layers)
         self.clips = PatchDiscriminator(3, channels, layers)
 

@@ -1,7 +1,7 @@
 """Parameter groups and learning-rate schedule of both stages, and the combination of Muon and AdamW."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,8 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+
+from t2v.losses import AdversarialLoss
 
 
 def warmup_cosine(step: int, warmup_steps: int, total_steps: int, floor: float = 0.02) -> float:
@@ -29,12 +31,25 @@ def warmup_cosine(step: int, warmup_steps: int, total_steps: int, floor: float =
 
 
 def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
-    """Return three groups of the trained parameters, each parameter once.
+    """Return groups of the trained parameters, each parameter once.
 
     1. Weights of the hidden layers (`Linear` modules in a `ModuleList`), marked by `"hidden": True`.
     2. Other matrices and kernels.
     3. Embeddings, a head tied to one included, norms, biases and other vectors, with a weight decay of 0.
+
+    The parameters of discriminators are in groups 2 and 3 of their own, marked by `"discriminator": True`, with the
+    betas of the adversarial term.
     """
+    terms = [module for module in network.modules() if isinstance(module, AdversarialLoss)]
+    groups = _groups(network, exclude={id(parameter) for term in terms for parameter in term.parameters()})
+    for term in terms:
+        _, *others = _groups(term)
+        groups += [{**group, "betas": term.betas, "discriminator": True} for group in others]
+    return groups
+
+
+def _groups(network: nn.Module, exclude: Container[int] = ()) -> list[dict[str, Any]]:
+    """Return the three groups of a network without the parameters whose `id` is in `exclude`."""
     modules = list(network.modules())
     embeddings = {id(module.weight) for module in modules if isinstance(module, nn.Embedding)}
     stacks = [module for module in modules if isinstance(module, nn.ModuleList)]
@@ -43,7 +58,7 @@ def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
     decayed: list[nn.Parameter] = []
     not_decayed: list[nn.Parameter] = []
     for parameter in network.parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad or id(parameter) in exclude:
             continue
         if id(parameter) in linear:
             hidden.append(parameter)
@@ -52,6 +67,14 @@ def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
         else:
             not_decayed.append(parameter)
     return [{"params": hidden, "hidden": True}, {"params": decayed}, {"params": not_decayed, "weight_decay": 0.0}]
+
+
+def split_discriminators(optimizer: torch.optim.Optimizer) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return the parameters of the model and those of its discriminators, whose gradients are clipped separately."""
+    sides: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for group in optimizer.param_groups:
+        sides[group.get("discriminator", False)].extend(group["params"])
+    return sides
 
 
 class MuonAdamW(torch.optim.Optimizer):

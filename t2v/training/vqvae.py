@@ -8,12 +8,13 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.optim import Optimizer
 
 from t2v.batch import VideoBatch
 from t2v.errors import UserError
 from t2v.losses import AdversarialLoss, LossTerm
 from t2v.metrics import PSNR, SSIM, CodebookUsage, Flicker, VideoMetric
-from t2v.training.optimization import configure_optimization
+from t2v.training.optimization import configure_optimization, split_discriminators
 from t2v.training.sharding import shard
 from t2v.vqvae.model import VQVAE, to_model_range, to_uint8
 
@@ -166,6 +167,19 @@ class LitVQVAE(LightningModule):
             "grid_size": self.model.grid_size,
             "image_size": self.model.image_size,
         }
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradient norms of the VQ-VAE and of the discriminators separately."""
+        if self.adversarial is None or not gradient_clip_val or gradient_clip_algorithm == "value":
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        for parameters in split_discriminators(optimizer):
+            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         return configure_optimization(self, self, self.optimizer, self.warmup_steps)

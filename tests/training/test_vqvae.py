@@ -1,17 +1,20 @@
 """Training the VQ-VAE: adversarial training, the moving average, and resuming."""
 
 import copy
+from functools import partial
 
+import bitsandbytes
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from callbacks import EMA, FinalCheckpoint
+from callbacks import EMA, FinalCheckpoint, NaNGuard
 from t2v import LitVQVAE
 from t2v.batch import VideoBatch
 from t2v.losses import AdversarialLoss, L1Loss, TemporalDifferenceLoss
+from t2v.training.optimization import MuonAdamW, parameter_groups
 from t2v.vqvae.loading import load_vqvae
 from t2v.vqvae.quantizer import FSQuantizer, VectorQuantizer
 from tests.support.toys import toy_vqvae
@@ -86,6 +89,81 @@ def test_discriminators_are_not_trained_before_their_start_step(tmp_path):
     fit(built, 3, tmp_path)
     for before, after in zip(weights, [p for p in built.adversarial.parameters() if p.ndim == 1], strict=True):
         assert torch.equal(before, after)
+
+
+class ScaleDiscriminators(Callback):
+    """Multiplies the gradients of the discriminators."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LitVQVAE) -> None:
+        for parameter in pl_module.adversarial.parameters():
+            parameter.grad.mul_(self.factor)
+
+
+OPTIMIZERS = {
+    "AdamW": torch.optim.AdamW,
+    "fused AdamW": partial(torch.optim.AdamW, fused=True),
+    "SGD": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+    "Muon": MuonAdamW,
+    "bitsandbytes' 8-bit AdamW": partial(bitsandbytes.optim.AdamW8bit, min_8bit_size=64),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_size_of_the_discriminators_gradients_does_not_change_the_generators_step(tmp_path, optimizer):
+    states = []
+    for factor in (1e-3, 1.0, 1e4):
+        built = module(adversarial_from=0, optimizer=OPTIMIZERS[optimizer])
+        trainer = fit(built, 1, tmp_path / str(factor), ScaleDiscriminators(factor), NaNGuard())
+        state = {name: value.clone() for name, value in built.model.state_dict().items()}
+        for name, parameter in built.model.named_parameters():
+            moments = trainer.optimizers[0].state[parameter].items()
+            state |= {f"{name}/{key}": value for key, value in moments if isinstance(value, torch.Tensor)}
+        states.append(state)
+    assert len(states[0]) > 40
+    for state in states[1:]:
+        assert state.keys() == states[0].keys()
+        assert not [name for name, value in state.items() if not torch.equal(value, states[0][name])]
+
+
+def test_gradient_norms_of_both_sides_are_logged_and_clipped_separately(tmp_path):
+    clipped = {}
+
+    class Clipped(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LitVQVAE, *_) -> None:
+            for name in ("model", "adversarial"):
+                gradients = [p.grad for p in getattr(pl_module, name).parameters() if p.grad is not None]
+                clipped[name] = torch.nn.utils.get_total_norm(gradients).item()
+
+    logged = []
+    for factor in (1.0, 1e4):
+        trainer = fit(module(adversarial_from=0), 1, tmp_path, ScaleDiscriminators(factor), NaNGuard(), Clipped())
+        logged.append(
+            [float(trainer.callback_metrics[f"train/{part}gradient_norm"]) for part in ("", "discriminator_")]
+        )
+    assert logged[1] == pytest.approx([logged[0][0], 1e4 * logged[0][1]])
+    assert clipped == pytest.approx({"model": min(logged[1][0], 1.0), "adversarial": 1.0}, rel=1e-4)
+
+
+def test_discriminators_have_betas_of_their_own():
+    built = module(adversarial_from=0)
+    for optimizer in (
+        torch.optim.AdamW(parameter_groups(built), betas=(0.8, 0.99)),
+        MuonAdamW(parameter_groups(built)),
+    ):
+        theirs = {id(parameter) for parameter in built.adversarial.parameters()}
+        found = set()
+        for group in optimizer.param_groups:
+            ids = {id(parameter) for parameter in group["params"]}
+            assert ids <= theirs or not ids & theirs
+            found |= ids
+            if ids & theirs:
+                assert group["betas"] == (0.5, 0.9)
+            else:
+                assert group.get("betas") != (0.5, 0.9)
+        assert found == {id(parameter) for parameter in built.parameters()}
 
 
 @pytest.fixture
