@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -199,16 +200,26 @@ class FolderCheckpointIO(TorchCheckpointIO):
             super().remove_checkpoint(path)
 
 
-def shard(modules: list[nn.Module], mesh: DeviceMesh) -> None:
-    """Shard parameters in place by FSDP2, which gathers them one module at a time; sharded modules stay unchanged.
+def shard(layers: list[nn.Module], model: nn.Module, mesh: DeviceMesh, precision: str | None) -> None:
+    """Shard parameters in place by FSDP2, which gathers them one layer at a time; a sharded model stays unchanged.
+
+    - Under bf16-mixed the layers are gathered in bfloat16, half the bytes; the parameters outside of layers in float32,
+      so that the sum of the layers' outputs stays in float32. Autocast alone decides the types of activations.
+    - Gradients are always summed over the ranks in float32, and the sharded parameters keep their type.
 
     Args:
-        modules: The layers, and the model itself last.
+        layers: The largest parts of the model.
+        model: The model itself.
         mesh: The mesh of Lightning's strategy, with a dimension "data_parallel".
+        precision: Name of the run's Lightning precision.
     """
-    for module in modules:
-        if not isinstance(module, FSDPModule):
-            fully_shard(module, mesh=mesh["data_parallel"])
+    if isinstance(model, FSDPModule):
+        return
+    outside = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    inside = replace(outside, param_dtype=torch.bfloat16) if precision == "bf16-mixed" else outside
+    for layer in layers:
+        fully_shard(layer, mesh=mesh["data_parallel"], mp_policy=inside)
+    fully_shard(model, mesh=mesh["data_parallel"], mp_policy=outside)
 
 
 def _distribute(state: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:

@@ -91,11 +91,11 @@ class LitVideoTransformer(LightningModule):
         if self.compiled:
             self.model.compile_layers()
         if mesh is not None:
-            if (trainer := trainer_of(self)) is not None:  # FP8 layers replace others before the weights are sharded
+            if trainer := trainer_of(self):  # FP8 layers replace others before the weights are sharded
                 trainer.precision_plugin.convert_module(self)
             if mesh["tensor_parallel"].size() > 1:
                 parallelize(self.model, mesh["tensor_parallel"])
-            shard([*self.model.blocks, self.model], mesh)
+            shard(list(self.model.blocks), self.model, mesh, trainer.precision if trainer else None)
             device = torch.device(mesh.device_type)
         if any(parameter.is_meta for parameter in self.model.parameters()):
             self.model.to(torch.get_default_dtype())  # with bf16-true, half the memory from the beginning

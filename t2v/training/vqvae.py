@@ -91,7 +91,7 @@ class LitVQVAE(LightningModule):
                 "remove it."
             )
         self.model.to(memory_format=torch.contiguous_format)  # FSDP2 shards no channels-last weights
-        shard([self.model.encoder, self.model.decoder, self.model], mesh)
+        shard([self.model.encoder, self.model.decoder], self.model, mesh, self.trainer.precision)
 
     def training_step(self, batch: VideoBatch, batch_idx: int) -> Float[Tensor, ""]:
         """Compute the loss of a batch and log its terms under `train/`."""
