@@ -5,13 +5,14 @@ from importlib.metadata import version
 import pytest
 import torch
 
-from t2v import VQVAE, TextToVideo, VideoTransformer
+from t2v import TextToVideo
 from t2v.text import T5TextEncoder
-from t2v.transformer.config import AttentionConfig, TextConfig
+from t2v.transformer.config import TextConfig
 from t2v.video import probe
 from t2v.vqvae.quantizer import FSQuantizer
 from tests.support import environment
 from tests.support.tiny_t5 import save_tiny_t5
+from tests.support.toys import toy_transformer, toy_vqvae
 
 PROMPT = "a red circle moves left"
 ONLY_FOR_TRAINING = (
@@ -36,27 +37,8 @@ def python(tmp_path_factory):
 
 def test_the_wheel_without_extras_generates_a_video(python, tmp_path):
     save_tiny_t5(tmp_path / "t5", [PROMPT])
-    vqvae = VQVAE(
-        image_size=16,
-        base_channels=8,
-        channel_multipliers=(1,),
-        encoder_blocks=1,
-        decoder_blocks=1,
-        temporal_blocks=1,
-        patch_size=2,
-        latent_patch_size=4,
-        quantizer=FSQuantizer(levels=[4, 4]),
-    )
-    transformer = VideoTransformer(
-        vocab_size=16,
-        grid_size=2,
-        dim=16,
-        spatial_layers=1,
-        temporal_layers=1,
-        hidden_dim=24,
-        attention=AttentionConfig(heads=2, kv_heads=1, window=2),
-        text=TextConfig(dim=16),
-    )
+    vqvae = toy_vqvae(FSQuantizer(levels=[4, 4]), channel_multipliers=(1, 1))
+    transformer = toy_transformer(text=TextConfig(dim=16), vocab_size=16)
     model = TextToVideo(transformer, vqvae, T5TextEncoder(str(tmp_path / "t5")), fps=8.0, frames=3)
     model.save_pretrained(tmp_path / "model")
 

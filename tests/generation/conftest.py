@@ -4,31 +4,21 @@ import pytest
 import torch
 
 from t2v.generation.text_to_video import TextToVideo
-from t2v.transformer.config import AttentionConfig, TextConfig
+from t2v.transformer.config import TextConfig
 from t2v.transformer.model import VideoTransformer
 from t2v.vqvae.model import VQVAE
 from t2v.vqvae.quantizer import FSQuantizer
-from tests.support.toys import WordEncoder, toy_vqvae
+from tests.support.toys import WordEncoder, toy_transformer, toy_vqvae
 
 
 @pytest.fixture(scope="session")
 def transformer() -> VideoTransformer:
-    torch.manual_seed(0)
-    model = VideoTransformer(
-        vocab_size=16,
-        grid_size=2,
-        dim=16,
-        spatial_layers=1,
-        temporal_layers=1,
-        hidden_dim=24,
-        attention=AttentionConfig(heads=2, kv_heads=1, window=2),
-        text=TextConfig(dim=8),
-    )
+    model = toy_transformer(window=2, text=TextConfig(dim=8), vocab_size=16)
     with torch.no_grad():  # so that tokens depend on the text and on each other
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=0.5)
-    return model.eval()
+    return model
 
 
 @pytest.fixture(scope="session")

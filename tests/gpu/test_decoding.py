@@ -10,10 +10,11 @@ from t2v.batch import TextEmbedding
 from t2v.generation.decode import generate_frames
 from t2v.generation.quantization import convert, stored_bytes
 from t2v.generation.sampling import Sampler
-from t2v.transformer.config import AttentionConfig, TextConfig
+from t2v.transformer.config import TextConfig
 from t2v.transformer.decoding import Decoder
 from t2v.transformer.model import VideoTransformer
 from tests.support.pipeline import ROOT
+from tests.support.toys import toy_transformer
 
 
 def text_for(model: VideoTransformer, videos: int, tokens: int = 7) -> TextEmbedding:
@@ -27,21 +28,12 @@ def text_for(model: VideoTransformer, videos: int, tokens: int = 7) -> TextEmbed
 
 @pytest.fixture
 def model(device) -> VideoTransformer:
-    model = VideoTransformer(
-        vocab_size=64,
-        grid_size=4,
-        dim=128,
-        spatial_layers=2,
-        temporal_layers=2,
-        hidden_dim=256,
-        attention=AttentionConfig(heads=4, kv_heads=2, window=3),
-        text=TextConfig(dim=32),
-    )
+    model = toy_transformer(3, TextConfig(dim=32), vocab_size=64, grid_size=4, dim=128, hidden_dim=256)
     with torch.no_grad():  # weights for which the logits depend on the text and on each other
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=0.1)
-    return model.eval().requires_grad_(False).to(device)
+    return model.requires_grad_(False).to(device)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
