@@ -6,10 +6,13 @@ import torch
 
 
 @cache
-def compile_error() -> str | None:
-    """Return why nothing can be compiled for the CPU (usually a missing C++ compiler), or None if it works."""
+def compile_error(device: str = "cpu") -> str | None:
+    """Return why nothing can be compiled for a type of device, or None if it works.
+
+    The cause is usually a missing C++ compiler, or for GPUs a missing Triton.
+    """
     try:
-        torch.compile(torch.neg)(torch.ones(8))
+        torch.compile(torch.neg)(torch.ones(8, device=device))
     except Exception as error:
         return type(error).__name__
     return None

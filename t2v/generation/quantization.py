@@ -6,11 +6,15 @@
   projections of the text are not: they are small. Neither is the output projection, which the probabilities come from.
 - With "nf4" the first block and the key and value projections of the text, a few per cent of the weights, are in
   "int8": most of the effect of 4 bits on the probabilities comes from them.
-- On the CPU, few rows (decoding) are multiplied with the stored values: `torch.compile` fuses conversion, product and
-  sum, so that a step reads one byte per weight. For more rows (prefill) the weight of a layer is converted temporarily.
-- torchao's layers are not used. With one float32 row and a weight of 9216×4096 (one core, AVX2, medians), its int8
-  takes 2.6 times as long as ours uncompiled and 3.6 times compiled, its fp8 8.7 and 4.8 times. With a bfloat16 row its
-  compiled int8 is faster (55 against 309 ms), the rest slower. Ours are faster than full weights only with AVX-512.
+- Few rows (decoding) are multiplied with the stored values: `torch.compile` fuses conversion, product and sum, so that
+  a step reads one byte per weight. For more rows (prefill) the weight of a layer is converted temporarily; on GPUs to
+  the type of the rows, with the scale applied to the product: with bfloat16, five bytes read and written per weight.
+- Never run on a GPU. The tests read the kernel that `torch.compile` generates for one, and count the bytes of a step.
+- torchao's layers are not used. On GPUs its int8 and fp8 layers with 16-bit inputs have no kernel of their own: they
+  convert the weight before each product. On the CPU, with one float32 row and a weight of 9216×4096 (one core, AVX2,
+  medians), its int8 takes 2.6 times as long as ours uncompiled and 3.6 times compiled, its fp8 8.7 and 4.8 times. With
+  a bfloat16 row its compiled int8 is faster (55 against 309 ms), the rest slower. Ours are faster than full weights
+  only with AVX-512.
 """
 
 import warnings
@@ -27,20 +31,22 @@ from torch import Tensor, nn
 from t2v.autocast import to_autocast_type, without_autocast
 from t2v.errors import UserError
 from t2v.generation.compilation import compile_error
+from t2v.torch_private import raise_recompile_limit
 from t2v.transformer.model import VideoTransformer
 
 Weights = Literal["full", "fp8", "int8", "nf4"]
 
 _FEW_ROWS = 8
-"""Up to this many rows, multiplying row by row is faster on the CPU than a matrix product."""
+"""Up to this many rows are multiplied with the stored values; for more, a matrix product is faster on the CPU."""
 
 
-def convert(model: VideoTransformer, weights: str) -> None:
+def convert(model: VideoTransformer, weights: str, device: torch.device | None = None) -> None:
     """Quantize the weights of a model in place; it is then frozen, in eval mode, and can only generate.
 
     Args:
         model: The transformer, on any device, "meta" included.
         weights: Storage of the weights, one of `Weights`; "full" changes nothing.
+        device: Where the quantized weights are put, one layer at a time; by default they stay where they are.
 
     Raises:
         UserError: If `weights` is not known, the model is quantized already, or bitsandbytes is missing.
@@ -57,7 +63,7 @@ def convert(model: VideoTransformer, weights: str) -> None:
                 if isinstance(child, nn.Linear):
                     sensitive = weights == "nf4" and (index == 0 or name == "key_value")
                     layer = Int8Linear if sensitive else _LAYERS[weights]
-                    setattr(parent, name, layer(child.weight.detach()).eval())
+                    setattr(parent, name, layer(child.weight.detach().to(device)).eval())
     model.requires_grad_(False).eval()
 
 
@@ -94,7 +100,7 @@ class QuantizedLinear(nn.Module, ABC):
 
 
 class ByteLinear(QuantizedLinear):
-    """Linear layer with one byte per weight and a scale per output channel.
+    """Linear layer with one byte per weight and a scale per output channel, which stays in float32.
 
     Args:
         weight: The weight to quantize.
@@ -113,11 +119,22 @@ class ByteLinear(QuantizedLinear):
         self.register_buffer("scale", scale)
 
     def multiply(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        if x.is_cpu and x.numel() <= _FEW_ROWS * x.shape[-1]:
+        few = x.numel() <= _FEW_ROWS * x.shape[-1]
+        if x.is_cpu and few:
             rows = x.reshape(-1, x.shape[-1]).float().unbind(0)
             y = torch.stack([_run(self.multiply_row, self.stored, self.scale, row) for row in rows])
-            return y.to(x.dtype).view(*x.shape[:-1], -1)
-        return F.linear(x, self.weight().to(x.dtype))
+        elif x.is_cpu:
+            y = F.linear(x, self.weight().to(x.dtype))
+        elif few and can_fuse(x.device):
+            y = _run(self.multiply_rows, self.stored, self.scale, x.reshape(-1, x.shape[-1]))
+        else:
+            y = self.multiply_converted(x)
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+    def multiply_converted(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """Return the product in float32, with a temporary copy of the weight in the type of `x`."""
+        product = F.linear(x / 128, self.to_type(self.stored, x.dtype))  # divided, so that float16 does not overflow
+        return product * (128 * self.scale)
 
     def weight(self) -> Float[Tensor, "d_out d_in"]:
         """Return the weight in float32."""
@@ -133,6 +150,11 @@ class ByteLinear(QuantizedLinear):
     def to_float(stored: Int8[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
         """Return the values of bytes."""
 
+    @staticmethod
+    @abstractmethod
+    def to_type(stored: Int8[Tensor, "d_out d_in"], dtype: torch.dtype) -> Float[Tensor, "d_out d_in"]:
+        """Return the values of bytes in a type of 16 bits or more, by one operation of PyTorch."""
+
     @classmethod
     def dequantize(
         cls, stored: Int8[Tensor, "d_out d_in"], scale: Float[Tensor, " d_out"]
@@ -146,6 +168,19 @@ class ByteLinear(QuantizedLinear):
     ) -> Float[Tensor, " d_out"]:
         """Return the product of the weight and one row."""
         return (cls.to_float(stored) * x).sum(dim=-1) * scale
+
+    @classmethod
+    def multiply_rows(
+        cls, stored: Int8[Tensor, "d_out d_in"], scale: Float[Tensor, " d_out"], x: Float[Tensor, "n d_in"]
+    ) -> Float[Tensor, "n d_out"]:
+        """Return the products of the weight and each row; compiled, all are sums of one kernel over the weight."""
+        return torch.stack([cls.multiply_row(stored, scale, row.float()) for row in x.unbind(0)])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ByteLinear":
+        scale = self.scale
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.scale = scale.to(self.scale.device)
+        return self
 
 
 class Fp8Linear(ByteLinear):
@@ -161,6 +196,10 @@ class Fp8Linear(ByteLinear):
     def to_float(stored: Int8[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
         return e4m3_to_float(stored)
 
+    @staticmethod
+    def to_type(stored: Int8[Tensor, "d_out d_in"], dtype: torch.dtype) -> Float[Tensor, "d_out d_in"]:
+        return stored.view(torch.float8_e4m3fn).to(dtype)
+
 
 class Int8Linear(ByteLinear):
     """Linear layer with integer weights from -127 to 127."""
@@ -174,6 +213,10 @@ class Int8Linear(ByteLinear):
     @staticmethod
     def to_float(stored: Int8[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
         return stored.float()
+
+    @staticmethod
+    def to_type(stored: Int8[Tensor, "d_out d_in"], dtype: torch.dtype) -> Float[Tensor, "d_out d_in"]:
+        return stored.to(dtype)
 
 
 class Nf4Linear(QuantizedLinear):
@@ -239,26 +282,34 @@ def e4m3_to_float(stored: Int8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return ((stored.to(torch.int32) << 20) & -0x78000001).view(torch.float32) * 2.0**120
 
 
+def can_fuse(device: torch.device) -> bool:
+    """Return whether products with few rows run as one compiled kernel on a device."""
+    return torch.compiler.is_compiling() or (device.type != "meta" and _can_compile(device.type))
+
+
 def _run(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
-    """Call a function compiled, on the CPU and if it is not being compiled as part of another."""
-    if not arguments[0].is_cpu or torch.compiler.is_compiling() or not _can_compile():
+    """Call a function compiled, if it works on the device and if it is not being compiled as part of another."""
+    device = arguments[0].device.type
+    if device == "meta" or torch.compiler.is_compiling() or not _can_compile(device):
         return function(*arguments)
     return _compiled(function)(*arguments)
 
 
 @cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return the function compiled for all sizes."""
+    """Return the function compiled for all sizes, and for each number of rows and type."""
+    raise_recompile_limit(64)
     return torch.compile(function, dynamic=True)
 
 
 @cache
-def _can_compile() -> bool:
-    """Return whether `torch.compile` works, and warn if it does not."""
-    error = compile_error()
+def _can_compile(device: str) -> bool:
+    """Return whether `torch.compile` works on a type of device, and warn if it does not."""
+    error = compile_error(device)
     if error is not None:
         warnings.warn(
-            f"Weights in fp8 and int8 are slow here, since torch.compile fails ({error}): install a C++ compiler.",
+            f"Weights in fp8 and int8 are slow here, since torch.compile fails ({error}): install a C++ compiler"
+            f"{'' if device == 'cpu' else ' and Triton'}.",
             stacklevel=2,
         )
     return error is None

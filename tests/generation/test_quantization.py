@@ -1,8 +1,12 @@
 """Quantized weights: rounding, layers, the whole model, errors."""
 
 import copy
+import re
 import shutil
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -20,9 +24,13 @@ from t2v.generation.quantization import (
     e4m3_to_float,
     stored_bytes,
 )
-from t2v.transformer.config import AttentionConfig, TextConfig
+from t2v.torch_private import TorchDispatchMode, makes_new_storage
+from t2v.transformer.config import TextConfig
 from t2v.transformer.decoding import Decoder
 from t2v.transformer.model import VideoTransformer
+from tests.support.cuda_policy import fake_cuda, to_fake_cuda
+from tests.support.toys import toy_transformer
+from tests.support.triton_code import triton_code
 
 KINDS = ("fp8", "int8", "nf4")
 ERRORS = {"fp8": 0.05, "int8": 0.02, "nf4": 0.2}
@@ -31,13 +39,7 @@ ERRORS = {"fp8": 0.05, "int8": 0.02, "nf4": 0.2}
 
 @pytest.fixture(scope="module")
 def full() -> VideoTransformer:
-    torch.manual_seed(0)
-    model = VideoTransformer(64, 2, 64, 1, 1, 96, AttentionConfig(2, 1, window=2), TextConfig(32))
-    with torch.no_grad():  # what starts at zero must not hide mistakes
-        for name, parameter in model.named_parameters():
-            if name == "pooled.weight" or name.endswith("text_attention.out.weight"):
-                parameter.normal_(std=0.2)
-    return model.eval()
+    return toy_transformer(2, TextConfig(32), vocab_size=80, dim=64, hidden_dim=96, spatial_layers=1, temporal_layers=1)
 
 
 @pytest.fixture(params=KINDS)
@@ -50,6 +52,16 @@ def quantized_model(full, kind) -> VideoTransformer:
     model = copy.deepcopy(full)
     convert(model, kind)
     return model
+
+
+@contextmanager
+def forgotten() -> Iterator[None]:
+    """Let the code find out anew whether `torch.compile` works, before and after."""
+    for each in (module._can_compile, module.compile_error):
+        each.cache_clear()
+    yield
+    for each in (module._can_compile, module.compile_error):
+        each.cache_clear()
 
 
 def texts(batch: int) -> TextEmbedding:
@@ -110,6 +122,87 @@ def test_any_number_of_rows_is_multiplied_with_the_same_weights(kind, rows, dtyp
     assert relative(y.float(), x.float() @ weight.T) < 0.01
 
 
+@pytest.mark.parametrize("layer", [Fp8Linear, Int8Linear])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_product_with_a_converted_weight_is_exact_up_to_the_type(layer, dtype):
+    """The values times a row are too large for float16, the product is not."""
+    quantized, x = layer(0.01 + 0.1 * torch.rand(96, 2048)), torch.rand(3, 2048) + 1
+    y = quantized.multiply_converted(x.to(dtype))
+    assert y.dtype == torch.float32
+    assert relative(y, x.to(dtype).float() @ quantized.weight().T) < max(2 * torch.finfo(dtype).eps, 1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+@pytest.mark.parametrize("layer", [Fp8Linear, Int8Linear])
+def test_on_gpus_few_rows_are_one_kernel_that_reads_every_byte_of_the_weight_once(layer, rows):
+    d_out, d_in = 18432, 4096
+    stored, scale, x = (
+        torch.empty(*shape, dtype=dtype, device="meta")
+        for shape, dtype in (((d_out, d_in), torch.int8), ((d_out,), torch.float32), ((rows, d_in), torch.bfloat16))
+    )
+    code = triton_code(layer.multiply_rows, stored, scale, x)
+    assert code.count("@triton.jit") == 1
+    assert re.findall(r"= empty_strided_cuda\(\((\d+), \)", code) == [str(rows * d_out)]  # the result alone
+    assert len(re.findall(rf"tl\.load\(in_ptr0 \+ \(r0_1 \+ {d_in}\*x0\)", code)) == code.count("tl.load(in_ptr0") == 1
+
+
+class WeightCopies(TorchDispatchMode):
+    """Records the types of new tensors that have as many elements as the weight of a layer.
+
+    Args:
+        model: The quantized model.
+    """
+
+    def __init__(self, model: VideoTransformer) -> None:
+        super().__init__()
+        layers = [part for part in model.modules() if isinstance(part, Fp8Linear | Int8Linear)]
+        self.shapes = {shape for part in layers for shape in (part.stored.shape, part.stored.T.shape)}
+        self.types: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if makes_new_storage(func) and isinstance(result, torch.Tensor) and result.shape in self.shapes:
+            self.types.append(result.dtype)
+        return result
+
+
+@pytest.mark.parametrize("weights", ["fp8", "int8"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
+def test_on_gpus_without_a_compiler_a_step_makes_one_bfloat16_copy_of_a_weight(full, weights, autocast, monkeypatch):
+    def fail(*args, **flags):
+        raise RuntimeError("no compiler")
+
+    model = copy.deepcopy(full)
+    convert(model, weights)
+    if not autocast:
+        model.to(torch.bfloat16)
+    monkeypatch.setattr(torch, "compile", fail)
+    with forgotten(), warnings.catch_warnings(), fake_cuda(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        to_fake_cuda(model)
+        dtype = model.start.dtype
+        text = TextEmbedding(
+            torch.randn(2, 5, 32, device="cuda", dtype=dtype),
+            torch.ones(2, 5, dtype=torch.bool, device="cuda"),
+            torch.randn(2, 32, device="cuda", dtype=dtype),
+        )
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            decoder = Decoder(model, text)
+            with WeightCopies(model) as copies:
+                assert decoder.step(None).shape == (2, 80)
+    layers = [name for name, part in model.blocks.named_modules() if isinstance(part, QuantizedLinear)]
+    in_a_step = [name for name in layers if not name.endswith("text_attention.key_value")]
+    assert copies.types == [torch.bfloat16] * len(in_a_step)
+
+
+@pytest.mark.parametrize("layer", [Fp8Linear, Int8Linear])
+def test_scales_stay_in_float32_when_a_layer_is_moved_to_another_type(layer):
+    quantized = layer(torch.randn(8, 16))
+    scale = quantized.scale
+    assert torch.equal(quantized.to(torch.bfloat16).scale, scale)
+    assert quantized.to("meta").scale.is_meta
+
+
 def test_logits_are_close_to_those_of_full_weights(full, quantized_model, kind):
     assert 0 < relative(forward(quantized_model, 2), forward(full, 2)) < ERRORS[kind]
 
@@ -135,14 +228,9 @@ def test_without_a_compiler_results_are_the_same_and_a_warning_is_given(full, mo
     model = copy.deepcopy(full)
     convert(model, "fp8")
     expected = decode(model, 1)
-    forget = (module._can_compile.cache_clear, module.compile_error.cache_clear)
-    for each in forget:
-        each()
     monkeypatch.setattr(torch, "compile", lambda *args, **flags: fail)
-    with pytest.warns(UserWarning, match="are slow here, since torch.compile fails"):
+    with forgotten(), pytest.warns(UserWarning, match="are slow here, since torch.compile fails"):
         slow = decode(model, 1)
-    for each in forget:
-        each()
     torch.testing.assert_close(slow, expected)
 
 

@@ -142,7 +142,11 @@ class HostReads(TorchDispatchMode):
             index = [each for each in args[1] if each is not None]
             if any(each.dtype == torch.bool or not _is_cuda(each) for each in index):
                 self.record(args[0])
-        if func is aten._to_copy.default and not kwargs.get("non_blocking", False):
+        if func.overloadpacket is aten.to and func is not aten.to.other:  # under inference mode it is not decomposed
+            names = [each.name for each in func._schema.arguments]
+            kwargs, args = {**dict(zip(names, args, strict=False)), **kwargs}, args[:1]
+            del kwargs["self"]
+        if func.overloadpacket in (aten.to, aten._to_copy) and not kwargs.get("non_blocking", False):
             target = torch.device(kwargs.get("device") or args[0].device)
             if target.type != args[0].device.type:
                 self.record()
