@@ -22,7 +22,9 @@ def generate(
     guidance: float | None = None,
     weights: Literal["full", "fp8", "int8", "nf4"] = "full",
     compiled: bool = False,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     device: str | None = None,
+    text_device: str | None = None,
 ) -> None:
     """Generate one video from text and write it as an mp4.
 
@@ -35,7 +37,10 @@ def generate(
         guidance: Guidance scale (classifier-free guidance), 1 is no guidance; the model's default if not given.
         weights: Storage of the transformer's weights: unchanged, or quantized to 8 or 4 bits.
         compiled: Compile the transformer's decoding step, which takes a minute or more and pays off for long videos.
+        dtype: Type of the weights that are not quantized; auto is that of the exported model, but float32 on CPUs
+            without bfloat16 units.
         device: Device of the models, such as cpu or cuda:0; the first GPU if there is one, else the CPU.
+        text_device: Device of the text encoder; that of the models if not given.
 
     Raises:
         UserError: If an argument is invalid, the model cannot be loaded, or the video cannot be written.
@@ -44,8 +49,7 @@ def generate(
     from t2v.generation.text_to_video import TextToVideo
     from t2v.video import Mp4Writer
 
-    device = _select_device(device)
-    model = TextToVideo.from_pretrained(folder, weights, compiled).to(device)
+    model = TextToVideo.from_pretrained(folder, weights, compiled, dtype, device, text_device)
     stream = model.stream(prompt, frames, seed, guidance=guidance)
     try:
         with Mp4Writer(output, model.fps) as file:
@@ -77,20 +81,6 @@ def export(checkpoint: str, folder: str, tokenizer: str | None = None) -> None:
 def _check_output(output: Path) -> None:
     if output.suffix.lower() != ".mp4" or not output.absolute().parent.is_dir() or output.is_dir():
         raise UserError(f"output={output} must be a .mp4 file in a folder that exists: change --output.")
-
-
-def _select_device(name: str | None) -> str:
-    """Return the named device, or the first GPU if there is one, else the CPU."""
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n", 1)[0]
-        raise UserError(f"device={name} cannot be used ({reason}): give cpu, or leave --device out.") from error
-    return name
 
 
 def main() -> None:

@@ -56,12 +56,26 @@ def test_an_exported_model_generates_what_its_checkpoint_generates(trained_pipel
 
 
 def test_generate_writes_the_video_that_the_library_generates(exported, tmp_path):
-    options = ("--frames", 3, "--seed", 7, "--weights", "int8", "--guidance", 2, "--device", "cpu")
+    options = (
+        "--frames",
+        3,
+        "--seed",
+        7,
+        "--weights",
+        "int8",
+        "--guidance",
+        2,
+        "--device",
+        "cpu",
+        "--dtype",
+        "bfloat16",
+    )
     done = run("generate", exported, "a red circle", "-o", "out.mp4", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["Wrote", "out.mp4"]
     assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
-    video = TextToVideo.from_pretrained(exported, "int8").generate("a red circle", frames=3, seed=7, guidance=2.0)
+    model = TextToVideo.from_pretrained(exported, "int8", dtype="bfloat16", device="cpu")
+    video = model.generate("a red circle", frames=3, seed=7, guidance=2.0)
     write_mp4(tmp_path / "expected.mp4", video[0], fps=8)
     assert torch.equal(*(read_frames(tmp_path / name, range(3)) for name in ("out.mp4", "expected.mp4")))
 
@@ -79,6 +93,8 @@ def test_generate_writes_video_mp4_by_default(exported, tmp_path):
         (("--output", "out.gif"), "output=out.gif must be a .mp4 file"),
         (("--device", "abacus"), "device=abacus cannot be used ("),
         (("--weights", "fp3"), "Parser key \"weights\": Expected a typing.Literal['full', 'fp8', 'int8', 'nf4']. Got"),
+        (("--dtype", "int7"), "Parser key \"dtype\": Expected a typing.Literal['auto', 'float32', 'bfloat16']. Got"),
+        (("--text_device", "abacus"), "text_device=abacus cannot be used ("),
         (("--frames", "many"), 'Parser key "frames": '),
         (("--frames", "0"), "frames=0 must be at least 1."),
         (("--length", "3"), "unrecognized arguments: --length 3"),

@@ -1,13 +1,13 @@
 """Models saved as a folder of safetensors and JSON, and loaded strictly."""
 
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors.torch import load_file
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 
 from t2v.errors import UserError
 
@@ -20,9 +20,22 @@ class HubModel(PyTorchModelHubMixin):
 
     @classmethod
     def _from_pretrained(
-        cls, *, model_id: str, map_location: str = "cpu", strict: bool = True, **arguments: Any
+        cls,
+        *,
+        model_id: str,
+        map_location: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        strict: bool = True,
+        **arguments: Any,
     ) -> Any:
         """Load a model, frozen and in eval mode; `PyTorchModelHubMixin.from_pretrained` calls this.
+
+        Args:
+            model_id: The folder or repository.
+            map_location: Device of the weights.
+            dtype: Type of the floating-point weights; by default as stored.
+            strict: Whether to refuse missing and unexpected weights.
+            arguments: Options of the download, and the arguments that the model was built with.
 
         Raises:
             UserError: If there are no weights.
@@ -33,18 +46,43 @@ class HubModel(PyTorchModelHubMixin):
         }
         arguments.pop("device", None)  # the device it was trained on
         path = Path(model_id) / "model.safetensors"
+        with torch.device("meta"):  # weights that are replaced anyway take no time or memory
+            model = cls(**arguments)
+        assert isinstance(model, nn.Module)
         try:
             if not Path(model_id).is_dir():
                 path = Path(hf_hub_download(model_id, path.name, **download))
-            weights = load_file(path, device=map_location)
+            weights = _read(path, model.state_dict(), torch.device(map_location), dtype)
         except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
             raise UserError(
                 f"There are no weights of a {cls.__name__} at '{model_id}' ({type(error).__name__}): give a folder "
                 f"that `save_pretrained` wrote, or a repository of the Hugging Face Hub that has {path.name}."
             ) from error
-        # On the meta device, weights that are replaced anyway take no time or memory.
-        takes_device = "device" in signature(cls).parameters
-        model = cls(**arguments, device="meta") if takes_device else cls(**arguments)
-        assert isinstance(model, nn.Module)
-        model.load_state_dict(weights, strict=strict, assign=takes_device)
-        return model.requires_grad_(False).eval()
+        model.load_state_dict(weights, strict=strict, assign=True)
+        return model.to(map_location, dtype).requires_grad_(False).eval()  # and the buffers that are not stored
+
+
+def _read(path: Path, layouts: dict[str, Tensor], device: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file.
+
+    Tensors that need no change stay mapped to the file. Each of the others is copied from a mapping of its own, which
+    is released, so that no more than one is in memory twice.
+
+    Args:
+        path: The file.
+        layouts: Tensors with the shapes and memory formats of those that are read.
+        device: Where they are copied to.
+        dtype: Type of the floating-point tensors; None for the stored one.
+    """
+    tensors = {}
+    with safe_open(path, framework="pt") as shared:
+        for name in shared.keys():  # noqa: SIM118  (no dictionary)
+            tensor = tensors[name] = shared.get_tensor(name)
+            layout = layouts.get(name)
+            if layout is None or layout.shape != tensor.shape:
+                continue  # `load_state_dict` refuses it
+            wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            if (tensor.device, tensor.dtype, tensor.stride()) != (device, wanted, layout.stride()):
+                with safe_open(path, framework="pt") as own:
+                    tensors[name] = torch.empty_like(layout, device=device, dtype=wanted).copy_(own.get_tensor(name))
+    return tensors

@@ -17,6 +17,7 @@ from t2v.checkpoints.storage import read_checkpoint
 from t2v.errors import UserError
 from t2v.files import atomic_path
 from t2v.generation.decode import generate_frames
+from t2v.generation.devices import find_device, find_dtype
 from t2v.generation.quantization import Weights, convert
 from t2v.generation.sampling import Sampler
 from t2v.generation.schedules import Schedule
@@ -125,7 +126,7 @@ class TextToVideo:
         Raises:
             UserError: If an argument is invalid, before anything is generated.
         """
-        text = prompts if isinstance(prompts, TextEmbedding) else self.embed(prompts)
+        text = self._to_model(prompts) if isinstance(prompts, TextEmbedding) else self.embed(prompts)
         batch = len(text.pooled)
         start_tokens = None if start is None else self._encode(start, batch)
         tokens = generate_frames(
@@ -141,13 +142,13 @@ class TextToVideo:
         return self._decode(tokens, start_tokens)
 
     def embed(self, prompts: str | Sequence[str]) -> TextEmbedding:
-        """Embed prompts in full precision, as captions were embedded for training.
+        """Embed prompts by the text encoder, without autocast, as captions were embedded for training.
 
         Args:
             prompts: One or several.
 
         Returns:
-            The embeddings in the dtype of the transformer.
+            The embeddings on the device of the models and in the type of the transformer.
 
         Raises:
             UserError: If there are no prompts.
@@ -155,10 +156,13 @@ class TextToVideo:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise UserError("There are no prompts: give at least one; an empty string is a prompt too.")
-        with torch.autocast(self.device.type, enabled=False):
-            tokens, mask, pooled = self.text_encoder.encode(prompts)
-        dtype = next(weight.dtype for weight in self.transformer.parameters() if weight.is_floating_point())
-        return TextEmbedding(tokens.to(dtype), mask, pooled.to(dtype))
+        with torch.autocast(self.text_encoder.device.type, enabled=False):
+            return self._to_model(self.text_encoder.encode(prompts))
+
+    def _to_model(self, text: TextEmbedding) -> TextEmbedding:
+        """Return text embeddings on the device of the models and in the type of the transformer."""
+        device, dtype = self.device, _float_type(self.transformer)
+        return TextEmbedding(text.tokens.to(device, dtype), text.mask.to(device), text.pooled.to(device, dtype))
 
     @torch.inference_mode()
     def _encode(self, start: Shaped[Tensor, "*shape"], batch: int) -> Int[Tensor, "{batch} t h w"]:
@@ -218,18 +222,34 @@ class TextToVideo:
             raise UserError(f"Cannot write '{folder}' ({error.strerror or error}): give another folder.") from error
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, weights: Weights = "full", compiled: bool = False) -> "TextToVideo":
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        weights: Weights = "full",
+        compiled: bool = False,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        text_device: str | torch.device | None = None,
+    ) -> "TextToVideo":
         """Load a folder that `save_pretrained` or `python -m t2v export` wrote. No code is loaded from it.
+
+        Each weight goes straight to its type and device, so that only one at a time is in memory twice.
 
         Args:
             folder: Path of the folder.
             weights: Storage of the transformer's weights: unchanged, or quantized (see `t2v.generation.quantization`).
             compiled: Whether to compile the decoding step.
+            dtype: Type of the text encoder and of weights that are not quantized: "float32", "bfloat16", or "auto", the
+                type in the folder, but float32 on CPUs without bfloat16 units.
+            device: Device of the models; the first GPU if there is one, else the CPU.
+            text_device: Device of the text encoder, such as "cpu" for a large one; that of the models by default.
 
         Raises:
-            UserError: If a file is missing, damaged or of another version, the parts do not fit each other, or
-                `weights` is not known.
+            UserError: If a file is missing, damaged or of another version, the parts do not fit, or a value is invalid.
         """
+        device = find_device(device)
+        text_device = device if text_device is None else find_device(text_device, "text_device")
+        model_dtype, text_dtype = find_dtype(dtype, device), find_dtype(dtype, text_device)
         folder = Path(folder)
         missing = [name for name in FILES if not (folder / name).is_file()]
         if missing:
@@ -248,17 +268,20 @@ class TextToVideo:
             fps, frames = float(settings["fps"]), int(settings["frames"])
             guidance, sampler, encoder = (from_config(settings[key], kind) for key, kind in OBJECT_SETTINGS.items())
             part = "transformer"
-            transformer = VideoTransformer.from_pretrained(folder / part)
+            target: dict[str, Any] = {"map_location": device, "dtype": model_dtype}
+            transformer = VideoTransformer.from_pretrained(folder / part, **(target if weights == "full" else {}))
             part = "vqvae"
-            vqvae = VQVAE.from_pretrained(folder / part)
-        except UserError:
+            vqvae = VQVAE.from_pretrained(folder / part, **target)
+        except (UserError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise UserError(
                 f"'{folder / part}' is damaged, or not written by `python -m t2v export` ({_reason(error)}): export "
                 "the model again."
             ) from error
-        convert(transformer, weights)
+        convert(transformer, weights, device)
+        transformer.to(device, model_dtype)
+        encoder.to(text_device, text_dtype or _float_type(transformer))
         return cls(transformer, vqvae, encoder, fps, sampler, guidance, frames, compiled)
 
     @classmethod
@@ -269,7 +292,7 @@ class TextToVideo:
         weights: Weights = "full",
         compiled: bool = False,
     ) -> "TextToVideo":
-        """Load a checkpoint of stage 2 and the VQ-VAE it was trained with.
+        """Load a checkpoint of stage 2 and the VQ-VAE it was trained with, on the CPU and in the types it has.
 
         Args:
             path: The .ckpt file or folder that `fit` of stage 2 wrote. The moving average of the weights is loaded if
@@ -320,6 +343,11 @@ class TextToVideo:
                 )
         convert(transformer, weights)
         return cls(transformer, vqvae, encoder, fps, sampler, guidance, frames, compiled)
+
+
+def _float_type(model: VideoTransformer) -> torch.dtype:
+    """Return the type of the weights that are not quantized."""
+    return next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
 
 
 def check_parts(transformer: VideoTransformer, vqvae: VQVAE, text_encoder: TextEncoder) -> None:

@@ -22,6 +22,8 @@ class TextEncoder(ABC):
     """
 
     device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+    """Type of the weights. Embeddings are float32."""
 
     @property
     @abstractmethod
@@ -44,9 +46,15 @@ class TextEncoder(ABC):
             An embedding per text token, at least one, and the pooled text embedding; float32.
         """
 
-    def to(self, device: torch.device | str) -> None:
-        """Set the device of the computation and of the embeddings."""
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
+        """Set the device of the computation and of the embeddings, and the type of the weights.
+
+        Args:
+            device: The device.
+            dtype: The type; unchanged by default.
+        """
         self.device = torch.device(device)
+        self.dtype = dtype or self.dtype
 
     @torch.inference_mode()
     def encode(self, captions: list[str]) -> TextEmbedding:

@@ -33,7 +33,7 @@ class HuggingFaceTextEncoder(TextEncoder):
 
     @abstractmethod
     def _load_model(self) -> "PreTrainedModel":
-        """Load the weights."""
+        """Load the weights, in `self.dtype`."""
 
     @abstractmethod
     def _pool(self, tokens: Float[Tensor, "l d"]) -> Float[Tensor, " d"]:
@@ -50,7 +50,7 @@ class HuggingFaceTextEncoder(TextEncoder):
     @torch.inference_mode()
     def embed(self, caption: str) -> tuple[Float[Tensor, "l d"], Float[Tensor, " d"]]:
         """Embed one caption; see `TextEncoder.embed`."""
-        model = self._model.to(self.device)
+        model = self._model.to(self.device, self.dtype)
         ids = torch.tensor([self._token_ids(caption)], device=self.device)
         tokens = model(input_ids=ids).last_hidden_state[0].float()
         return tokens, self._pool(tokens)
@@ -60,7 +60,7 @@ class HuggingFaceTextEncoder(TextEncoder):
         """Embed captions, padded to the longest, in one pass; see `TextEncoder.encode_batch`."""
         if not captions:
             return self.encode(captions)
-        model = self._model.to(self.device)
+        model = self._model.to(self.device, self.dtype)
         unpadded = [torch.tensor(self._token_ids(caption)) for caption in captions]
         ids = pad_sequence(unpadded, batch_first=True).to(self.device)
         lengths = torch.tensor([len(each) for each in unpadded])

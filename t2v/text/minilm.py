@@ -4,7 +4,6 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -52,7 +51,7 @@ class MiniLMTextEncoder(HuggingFaceTextEncoder):
         folder = _weights_folder()
         from transformers import AutoModel
 
-        return AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        return AutoModel.from_pretrained(folder, local_files_only=True, dtype=self.dtype)
 
     def _pool(self, tokens: Float[Tensor, "l d"]) -> Float[Tensor, " d"]:
         return F.normalize(tokens.mean(0), dim=0)

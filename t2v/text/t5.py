@@ -4,7 +4,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -60,7 +59,7 @@ class T5TextEncoder(HuggingFaceTextEncoder):
         config = self._config
         from transformers import T5EncoderModel
 
-        return T5EncoderModel.from_pretrained(self.path_or_name, config=config, dtype=torch.float32)
+        return T5EncoderModel.from_pretrained(self.path_or_name, config=config, dtype=self.dtype)
 
     def _pool(self, tokens: Float[Tensor, "l d"]) -> Float[Tensor, " d"]:
         return tokens.mean(0)

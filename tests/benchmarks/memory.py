@@ -6,6 +6,7 @@ Run by `python -m tests.benchmarks.memory --what WHAT`:
   the peak (VmHWM, reset by /proc/self/clear_refs) minus the memory before the model was built. glibc is configured to
   return freed memory at once, so that the peak contains no cached memory.
 - `checkpointing`: memory and time by activation checkpointing at 107 M parameters, interleaved. Run nothing else.
+- `loading`: peak memory of loading an exported model of 107 M parameters on the CPU, by type and kind of weights.
 - `largest`: the largest models with the proportions of configs/transformer/8b.yaml that fit one card; planned only.
 """
 
@@ -16,6 +17,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -28,7 +30,9 @@ from torch import nn
 
 from t2v.batch import TextEmbedding
 from t2v.errors import run_tool
+from t2v.generation.text_to_video import TextToVideo
 from t2v.losses.tokens import token_loss_
+from t2v.text import MiniLMTextEncoder
 from t2v.training.optimization import parameter_groups
 from t2v.training.planner.budget import (
     TrainingBudget,
@@ -42,6 +46,8 @@ from t2v.training.planner.budget import (
 from t2v.transformer.config import AttentionConfig, TextConfig
 from t2v.transformer.model import VideoTransformer
 from t2v.vqvae.model import VQVAE
+from t2v.vqvae.quantizer import VectorQuantizer
+from tests.support.loading import peak_of_loading
 
 GB, GRID, TEXT_DIM, TEXT_LENGTH = 1e9, 16, 384, 16
 OPTIMIZERS: dict[str, Any] = {
@@ -93,7 +99,7 @@ POINTS = (
 
 
 def measure(
-    what: Literal["peaks", "checkpointing", "largest"] = "peaks", memory: float = 80.0, rounds: int = 3
+    what: Literal["peaks", "checkpointing", "loading", "largest"] = "peaks", memory: float = 80.0, rounds: int = 3
 ) -> None:
     """Print tables.
 
@@ -107,6 +113,8 @@ def measure(
         _peaks()
     elif what == "checkpointing":
         _checkpointing(rounds)
+    elif what == "loading":
+        _loading()
     else:
         _largest(memory * GB)
 
@@ -143,6 +151,18 @@ def _checkpointing(rounds: int) -> None:
             f"| {point.checkpointing} | {peak / GB:.2f} GB | {1 - peak / peaks[0]:.0%} | {median:.2f} | "
             f"{median / medians[0] - 1:.0%} |"
         )
+
+
+def _loading() -> None:
+    vqvae = VQVAE(image_size=128, base_channels=8, latent_patch_size=1, quantizer=VectorQuantizer(16384))
+    model = TextToVideo(POINTS[-1].model("cpu"), vqvae, MiniLMTextEncoder(), fps=8.0)
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "model"
+        model.save_pretrained(folder)
+        size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+        print(f"files: {size / 1e6:.0f} MB\n\n| dtype | weights | peak |\n|---|---|---|")
+        for dtype, weights in (("float32", "full"), ("bfloat16", "full"), ("bfloat16", "int8"), ("bfloat16", "nf4")):
+            print(f"| {dtype} | {weights} | {peak_of_loading(folder, dtype, weights) / 1e6:.0f} MB |", flush=True)
 
 
 def _predicted(point: Point) -> TrainingBudget:

@@ -35,6 +35,21 @@ def test_reads_by_the_host_do_not_depend_on_the_number_of_tokens_or_frames():
     assert two_by_two[0] == four_by_four[0]
 
 
+@pytest.mark.parametrize("embedded", [False, True], ids=["prompt", "embedding"])
+def test_a_text_encoder_on_the_cpu_serves_models_in_bfloat16_on_the_gpu(embedded):
+    network, tokenizer = (build().bfloat16().eval().requires_grad_(False) for build in (transformer, vqvae))
+    with fake_cuda() as reads:
+        model = TextToVideo(to_fake_cuda(network), to_fake_cuda(tokenizer), PromptEncoder(), fps=8.0)
+        assert model.text_encoder.device.type == "cpu"
+        text = model.embed(["a red ball", "two"])
+        assert {each.device.type for each in text} == {"cuda"}
+        assert {text.tokens.dtype, text.pooled.dtype} == {torch.bfloat16}
+        assert len(reads.places) == len(text)  # one copy each
+        prompts = TextEmbedding(*(each.to("cpu") for each in text)) if embedded else ["a red ball", "two"]
+        frames = list(model.stream(prompts, 2, guidance=3.0))
+    assert [(frame.device.type, frame.shape) for frame in frames] == [("cuda", (2, 1, 3, 16, 16))] * 2
+
+
 def text_for(videos: int) -> TextEmbedding:
     mask = torch.ones(videos, 3, dtype=torch.bool)
     return TextEmbedding(torch.randn(videos, 3, TEXT_DIM), mask, torch.randn(videos, TEXT_DIM))

@@ -1,9 +1,11 @@
 """Text encoders: shapes, independence of the batch, truncation, errors."""
 
 import pickle
+import shutil
 
 import pytest
 import torch
+import transformers
 
 from t2v.batch import TextEmbedding
 from t2v.errors import UserError
@@ -79,6 +81,21 @@ def test_name_and_width_of_a_t5_need_no_weights(t5_folder):
     assert encoder.name.startswith("tiny-t5")
     assert encoder.width == 16
     assert "_model" not in vars(encoder)
+
+
+def test_only_the_encoder_of_a_whole_t5_is_loaded_in_the_type_asked_for(t5_folder, tmp_path):
+    shutil.copytree(t5_folder, tmp_path, dirs_exist_ok=True)
+    config = transformers.T5Config.from_pretrained(t5_folder, num_decoder_layers=3)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    encoder = T5TextEncoder(str(tmp_path))
+    encoder.to("cpu", torch.bfloat16)
+    text = encoder.encode(CAPTIONS)
+    weights = dict(encoder._model.named_parameters())
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert not [name for name in weights if "decoder" in name or "lm_head" in name]
+    encoder.to("cpu", torch.float32)
+    assert text.tokens.dtype == text.pooled.dtype == torch.float32
+    torch.testing.assert_close(text.pooled, encoder.encode(CAPTIONS).pooled, atol=0.02, rtol=0.05)
 
 
 def test_a_missing_t5_is_an_error(tmp_path):
