@@ -193,8 +193,6 @@ def _help(module: str, *subcommand: str) -> str:
 def test_module_commands_have_their_flags(command):
     words = shlex.split(command)
     module, *arguments = words[words.index("-m") + 1 :]
-    if module == "tests.benchmarks.tokenizers":
-        pytest.importorskip("diffusers", reason="needs the extra bench")
     text = _help(module, arguments[0]) if module == "t2v" else _help(module)
     for flag in (word.split("=")[0] for word in arguments if word.startswith("-")):
         assert re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", text), f"{module} has no {flag}"

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.autoencoders.vae import Decoder, Encoder
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -92,6 +91,8 @@ class LlamaGenTokenizer(VQVAE):
         groups: int = 32,
         quantizer: Quantizer | None = None,
     ) -> None:
+        from diffusers.models.autoencoders.vae import Decoder, Encoder
+
         nn.Module.__init__(self)  # `VQVAE.__init__` would build its own networks
         self.image_size, self.frames_at_once = image_size, None
         self.stride = 2 ** (len(channel_multipliers) - 1)
@@ -208,6 +209,23 @@ class VideoGPTTokenizer(VQVAE):
             nn.ReLU(),
             nn.ConvTranspose3d(width, 3, 4, stride=2, padding=1),
         )
+
+    # The methods of `VQVAE` are typed for as many token frames as frames.
+    def encode(self, video: Float[Tensor, "b t c height width"]) -> Int[Tensor, "b s h w"]:
+        latents = self._encode(video)
+        indices = self.quantizer(rearrange(latents, "b s h w d -> (b s) (h w) d")).indices
+        return indices.view(latents.shape[:-1])
+
+    def decode(self, tokens: Int[Tensor, "b s h w"]) -> Float[Tensor, "b t c height width"]:
+        return self.decode_stream(tokens)[0]
+
+    def decode_stream(
+        self, tokens: Int[Tensor, "b s h w"], state: DecoderState | None = None
+    ) -> tuple[Float[Tensor, "b t c height width"], DecoderState]:
+        """Decode a whole clip: there is no state to continue it from."""
+        codes = self.quantizer.lookup(rearrange(tokens, "b s h w -> (b s) (h w)"))
+        video, state = self._decode(codes.view(*tokens.shape, -1))
+        return video.clamp(-1, 1), state
 
     def _encode(self, video: Float[Tensor, "b t c height width"]) -> Float[Tensor, "b s h w d"]:
         if video.shape[1] % self.frames_per_token:
