@@ -56,20 +56,7 @@ def test_an_exported_model_generates_what_its_checkpoint_generates(trained_pipel
 
 
 def test_generate_writes_the_video_that_the_library_generates(exported, tmp_path):
-    options = (
-        "--frames",
-        3,
-        "--seed",
-        7,
-        "--weights",
-        "int8",
-        "--guidance",
-        2,
-        "--device",
-        "cpu",
-        "--dtype",
-        "bfloat16",
-    )
+    options = ("--frames=3", "--seed=7", "--weights=int8", "--guidance=2", "--device=cpu", "--dtype=bfloat16")
     done = run("generate", exported, "a red circle", "-o", "out.mp4", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["Wrote", "out.mp4"]

@@ -21,9 +21,7 @@ def find_device(name: str | torch.device | None, argument: str = "device") -> to
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n", 1)[0]
-        raise UserError(
-            f"{argument}={name} cannot be used ({reason}): give cpu, or leave --{argument} out for the first GPU."
-        ) from error
+        raise UserError(f"{argument}={name} cannot be used ({reason}): give cpu, or leave {argument} out.") from error
 
 
 def find_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype | None:

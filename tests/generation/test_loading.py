@@ -83,7 +83,7 @@ def test_the_default_device_is_the_first_gpu_or_else_the_cpu(monkeypatch):
     [
         ({"dtype": "int7"}, "dtype=int7 is not known: choose auto, float32 or bfloat16"),
         ({"dtype": torch.float16}, "dtype=float16 is not known"),
-        ({"device": "abacus"}, r"^device=abacus cannot be used \(.*\): give cpu, or leave --device out"),
+        ({"device": "abacus"}, r"^device=abacus cannot be used \(.*\): give cpu, or leave device out"),
         ({"text_device": "abacus"}, r"^text_device=abacus cannot be used"),
     ],
 )
