@@ -88,8 +88,6 @@ class LitVideoTransformer(LightningModule):
     def configure_model(self) -> None:
         """Shard the model if the strategy asks for it, and initialize one that was built on the meta device."""
         mesh, device = self.device_mesh, torch.get_default_device()
-        if self.compiled:
-            self.model.compile_layers()
         if mesh is not None:
             if trainer := trainer_of(self):  # FP8 layers replace others before the weights are sharded
                 trainer.precision_plugin.convert_module(self)
@@ -97,6 +95,8 @@ class LitVideoTransformer(LightningModule):
                 parallelize(self.model, mesh["tensor_parallel"])
             shard(list(self.model.blocks), self.model, mesh, trainer.precision if trainer else None)
             device = torch.device(mesh.device_type)
+        if self.compiled:
+            self.model.compile_layers()
         if any(parameter.is_meta for parameter in self.model.parameters()):
             self.model.to(torch.get_default_dtype())  # with bf16-true, half the memory from the beginning
             self.model.to_empty(device=device)

@@ -8,9 +8,11 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from t2v.batch import VideoBatch
+from t2v.compilation import compile_layer
 from t2v.errors import UserError
 from t2v.losses import AdversarialLoss, LossTerm
 from t2v.metrics import PSNR, SSIM, CodebookUsage, Flicker, VideoMetric
@@ -64,21 +66,19 @@ class LitVQVAE(LightningModule):
         self.warmup_steps = warmup_steps
         self.codebook = CodebookUsage(model.codebook_size)
 
-    def setup(self, stage: str) -> None:
-        """Compile the encoder and the decoder if asked for."""
-        if self.compiled:  # in place: the names of the weights do not change
-            self.model.encoder.compile(dynamic=False)
-            self.model.decoder.compile(dynamic=False)
-
     def configure_model(self) -> None:
-        """Shard the model if the strategy asks for it.
+        """Shard the model if the strategy asks for it, then compile the encoder and the decoder if asked for.
 
         Raises:
             UserError: If the strategy does not fit a VQ-VAE with these options.
         """
-        mesh = self.device_mesh
-        if mesh is None:
-            return
+        if self.device_mesh is not None:
+            self._shard(self.device_mesh)
+        if self.compiled:
+            compile_layer(self.model.encoder)
+            compile_layer(self.model.decoder)
+
+    def _shard(self, mesh: DeviceMesh) -> None:
         if self.adversarial is not None:
             raise UserError(
                 "model.adversarial cannot be trained with a sharded model: use configs/cluster/ddp.yaml in place of "

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from t2v.batch import TextEmbedding, check_token_range
 from t2v.checkpoints.hub import HubModel
+from t2v.compilation import compile_layer
 from t2v.errors import UserError
 from t2v.torch_private import mark_dynamic
 from t2v.transformer.attention import WindowBlocks, window_blocks
@@ -238,7 +239,7 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
         prepare_compilation(_COMPILED_SHAPES)
         self._compiled = True
         for block in self.blocks:
-            block.compile(dynamic=False)  # in place: names of weights do not change
+            compile_layer(block)
 
     def _window_blocks(self, frames: int, positions: int, device: torch.device) -> WindowBlocks | None:
         """Return what compiled temporal layers share on a GPU, if there are more frames than the window."""

@@ -1,6 +1,7 @@
 """FSDP2 of one process: the types in which weights are gathered, gradients are summed and activations are computed."""
 
 import copy
+import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -8,17 +9,21 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from t2v.batch import TextEmbedding
+from t2v.compilation import compile_layer
 from t2v.losses.tokens import token_loss_
 from t2v.training.sharding import shard
 from t2v.training.streaming import unsharded
 from t2v.transformer.decoding import Decoder
 from tests.support.cuda_policy import cuda_autocast
 from tests.support.toys import TEXT_DIM, VOCABULARY, toy_transformer, toy_vqvae
+
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
 
 
 @pytest.fixture
@@ -127,3 +132,22 @@ def test_sharding_twice_changes_nothing(mesh):
     for _ in range(2):
         shard(list(model.blocks), model, mesh, "32-true")
     assert sum(isinstance(module, FSDPModule) for module in model.modules()) == 1 + len(model.blocks)
+
+
+@needs_compiler
+def test_hooks_of_sharding_are_outside_of_compiled_layers(mesh):
+    """A compiled `nn.Sequential`, as the encoder is, remains one graph; traced hooks would split it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 8)), nn.Linear(8, 1))
+    alone, x = copy.deepcopy(model), torch.randn(4, 8)
+    shard([model[0]], model, mesh, "32-true")
+    torch._dynamo.reset()
+    counters.clear()
+    for _ in range(2):  # the second call changes nothing
+        compile_layer(model[0])
+    for each in (model, alone):
+        each(x).square().sum().backward()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    for parameter, same in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad.full_tensor(), same.grad)
