@@ -65,6 +65,18 @@ def backward_under_modes(objective: Float[Tensor, ""]) -> None:
     _engine_run_backward((objective,), (torch.ones_like(objective),), False, False, (), True, True)
 
 
+def quantized_moments(optimizer: Any, parameter: Tensor) -> list[Tensor]:
+    """Return what torchao's 8-bit Adam keeps for a parameter, without data: codes, scales and tables, or floats."""
+    like = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+    moments: list[Any] = [optimizer._new_buffer(like, signed) for signed in (True, False)]
+    return [part for moment in moments for part in quantized_parts(moment)]
+
+
+def quantized_parts(tensor: Tensor) -> list[Tensor]:
+    """Return the tensors that hold the data of one of torchao's optimizer states, or a tensor itself."""
+    return [getattr(tensor, name) for name in getattr(tensor, "tensor_attrs", ())] or [tensor]
+
+
 def fused_rms_norm(*args: Any, **kwargs: Any) -> Tensor:
     """Compute RMSNorm by the GPU's fused operator, which saves less for the backward pass than the composed one."""
     output: Tensor = _aten._fused_rms_norm(*args, **kwargs)[0]

@@ -247,6 +247,18 @@ def test_torchaos_float8_layer_has_the_methods_that_are_used():
     )
 
 
+def test_torchaos_8_bit_optimizer_has_the_method_and_the_state_that_are_used():
+    from torchao.optim import AdamW8bit
+
+    weight = torch.nn.Parameter(torch.zeros(64, 64))
+    parts = torch_private.quantized_moments(AdamW8bit([weight]), weight)
+    assert [(part.dtype, part.numel()) for part in parts] == 2 * [
+        (torch.uint8, 4096),
+        (torch.float32, 16),
+        (torch.float32, 256),
+    ]
+
+
 def test_vector_quantize_pytorch_has_the_function_that_its_package_does_not_export():
     from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 

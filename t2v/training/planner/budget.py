@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from t2v.batch import TextEmbedding
 from t2v.generation.quantization import Weights, convert, stored_bytes
 from t2v.losses.tokens import token_loss_
-from t2v.torch_private import FakeTensorMode, storage_id
+from t2v.torch_private import FakeTensorMode, quantized_moments, storage_id
 from t2v.training.optimization import parameter_groups
 from t2v.training.planner.step import Device, Meter, Step, measure_step, without_data
 from t2v.transformer.block import Block
@@ -188,6 +188,9 @@ def optimizer_bytes(
     with fake:
         model = without_data(model, precision_dtypes(precision)[0], "cpu")
     optimizer, parameter_of = build_optimizer(model, factory)
+    if type(optimizer).__module__.startswith("torchao"):  # which compiles its step
+        moments = [part for parameter in parameter_of.values() for part in quantized_moments(optimizer, parameter)]
+        return OptimizerBytes(tensor_bytes(moments), 0)
     init_state = getattr(optimizer, "init_state", None)  # of bitsandbytes, whose kernels need data
     with fake:
         for group_index, group in enumerate(optimizer.param_groups):
@@ -252,7 +255,7 @@ def training_budget(
         tp_size: Tensor-parallel size. Activations are an upper bound: they are those without tensor parallelism.
         averaged: Whether a moving average of the weights is kept, as by `callbacks.EMA`.
     """
-    dtype = precision_dtypes(precision)[0]
+    dtype, autocast_dtype = precision_dtypes(precision)
     shards = world_size if strategy == "FSDP2" else 1
     parameters = sum(parameter.numel() for parameter in model.parameters())
     outside_layers = parameters - sum(_layer_parameters(model))
@@ -269,7 +272,9 @@ def training_budget(
     if strategy == "DDP" and world_size > 1:
         communication = trained
     elif shards > 1:
-        communication = 2 * unsharded_parameters(model, tp_size) * dtype.itemsize
+        layers, outside = unsharded_parameters(model, tp_size)
+        gathered = layers * (autocast_dtype or dtype).itemsize + outside * dtype.itemsize
+        communication = gathered + (layers + outside) * torch.float32.itemsize  # in which gradients are summed
     peak = max(
         gradients + step.forward,
         step.backward_activations + gradients if shards > 1 else step.backward,
@@ -286,8 +291,8 @@ def training_budget(
     )
 
 
-def unsharded_parameters(model: nn.Module, tp_size: int = 1) -> int:
-    """Return the number of parameters that FSDP2 gathers at a time: two layers, and all that is outside of layers.
+def unsharded_parameters(model: nn.Module, tp_size: int = 1) -> tuple[int, int]:
+    """Return the number of parameters that FSDP2 gathers at a time: those of two layers, and all outside of layers.
 
     Args:
         model: With or without data.
@@ -295,7 +300,7 @@ def unsharded_parameters(model: nn.Module, tp_size: int = 1) -> int:
     """
     layers = _layer_parameters(model)
     outside = sum(parameter.numel() for parameter in model.parameters()) - sum(layers)
-    return outside + sum(sorted(layers)[-2:]) // tp_size
+    return sum(sorted(layers)[-2:]) // tp_size, outside
 
 
 def _layer_parameters(model: nn.Module) -> list[int]:

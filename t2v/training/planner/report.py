@@ -118,9 +118,7 @@ def _settings(run: PlannedRun, memory: float) -> str:
     rows = []
     for precision in precisions:
         for layout in run.layouts():
-            for optimizer in run.optimizers:
-                if layout.strategy == "FSDP2" and optimizer in run.unsharded_optimizers:
-                    continue
+            for optimizer in run.optimizers_for(layout):
                 cells = []
                 for level in run.levels:
                     setting = Setting(precision, level, optimizer, layout)

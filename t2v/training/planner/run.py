@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from functools import cache, partial
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -96,7 +97,11 @@ class PlannedRun:
         callbacks: list[Any] = trainer.callbacks if trainer else []  # type: ignore[attr-defined]
         self.averaged = any(isinstance(callback, WeightAveraging) for callback in callbacks)
         self.plugin = _precision_plugin(trainer)
-        self.optimizers = _optimizers(module, self.trained)
+        own: OptimizerFactory = module.optimizer  # type: ignore[assignment]
+        self.optimizers = {_name(build_optimizer(self.trained, own)[0]): own}
+        """The run's own optimizer first, then alternatives."""
+        for name, factory in alternative_optimizers().items():
+            self.optimizers.setdefault(name, factory)
         self.levels: tuple[str, ...]
         if isinstance(model, VideoTransformer):
             self.levels, level = ("none", "attention", "full"), str(model.checkpointing)
@@ -104,12 +109,6 @@ class PlannedRun:
             self.levels, level = ("none", "frames"), "none" if model.frames_at_once is None else "frames"
             self.frames_at_once: int = model.frames_at_once or self.frames
         precision = str(trainer.precision) if trainer else "32-true"
-        self.unsharded_optimizers = {
-            name
-            for name, factory in self.optimizers.items()
-            if type(build_optimizer(self.trained, factory)[0]).__module__.startswith("bitsandbytes")
-        }
-        """Optimizers that FSDP2 cannot be combined with: bitsandbytes' kernels take no sharded tensors."""
         self.setting = Setting(precision, level, next(iter(self.optimizers)), _layout(trainer))
         self.step = cache(self._step)
         self.optimizer = cache(self._optimizer)
@@ -150,6 +149,13 @@ class PlannedRun:
         eight = Layout("FSDP2", max(own.world_size, 8), own.tp_size)
         return _unique([own, Layout("one device", 1), eight])
 
+    def optimizers_for(self, layout: Layout) -> list[str]:
+        """Return the optimizers that can be combined with a layout; torchao's are alternatives under FSDP2 only."""
+        if layout.strategy == "FSDP2":
+            return [name for name in self.optimizers if takes_sharded_parameters(name)]
+        own, *others = self.optimizers
+        return [own, *(name for name in others if not name.startswith("torchao"))]
+
     def _step(self, precision: str, checkpointing: str, clips: int) -> Step:
         if isinstance(self.model, VideoTransformer):
             return transformer_step(
@@ -172,19 +178,29 @@ def _trained_parts(module: LightningModule) -> nn.ModuleDict:
     return nn.ModuleDict({name: part for name, part in parts.items() if isinstance(part, nn.Module)})
 
 
-def _optimizers(module: LightningModule, trained: nn.Module) -> dict[str, OptimizerFactory]:
-    """Return the run's own optimizer first, then alternatives."""
-    own: OptimizerFactory = module.optimizer  # type: ignore[assignment]
-    found: dict[str, OptimizerFactory] = {type(build_optimizer(trained, own)[0]).__name__: own}
-    found.setdefault("AdamW", torch.optim.AdamW)
-    try:
-        from bitsandbytes.optim import AdamW8bit  # type: ignore[attr-defined]
-    except ImportError:
-        pass
-    else:
-        found.setdefault("AdamW8bit", AdamW8bit)
-    found.setdefault("SGD", partial(torch.optim.SGD, momentum=0.9))
-    return found
+def alternative_optimizers() -> dict[str, OptimizerFactory]:
+    """Return the optimizers that are compared with a run's own; those with 8-bit state, if they are installed."""
+    found: list[OptimizerFactory] = [torch.optim.AdamW]
+    for package in ("bitsandbytes", "torchao"):
+        try:
+            found.append(import_module(f"{package}.optim").AdamW8bit)
+        except ImportError:
+            continue
+    return {_name(factory([nn.Parameter(torch.zeros(1))])): factory for factory in found} | {
+        "SGD": partial(torch.optim.SGD, momentum=0.9)
+    }
+
+
+def takes_sharded_parameters(optimizer: str) -> bool:
+    """Return whether an optimizer can update FSDP2's parameters, which bitsandbytes' kernels cannot."""
+    return not optimizer.startswith("bitsandbytes")
+
+
+def _name(optimizer: torch.optim.Optimizer) -> str:
+    """Return the class of an optimizer, with its package if that is neither PyTorch nor ours."""
+    kind = type(optimizer)
+    package = kind.__module__.split(".")[0]
+    return kind.__name__ if package in ("torch", "t2v") else f"{package} {kind.__name__}"
 
 
 def _precision_plugin(trainer: Trainer | None) -> str:
