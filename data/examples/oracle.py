@@ -1,6 +1,8 @@
-"""The judge of the moving shapes: recognizes colour, shape and motion in a clip from its pixels.
+"""The judges of the moving shapes: they look at the pixels of a clip, and know nothing of prompts or models.
 
-It knows the palette and the outlines of the three shapes, and nothing of prompts or models.
+- `recognize` names colour, shape and motion of a clip as a whole; each frame has a vote.
+- `best_fits` compares each frame with every clip that there is: all colours, shapes and sizes at all positions. A video
+  whose shape changes, swells, splits or vanishes does not pass it.
 """
 
 from collections import Counter
@@ -9,9 +11,11 @@ from typing import NamedTuple
 
 import av
 import numpy as np
+import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float64, UInt8
 
-from data.examples.shapes import BACKGROUND, COLOURS
+from data.examples.shapes import BACKGROUND, COLOURS, SHAPES, SIZES, coverage
 
 
 class Answer(NamedTuple):
@@ -28,6 +32,62 @@ MIN_PIXELS = 30
 """Smallest patch of colour that counts as a shape; the smallest triangle has about 128 pixels."""
 MIN_TRAVEL = 8.0
 """Smallest motion from the first to the last frame, in pixels; every moving shape travels at least 28."""
+
+MARGIN = 6
+"""Pixels around a shape that are compared too."""
+MIN_PSNR = 22.0
+"""Smallest similarity of a frame to the shape that it shows, in dB."""
+MIN_FRAMES = 0.8
+"""Smallest fraction of a clip's frames that must show the shape."""
+
+
+class Fit(NamedTuple):
+    """The shape that is most similar to a frame."""
+
+    colour: str
+    shape: str
+    psnr: float
+    """In the box around the shape with a margin of `MARGIN` pixels, in dB."""
+
+
+def shows(video: UInt8[np.ndarray, "t height width 3"], colour: str, shape: str) -> bool:
+    """Return whether a shape is the best fit of most frames, each with a PSNR of at least `MIN_PSNR`.
+
+    Args:
+        video: The clip.
+        colour: One of `COLOURS`.
+        shape: One of `SHAPES`.
+    """
+    fits = best_fits(video)
+    good = [fit.psnr >= MIN_PSNR and (fit.colour, fit.shape) == (colour, shape) for fit in fits]
+    return sum(good) >= MIN_FRAMES * len(fits)
+
+
+def best_fits(video: UInt8[np.ndarray, "t height width 3"]) -> list[Fit]:
+    """Return the shape, of any colour and size and at any position, that is most similar to each frame."""
+    frames = (torch.from_numpy(video).float() - torch.tensor(BACKGROUND)).permute(0, 3, 1, 2)
+    names, errors = [], []
+    for size in SIZES.values():
+        box = size + 2 * MARGIN
+        padded = F.pad(frames, [MARGIN] * 4)  # beyond the picture there is background
+        inside = F.pad(torch.ones_like(frames[:1, :1]), [MARGIN] * 4)
+        energy = F.conv2d(padded.square().sum(1, keepdim=True), frames.new_ones(1, 1, box, box))
+        pixels = F.conv2d(inside, frames.new_ones(1, 1, box, box))
+        for shape in SHAPES:
+            mask = torch.from_numpy(coverage(shape, size)).float()
+            products = F.conv2d(frames.flatten(0, 1)[:, None], mask[None, None]).unflatten(0, frames.shape[:2])
+            for name, rgb in COLOURS.items():
+                colour = (torch.tensor(rgb) - torch.tensor(BACKGROUND)).float()
+                product = torch.einsum("tcyx,c->tyx", products[:, :, 0], colour)
+                squares = energy[:, 0] - 2 * product + mask.square().sum() * colour.square().sum()
+                errors.append((squares / (3 * pixels[:, 0])).flatten(1).amin(1))
+                names.append((name, shape))
+    mse, best = torch.stack(errors).min(0)
+    psnr = 10 * (255**2 / mse.clamp(min=1e-6)).log10()
+    return [
+        Fit(colour, shape, value)
+        for (colour, shape), value in zip((names[index] for index in best.tolist()), psnr.tolist(), strict=True)
+    ]
 
 
 def recognize_file(path: str | Path) -> Answer:

@@ -26,7 +26,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float64, UInt8
 from torch import Tensor
 
 from data.examples import is_complete
@@ -188,19 +188,11 @@ def caption_of(clip: ShapeClip, rng: np.random.Generator, templates: Sequence[st
 
 
 def render(clip: ShapeClip) -> UInt8[Tensor, "t 3 height width"]:
-    """Draw a clip with anti-aliased edges (4×4 samples per pixel)."""
-    scale, size = 4, SIZES[clip.size]
-    coordinates = (np.arange(size * scale) + 0.5) / (size * scale)  # from 0 to 1 across the shape
-    y, x = np.meshgrid(coordinates, coordinates, indexing="ij")
-    if clip.shape == "circle":
-        inside = (x - 0.5) ** 2 + (y - 0.5) ** 2 <= 0.25
-    elif clip.shape == "triangle":
-        inside = np.abs(x - 0.5) <= y / 2
-    else:
-        inside = np.ones_like(x, dtype=bool)
-    coverage = inside.reshape(size, scale, size, scale).mean(axis=(1, 3))[..., None]
+    """Draw a clip with anti-aliased edges."""
+    size = SIZES[clip.size]
+    opacity = coverage(clip.shape, size)[..., None]
     colour, background = np.array(COLOURS[clip.colour]), np.array(BACKGROUND)
-    patch = np.rint(coverage * colour + (1 - coverage) * background).astype(np.uint8)
+    patch = np.rint(opacity * colour + (1 - opacity) * background).astype(np.uint8)
 
     video = np.empty((FRAMES, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     video[:] = BACKGROUND
@@ -210,6 +202,26 @@ def render(clip: ShapeClip) -> UInt8[Tensor, "t 3 height width"]:
         top, left = min(max(clip.y + dy * t, 0), last), min(max(clip.x + dx * t, 0), last)
         frame[top : top + size, left : left + size] = patch
     return torch.from_numpy(video).permute(0, 3, 1, 2).contiguous()
+
+
+def coverage(shape: str, size: int) -> Float64[np.ndarray, "size size"]:
+    """Return the fraction of each pixel that a shape covers, from 4×4 samples.
+
+    Args:
+        shape: One of `SHAPES`.
+        size: Width and height in pixels.
+    """
+    scale = 4
+    coordinates = (np.arange(size * scale) + 0.5) / (size * scale)  # from 0 to 1 across the shape
+    y, x = np.meshgrid(coordinates, coordinates, indexing="ij")
+    if shape == "circle":
+        inside = (x - 0.5) ** 2 + (y - 0.5) ** 2 <= 0.25
+    elif shape == "triangle":
+        inside = np.abs(x - 0.5) <= y / 2
+    else:
+        inside = np.ones_like(x, dtype=bool)
+    fractions: Float64[np.ndarray, "size size"] = inside.reshape(size, scale, size, scale).mean(axis=(1, 3))
+    return fractions
 
 
 def draw(held_out: bool, clips: int, seed: int) -> Iterator[tuple[ShapeClip, str]]:

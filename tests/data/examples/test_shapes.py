@@ -1,10 +1,11 @@
 import csv
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from data.examples.oracle import NOTHING, Answer, recognize, recognize_file
+from data.examples.oracle import NOTHING, Answer, best_fits, recognize, recognize_file, shows
 from data.examples.shapes import (
     BACKGROUND,
     COLOURS,
@@ -97,6 +98,22 @@ def test_a_shape_stops_at_the_edge():
 def test_the_oracle_recognizes_every_clip():
     for clip, _ in [*draw(held_out=False, clips=144, seed=2), *held_out_prompts(1)]:
         assert recognize(pixels(clip)) == Answer(clip.colour, clip.shape, clip.direction)
+
+
+def test_every_frame_of_a_clip_is_most_similar_to_its_shape():
+    for clip, _ in draw(held_out=True, clips=18, seed=4):
+        assert shows(pixels(clip), clip.colour, clip.shape)
+
+
+def test_a_shape_that_changes_or_fades_is_not_shown():
+    clip = ShapeClip("red", "square", "left", "large", "slow", x=36, y=20)
+    video = pixels(clip)
+    turned = np.concatenate([video[:12], pixels(replace(clip, shape="circle"))[12:]])
+    faded = np.concatenate([video[:12], video[12:] // 2])
+    for changed in (turned, faded):
+        assert recognize(changed)[:2] == ("red", "square")
+        assert not shows(changed, "red", "square")
+    assert [fit.shape for fit in best_fits(turned)] == 12 * ["square"] + 4 * ["circle"]
 
 
 def test_the_oracle_finds_nothing_in_an_empty_clip():
