@@ -1,9 +1,11 @@
 """Two processes train as one does, and any number of processes can resume from their checkpoints."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ from t2v.__main__ import export
 from t2v.checkpoints.lookup import newest_last, read_model_config
 from t2v.checkpoints.storage import MARKER, read_checkpoint, replace_checkpoint
 from t2v.errors import UserError
+from t2v.training.planner.run import alternative_optimizers, takes_sharded_parameters
 from t2v.vqvae.loading import load_vqvae
 from tests.support.pipeline import ROOT, Pipeline, differences, training_state
 from tests.support.recorder import losses
@@ -29,6 +32,8 @@ ONE = ["--trainer.devices=1", "--data.batch_size=4", "--trainer.accumulate_grad_
 TENSOR = [*SHARDED, *ONE, "--trainer.devices=2", "--trainer.strategy.tensor_parallel_size=2"]
 ADAMW = '--model.optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": 4e-3}}'
 """Replaces Muon, which computes in bfloat16."""
+OPTIMIZERS = {name: each for name, each in alternative_optimizers().items() if takes_sharded_parameters(name)}
+"""What a plan recommends for several devices."""
 PROMPTS = '["a red circle", "a large blue square moves left"]'
 
 
@@ -114,6 +119,53 @@ def test_two_processes_have_the_losses_of_one(pipeline, runs, name):
     assert len(runs.one) == 2 * STEPS
     assert runs.one[-1] < 0.8 * runs.one[0]
     assert losses(pipeline.run / name / "losses", 2) == pytest.approx(runs.one, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True])
+def test_sharded_runs_in_mixed_precision_have_the_losses_of_one_process_and_resume(pipeline, runs, compiled):
+    """The layers are gathered in bfloat16, with FSDP's hooks on layers that may be compiled."""
+    flags = [*runs.flags, "--trainer.precision=bf16-mixed", "--trainer.max_steps=8"]
+    name = f"mixed-{compiled}"
+    pipeline.main(*command(pipeline, "transformer", f"{name}-one", *flags, *ONE))
+    flags += ["-c", str(ROOT / "configs/cluster/fsdp.yaml"), *TWO, f"--model.compiled={str(compiled).lower()}"]
+    for run, more in ((name, []), (f"{name}-resumed", [f"--ckpt_path={at(pipeline, name, 4)}"])):
+        done = launch(pipeline, command(pipeline, "transformer", run, *flags, *more))
+        assert done.returncode == 0, done.stderr
+    alone, sharded, resumed = (
+        losses(pipeline.run / f"{run}/losses", ranks)
+        for run, ranks in ((f"{name}-one", 1), (name, 2), (f"{name}-resumed", 2))
+    )
+    assert sharded == pytest.approx(alone, abs=0.02)
+    assert resumed == sharded[8:]
+    assert not differences(*(training_state(at(pipeline, run, "last")) for run in (name, f"{name}-resumed")))
+    float32 = training_state(at(pipeline, name, "last"))
+    assert {value.dtype for key, value in float32.items() if "/state_dict/model." in key} == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_optimizers_that_a_plan_recommends_train_and_resume_with_sharded_weights(pipeline, optimizer):
+    """With a moving average, a guard and sharded checkpoints."""
+    factory = OPTIMIZERS[optimizer]
+    built, arguments = (factory.func, factory.keywords) if isinstance(factory, partial) else (factory, {})
+    chosen = {"class_path": f"{built.__module__}.{built.__qualname__}", "init_args": {"lr": 4e-3, **arguments}}
+    flags = [f"--model.optimizer={json.dumps(chosen)}", "--trainer.max_steps=8", "--model.model.dim=128"]
+    flags += ["--model.objective.caption_dropout=0", "--model.objective.corruption=0"]  # random per rank
+    flags += ["--model.model.hidden_dim=192", "--trainer.callbacks+=callbacks.NaNGuard", *SHARDED, *TWO]
+    name = f"plan-{built.__name__}"
+    for run, more in ((name, []), (f"{name}-resumed", [f"--ckpt_path={at(pipeline, name, 4)}"])):
+        done = launch(pipeline, command(pipeline, "transformer", run, *flags, *more))
+        assert done.returncode == 0, done.stderr
+    whole, resumed = (losses(pipeline.run / f"{run}/losses", 2) for run in (name, f"{name}-resumed"))
+    assert len(whole) == 16
+    assert whole[-1] < whole[0]
+    assert resumed == whole[8:]
+    assert not differences(*(training_state(at(pipeline, run, "last")) for run in (name, f"{name}-resumed")))
+    rest = command(pipeline, "transformer", f"{name}-alone", *flags, *ONE, f"--ckpt_path={at(pipeline, name, 4)}")
+    done = launch(pipeline, rest)
+    assert done.returncode == 0, done.stderr
+    assert losses(pipeline.run / f"{name}-alone/losses", 1) == pytest.approx(whole[8:], abs=0.01)
 
 
 def test_muon_with_sharded_weights(pipeline, runs):
@@ -215,17 +267,20 @@ def test_generation_validation_and_export_read_a_sharded_checkpoint(pipeline, ru
     torch.testing.assert_close(*scores, atol=1e-5, rtol=0)
 
 
-def test_stage_one_with_sharded_weights(pipeline):
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_stage_one_with_sharded_weights(pipeline, compiled):
     """Losses before quantization are those of one process, and the sharded checkpoint is a tokenizer."""
     flags = ["--trainer.max_steps=8", "--model.quantize_from_step=5"]
-    pipeline.main(*command(pipeline, "vqvae", "vqvae-one", *flags, *ONE))
-    done = launch(pipeline, command(pipeline, "vqvae", "vqvae-fsdp", *flags, *SHARDED, *TWO))
+    one, fsdp = f"vqvae-one-{compiled}", f"vqvae-fsdp-{compiled}"
+    pipeline.main(*command(pipeline, "vqvae", one, *flags, *ONE))
+    flags.append(f"--model.compiled={str(compiled).lower()}")
+    done = launch(pipeline, command(pipeline, "vqvae", fsdp, *flags, *SHARDED, *TWO))
     assert done.returncode == 0, done.stderr
-    alone, sharded = losses(pipeline.run / "vqvae-one/losses", 1), losses(pipeline.run / "vqvae-fsdp/losses", 2)
+    alone, sharded = losses(pipeline.run / one / "losses", 1), losses(pipeline.run / fsdp / "losses", 2)
     assert len(sharded) == 16
     assert sharded[:10] == pytest.approx(alone[:10], abs=1e-4)
 
-    folder = at(pipeline, "vqvae-fsdp", "last")
+    folder = at(pipeline, fsdp, "last")
     file = consolidated(folder, pipeline.folder / "vqvae.ckpt")
     assert load_vqvae(str(folder)).fingerprint() == load_vqvae(str(file)).fingerprint()
     assert pipeline.cli("validate", "vqvae", f"--ckpt_path={folder}").model.model.quantizer.ready
