@@ -127,7 +127,7 @@ def test_the_norm_of_bfloat16_gradients_is_summed_in_float32():
         parameter.grad = torch.randn_like(parameter)
     expected = torch.stack([parameter.grad.double().square().sum() for parameter in parameters]).sum().sqrt().item()
     seen = [_Batch(0, [], torch.tensor(2.0))]
-    norm, loss = NaNGuard()._measure(Trainer(accelerator="cpu", logger=False), torch.optim.SGD(parameters), seen)
+    (norm,), loss = NaNGuard()._measure(Trainer(accelerator="cpu", logger=False), torch.optim.SGD(parameters), seen)
     assert norm == pytest.approx(expected, rel=1e-5)
     assert loss == 2.0
 
