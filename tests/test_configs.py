@@ -116,4 +116,4 @@ def test_every_recipe_can_be_planned_without_weights(path, tmp_path, monkeypatch
     cli.main(["plan", "--config", str(path)])
     output = capsys.readouterr().out
     assert "recommended  " in output
-    assert not [line for line in output.splitlines() if "FSDP2" in line and "8bit" in line]
+    assert not [line for line in output.splitlines() if "FSDP2" in line and "bitsandbytes" in line]
