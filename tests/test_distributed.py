@@ -168,6 +168,7 @@ def test_optimizers_that_a_plan_recommends_train_and_resume_with_sharded_weights
     assert losses(pipeline.run / f"{name}-alone/losses", 1) == pytest.approx(whole[8:], abs=0.01)
 
 
+@pytest.mark.slow
 def test_muon_with_sharded_weights(pipeline, runs):
     """Muon multiplies full matrices, which are sharded over the ranks."""
     flags = [flag for flag in runs.flags if flag != ADAMW]
@@ -197,6 +198,7 @@ def test_two_tensor_parallel_processes_have_the_losses_of_one(pipeline, tensor_p
         assert of_rank == pytest.approx(tensor_parallel, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_tensor_parallel_and_single_process_runs_resume_from_each_other(pipeline, tensor_parallel):
     pipeline.main(
         *command(pipeline, "transformer", "then-alone", ADAMW, *ONE), f"--ckpt_path={at(pipeline, 'tensor', 12)}"
@@ -267,7 +269,8 @@ def test_generation_validation_and_export_read_a_sharded_checkpoint(pipeline, ru
     torch.testing.assert_close(*scores, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True])
 def test_stage_one_with_sharded_weights(pipeline, compiled):
     """Losses before quantization are those of one process, and the sharded checkpoint is a tokenizer."""
     flags = ["--trainer.max_steps=8", "--model.quantize_from_step=5"]
@@ -290,7 +293,7 @@ def test_stage_one_with_sharded_weights(pipeline, compiled):
     ("stage", "devices", "tp_size", "message"),
     [
         ("transformer", 3, 2, "tensor_parallel_size=2 must divide the number of devices, 3"),
-        ("transformer", 3, 3, "must divide the transformer's"),
+        pytest.param("transformer", 3, 3, "must divide the transformer's", marks=pytest.mark.slow),
         ("vqvae", 2, 2, "a VQ-VAE has no tensor parallelism"),
     ],
 )

@@ -126,6 +126,7 @@ def test_prompts_become_videos_on_a_gallery_page(copy_pipeline):
     assert [path.read_bytes() for path in videos] == before
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_vqvae_with_discriminators(trained_pipeline, tmp_path):
     """Every parameter must have a gradient in every step, also before the codebook and the discriminators start."""
     flags = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=6", "--data.batch_size=4"]

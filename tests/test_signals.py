@@ -20,7 +20,10 @@ SLURM = {
 }
 
 
-@pytest.mark.parametrize(("stage", "name", "batches"), [("vqvae", "SIGUSR1", 1), ("transformer", "SIGTERM", 2)])
+@pytest.mark.parametrize(
+    ("stage", "name", "batches"),
+    [pytest.param("vqvae", "SIGUSR1", 1, marks=pytest.mark.slow), ("transformer", "SIGTERM", 2)],
+)
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(copy_pipeline, tmp_path, stage, name, batches, capfd):
     pipeline = copy_pipeline()
     fit, checkpoint = resumable(pipeline, stage), pipeline.checkpoint(stage)

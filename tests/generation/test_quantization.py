@@ -286,6 +286,7 @@ def test_unknown_weights_and_a_missing_library_are_errors(full, monkeypatch):
 
 
 @pytest.mark.parametrize("weights", ["full", *KINDS])
+@torch.compiler.set_stance("force_eager")
 def test_a_model_is_quantized_when_it_is_loaded(trained_pipeline, tmp_path, monkeypatch, weights):
     monkeypatch.chdir(trained_pipeline.folder)  # the tokenizer's path is relative to where training ran
     checkpoint = trained_pipeline.checkpoint("transformer")

@@ -51,7 +51,7 @@ def install(wheel: Path, folder: Path) -> Path:
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     site = folder / "lib" / version / "site-packages"
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
-    subprocess.run([*pip, "--no-deps", "--no-index", str(wheel)], check=True)
+    subprocess.run([*pip, "--no-deps", "--no-index", str(wheel)], check=True, env=_own_environment())
     for required in _required_by(Distribution.at(next(site.glob("t2v-*.dist-info")))):
         _link(required, site)
     return python
@@ -59,9 +59,12 @@ def install(wheel: Path, folder: Path) -> Path:
 
 def run(python: Path, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run the environment's Python, without the variables that would let it find other packages."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
     command = [str(argument) for argument in (python, *arguments)]
-    return subprocess.run(command, cwd=cwd, env=kept, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, env=_own_environment(), capture_output=True, text=True, timeout=300)
+
+
+def _own_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
 
 
 def _required_by(package: Distribution) -> list[Distribution]:

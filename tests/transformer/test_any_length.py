@@ -66,7 +66,7 @@ def decode(model, tokens, text, start_frames: int = 0) -> torch.Tensor:
     return torch.stack(logits, dim=1)
 
 
-@pytest.mark.parametrize("prefix", [0, 1, 40, 1000])
+@pytest.mark.parametrize("prefix", [0, 1, 40, pytest.param(1000, marks=pytest.mark.slow)])
 @torch.inference_mode()
 def test_a_frame_deep_in_a_video_is_predicted_like_the_same_frame_of_a_clip(prefix):
     """Two temporal layers see 2 · (window - 1) earlier frames, and one more for tokens that are inputs of the next."""

@@ -36,7 +36,7 @@ def test_a_spatial_layer_attends_to_its_own_frame_only():
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_compiled_attention_in_chunks_equals_eager_attention(dtype):
     attention = SelfAttention(32, heads=4, kv_heads=2)
     rotate = rotation_at(raster_positions(0, 320, 8, 8, torch.device("cpu")), (8, 0, 0), 100.0)

@@ -88,6 +88,7 @@ def test_compiled_decoding_equals_the_full_forward():
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_every_model_runs_its_own_compiled_code():
     """No guards on modules are checked: without isolation the tied model would run the code of the other."""
     model = toy_transformer(2, spatial_layers=1, temporal_layers=0)

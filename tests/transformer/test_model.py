@@ -74,6 +74,7 @@ def test_compiled_layers_have_the_same_gradients_and_recompile_for_no_caption_le
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_layers_are_compiled_for_more_lengths_of_clips_than_the_default_limit():
     model, text, graphs = toy_transformer(spatial_layers=1, temporal_layers=0), random_text(), []
     with torch._dynamo.config.patch(recompile_limit=1), torch.inference_mode():
