@@ -289,11 +289,12 @@ def test_stage_one_with_sharded_weights(pipeline, compiled):
     assert pipeline.cli("validate", "vqvae", f"--ckpt_path={folder}").model.model.quantizer.ready
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "devices", "tp_size", "message"),
     [
         ("transformer", 3, 2, "tensor_parallel_size=2 must divide the number of devices, 3"),
-        pytest.param("transformer", 3, 3, "must divide the transformer's", marks=pytest.mark.slow),
+        ("transformer", 3, 3, "must divide the transformer's"),
         ("vqvae", 2, 2, "a VQ-VAE has no tensor parallelism"),
     ],
 )

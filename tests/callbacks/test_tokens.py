@@ -169,6 +169,7 @@ def test_a_failed_run_leaves_no_shards_and_can_be_repeated(tmp_path):
     assert len(dict(members(tmp_path / "train"))) == 5 * 4
 
 
+@pytest.mark.slow
 def test_two_processes_write_every_clip_once(trained_pipeline, tmp_path):
     counts = {"train": 3, "val": 1}  # one rank has one clip more; in val one has none
     flags = ["--data.batch_size=1", "--data.num_workers=1", f"--trainer.default_root_dir={tmp_path}"]

@@ -16,8 +16,9 @@ from torch.distributed.tensor import DTensor
 
 from t2v.batch import TextEmbedding
 from t2v.compilation import compile_layer
+from t2v.errors import UserError
 from t2v.losses.tokens import token_loss_
-from t2v.training.sharding import shard
+from t2v.training.sharding import ShardedStrategy, shard
 from t2v.training.streaming import unsharded
 from t2v.transformer.decoding import Decoder
 from tests.support.cuda_policy import cuda_autocast
@@ -31,6 +32,14 @@ def mesh() -> Iterator[DeviceMesh]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("tp_size", [0, 2, 4])
+def test_a_tensor_parallel_size_that_does_not_divide_the_devices_is_refused(tp_size):
+    strategy = ShardedStrategy(tp_size)
+    strategy.parallel_devices = 3 * [torch.device("cpu")]
+    with pytest.raises(UserError, match=f"tensor_parallel_size={tp_size} must divide the number of devices, 3"):
+        strategy.setup_environment()
 
 
 def autocast(precision: str) -> torch.autocast:

@@ -81,6 +81,7 @@ def test_caches_hold_one_frame_or_the_window():
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_compiled_decoding_equals_the_full_forward():
     model, tokens, text = toy_transformer(2, spatial_layers=1, temporal_layers=1), random_tokens(), random_text()
     compiled = decode(model, tokens, text, compiled=True)

@@ -81,6 +81,7 @@ def test_a_killed_run_continues(source, uninterrupted, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_ray_writes_equal_shards(source, uninterrupted, tmp_path):
     import ray
 
