@@ -92,8 +92,13 @@ def best_fits(video: UInt8[np.ndarray, "t height width 3"]) -> list[Fit]:
 
 def recognize_file(path: str | Path) -> Answer:
     """Return the attributes of the shape in an mp4 file."""
+    return recognize(read_file(path))
+
+
+def read_file(path: str | Path) -> UInt8[np.ndarray, "t height width 3"]:
+    """Return all frames of an mp4 file."""
     with av.open(str(path)) as container:
-        return recognize(np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]))
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 def recognize(video: UInt8[np.ndarray, "t height width 3"]) -> Answer:
