@@ -32,6 +32,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from callbacks.checkpoint import FinalCheckpoint
 from callbacks.config import SaveConfig
+from callbacks.progress import ProgressLines
 from callbacks.seeding import StepSeed
 from callbacks.signals import StopOnSignal, Stopped
 from callbacks.summary import RunSummary
@@ -97,7 +98,7 @@ class T2VCLI(LightningCLI):
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},  # a resumed run rewrites its own config.yaml
             trainer_defaults={
-                "callbacks": [RunSummary(), StepSeed(), FinalCheckpoint(), StopOnSignal()],
+                "callbacks": [RunSummary(), StepSeed(), FinalCheckpoint(), StopOnSignal(), ProgressLines()],
                 "enable_model_summary": False,
             },
             args=args,

@@ -4,6 +4,7 @@ from callbacks.averaging import EMA
 from callbacks.checkpoint import FinalCheckpoint
 from callbacks.guard import NaNGuard
 from callbacks.logging import GenerationLogger, ReconstructionLogger
+from callbacks.progress import ProgressLines
 from callbacks.report import MetricsReport
 from callbacks.seeding import StepSeed
 from callbacks.summary import RunSummary
@@ -17,6 +18,7 @@ __all__ = [
     "GenerationLogger",
     "MetricsReport",
     "NaNGuard",
+    "ProgressLines",
     "ReconstructionLogger",
     "RunSummary",
     "StepSeed",

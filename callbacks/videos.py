@@ -9,6 +9,7 @@ from jinja2 import Template
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from callbacks.progress import ProgressPrinter
 from t2v.batch import GeneratedVideos
 from t2v.files import atomic_path
 from t2v.video import Mp4Writer
@@ -47,9 +48,11 @@ class VideoGalleryWriter(BasePredictionWriter):
         paths = [self.output_dir / "videos" / f"{name}.mp4" for name in prediction.names]
         with ExitStack() as stack:
             files = [stack.enter_context(Mp4Writer(path, prediction.fps)) for path in paths]
-            for frames in prediction.frames:
+            progress = ProgressPrinter("Frame")
+            for number, frames in enumerate(prediction.frames, 1):
                 for file, frame in zip(files, frames, strict=True):
                     file.write(frame)
+                progress.update(number, prediction.length)
         self._prompts.update(zip(prediction.names, prediction.prompts, strict=True))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -62,6 +62,8 @@ class GeneratedVideos(NamedTuple):
 
     frames: Iterator[UInt8[Tensor, "b 1 c height width"]]
     """The next frame of all videos at each step. The frames are generated while iterating, which is possible once."""
+    length: int
+    """Number of frames."""
     prompts: list[str]
     names: list[str]
     fps: float

@@ -31,7 +31,7 @@ ONE = ["--trainer.devices=1", "--data.batch_size=4", "--trainer.accumulate_grad_
 """Two batches per step, as with two ranks."""
 TENSOR = [*SHARDED, *ONE, "--trainer.devices=2", "--trainer.strategy.tensor_parallel_size=2"]
 ADAMW = '--model.optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": 4e-3}}'
-"""Replaces Muon, which computes in bfloat16."""
+"""Replaces Muon, which amplifies rounding."""
 OPTIMIZERS = {name: each for name, each in alternative_optimizers().items() if takes_sharded_parameters(name)}
 """What a plan recommends for several devices."""
 PROMPTS = '["a red circle", "a large blue square moves left"]'

@@ -6,11 +6,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.optimizer import ParamsT
 
 from t2v.losses import AdversarialLoss
 
@@ -77,12 +79,58 @@ def split_discriminators(optimizer: torch.optim.Optimizer) -> tuple[list[nn.Para
     return sides
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update of each matrix is made nearly orthogonal (https://kellerjordan.github.io/posts/muon).
+
+    The update is scaled to the size of AdamW's (https://arxiv.org/abs/2502.16982), so that both use the same learning
+    rate and weight decay. It is `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, except that on the CPU it
+    multiplies matrices in float32: torch does so in bfloat16, which most CPUs only emulate.
+
+    Args:
+        params: Matrices, or groups of matrices.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay.
+        momentum: Nesterov momentum, in [0, 1).
+    """
+
+    def __init__(self, params: ParamsT, lr: float, weight_decay: float, momentum: float) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update the matrices that have a gradient."""
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(weight.grad)
+                average = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
+                update = orthogonalize(weight.grad.lerp(average, momentum))
+                weight.mul_(1 - lr * group["weight_decay"])
+                weight.add_(update, alpha=-lr * 0.2 * math.sqrt(max(weight.shape)))
+
+
+def orthogonalize(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+    """Return a nearly orthogonal matrix with the same singular vectors, by five Newton–Schulz steps.
+
+    The singular values become 0.7 to 1.2 rather than 1, which trains as well (https://kellerjordan.github.io/posts/muon).
+    """
+    x = matrix.bfloat16() if matrix.is_cuda else matrix.float()
+    tall = x.shape[0] > x.shape[1]
+    if tall:
+        x = x.T
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return (x.T if tall else x).to(matrix.dtype)
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for the weights of the hidden layers, AdamW for all other parameters.
-
-    Both are torch's. Muon (https://kellerjordan.github.io/posts/muon) makes the update of a matrix nearly orthogonal.
-    The update is scaled to the size of AdamW's (https://arxiv.org/abs/2502.16982), so that both use the same learning
-    rate and weight decay.
 
     Args:
         params: Groups from `parameter_groups`.
@@ -102,7 +150,7 @@ class MuonAdamW(torch.optim.Optimizer):
     ) -> None:
         hidden, others = _split(params)
         self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(hidden, lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw"),
+            Muon(hidden, lr, weight_decay=weight_decay, momentum=momentum),
             torch.optim.AdamW(others, lr, betas=betas, weight_decay=weight_decay),
         ]
         super().__init__([group for part in self.parts for group in part.param_groups], {})

@@ -168,7 +168,8 @@ class LitVideoTransformer(LightningModule):
         generator = self._text_to_video()
         frames = generator.stream(batch.prompts if text is None else text, seed=batch.seeds, start=start)
         frames = in_context(self.trainer.precision_plugin.forward_context, frames)
-        return GeneratedVideos(unsharded(self.model, frames), batch.prompts, batch.names, generator.fps)
+        frames = unsharded(self.model, frames)
+        return GeneratedVideos(frames, self.generation.frames, batch.prompts, batch.names, generator.fps)
 
     def _text_to_video(self) -> TextToVideo:
         self.text_encoder.to(self.device)

@@ -58,8 +58,8 @@ class VQVAE(
         base_channels: Channels of the first level.
         channel_multipliers: Channels of each level in units of `base_channels`; between levels the size is halved.
         encoder_blocks: Residual blocks per level of the encoder.
-        encoder_kernel_size: Kernel size of the encoder's residual blocks, odd. With 1, a token depends on few pixels
-            outside its own, which makes it easier to predict.
+        encoder_kernel_size: Kernel size of the encoder's first convolution and residual blocks, odd. With 1 and a
+            single level, a token depends on its own pixels alone, which makes it easier to predict.
         decoder_blocks: Residual blocks per level of the decoder.
         temporal_blocks: Causal blocks over time in the decoder.
         patch_size: Side in pixels of the blocks that are folded into channels before the first level.
@@ -110,7 +110,7 @@ class VQVAE(
 
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(patch_size),
-            nn.Conv2d(3 * patch_size**2, widths[0], 3, padding=1),
+            nn.Conv2d(3 * patch_size**2, widths[0], encoder_kernel_size, padding=encoder_kernel_size // 2),
             *_levels(widths, encoder_blocks, encoder_kernel_size, Downsample),
             ChannelNorm(width),
             nn.SiLU(),

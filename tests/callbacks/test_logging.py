@@ -36,7 +36,7 @@ class LitToy(LightningModule):
     def generate_videos(self, prompts: PromptBatch, text: TextEmbedding) -> GeneratedVideos:
         video = torch.stack([torch.arange(3, dtype=torch.uint8) + 9 * seed for seed in prompts.seeds])
         frames = video[:, :, None, None, None].expand(-1, -1, 3, 6, 10).split(1, dim=1)
-        return GeneratedVideos(iter(frames), prompts.prompts, prompts.names, fps=4.0)
+        return GeneratedVideos(iter(frames), 3, prompts.prompts, prompts.names, fps=4.0)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)

@@ -16,7 +16,7 @@ PROMPTS = ["a red circle", 'a "quoted" <b>bold</b> & braced {prompt}', "a café 
 
 class LitPainter(LightningModule):
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> GeneratedVideos:
-        return GeneratedVideos(self.paint(batch.seeds), batch.prompts, batch.names, fps=8.0)
+        return GeneratedVideos(self.paint(batch.seeds), 4, batch.prompts, batch.names, fps=8.0)
 
     def paint(self, seeds: list[int]) -> Iterator[torch.Tensor]:
         for frame in range(4):

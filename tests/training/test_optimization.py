@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from t2v import VQVAE, VideoTransformer
 from t2v.batch import TextEmbedding
-from t2v.training.optimization import MuonAdamW, parameter_groups, warmup_cosine
+from t2v.training.optimization import Muon, MuonAdamW, orthogonalize, parameter_groups, warmup_cosine
 from t2v.transformer.config import AttentionConfig, TextConfig
 from tests.support.toys import toy_vqvae
 
@@ -73,6 +73,37 @@ def test_muon_updates_hidden_matrices_orthogonally_and_adamw_the_rest():
             assert sizes[3] > 0.5 * sizes[0], name
         else:
             assert torch.equal(moved[name], by_adamw), name
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16)])
+def test_muon_is_torchs_in_float32(shape):
+    torch.manual_seed(0)
+    ours = nn.Parameter(torch.randn(shape))
+    theirs = nn.Parameter(ours.detach().clone())
+    options = {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.9}
+    optimizers = [
+        Muon([ours], **options),
+        torch.optim.Muon([theirs], **options, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for _ in range(4):
+        start, gradient = ours.detach().clone(), torch.randn(shape)
+        theirs.data.copy_(start)
+        for weight, optimizer in zip((ours, theirs), optimizers, strict=True):
+            weight.grad = gradient.clone()
+            optimizer.step()
+        update, expected = ours.detach() - start, theirs.detach() - start
+        assert (update - expected).norm() < 0.03 * expected.norm()  # torch multiplies in bfloat16
+
+
+def test_muon_multiplies_in_float32_on_the_cpu():
+    matrix = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    exact = orthogonalize(matrix)
+    sizes = torch.linalg.svdvals(exact)
+    assert sizes.min() > 0.6
+    assert sizes.max() < 1.3
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    diagonal = left.T @ exact @ right.T
+    assert (diagonal - diagonal.diag().diag()).abs().max() < 1e-4  # in bfloat16 more than 1e-2
 
 
 def test_muon_resumes_exactly_and_follows_a_schedule(tmp_path):

@@ -1,0 +1,105 @@
+"""Progress where there is no terminal to draw a progress bar in, such as in the log of a job."""
+
+import sys
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+INTERVAL = 15.0
+"""Seconds between two lines."""
+
+
+class ProgressPrinter:
+    """Prints lines such as "Step 120/600, loss 0.034, 51 s left", one every `INTERVAL` seconds.
+
+    It prints nothing if the standard output is a terminal.
+
+    Args:
+        unit: What is counted.
+        start: Count at the start.
+    """
+
+    def __init__(self, unit: str, start: int = 0) -> None:
+        self.unit, self.start = unit, start
+        self.began = self.printed = time.monotonic()
+        self.enabled = not sys.stdout.isatty()
+
+    def update(self, count: int, total: int | float, values: dict[str, Any] | None = None) -> None:
+        """Print a line if it is time to.
+
+        Args:
+            count: Number of units that are finished.
+            total: Number of all units; infinite if it is not known.
+            values: Printed by their names.
+        """
+        now = time.monotonic()
+        if not self.enabled or now - self.printed < INTERVAL or count <= self.start:
+            return
+        self.printed = now
+        parts = [f"{self.unit} {count}" if total == float("inf") else f"{self.unit} {count}/{total:.0f}"]
+        for name, value in (values or {}).items():
+            parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+        if total != float("inf"):
+            seconds = (now - self.began) / (count - self.start) * (total - count)
+            parts.append(f"{_duration(seconds)} left")
+        print(", ".join(parts), flush=True)
+
+
+def _duration(seconds: float) -> str:
+    """Return a time in the two largest units that it has."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+class ProgressLines(Callback):
+    """Prints the progress of every command as lines if the standard output is not a terminal, in place of the bar.
+
+    `trainer.enable_progress_bar: false` turns it off too.
+    """
+
+    def __init__(self) -> None:
+        self._printer: ProgressPrinter | None = None
+        self._batches = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Turn the progress bar off where there is no terminal."""
+        bar = trainer.progress_bar_callback
+        if bar is None or sys.stdout.isatty():
+            return
+        bar.disable()
+        if trainer.is_global_zero:
+            self._printer, self._batches = ProgressPrinter("Batch"), 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count steps from the one that the run resumes at."""
+        if self._printer is not None:
+            self._printer = ProgressPrinter("Step", trainer.global_step)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Print the step and the values of the progress bar."""
+        if self._printer is not None:
+            values = {name: value for name, value in trainer.progress_bar_metrics.items() if name != "v_num"}
+            self._printer.update(trainer.global_step, trainer.estimated_stepping_batches, values)
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Print the batch of ``validate``; in ``fit`` the steps are printed."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._batch_end(trainer.num_val_batches)
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Print the batch."""
+        self._batch_end(trainer.num_test_batches)
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Print the batch."""
+        self._batch_end(trainer.num_predict_batches)
+
+    def _batch_end(self, batches: list[int | float]) -> None:
+        self._batches += 1
+        if self._printer is not None:
+            self._printer.update(self._batches, sum(batches))
