@@ -22,8 +22,9 @@ class ProgressPrinter:
     """
 
     def __init__(self, unit: str, start: int = 0) -> None:
-        self.unit, self.start = unit, start
-        self.began = self.printed = time.monotonic()
+        self.unit = unit
+        self.count, self.time = start, time.monotonic()
+        """What was finished at the last line, and when; the remaining time is estimated from the work since then."""
         self.enabled = not sys.stdout.isatty()
 
     def update(self, count: int, total: int | float, values: dict[str, Any] | None = None) -> None:
@@ -35,15 +36,15 @@ class ProgressPrinter:
             values: Printed by their names.
         """
         now = time.monotonic()
-        if not self.enabled or now - self.printed < INTERVAL or count <= self.start:
+        if not self.enabled or now - self.time < INTERVAL or count <= self.count:
             return
-        self.printed = now
-        parts = [f"{self.unit} {count}" if total == float("inf") else f"{self.unit} {count}/{total:.0f}"]
+        known = total != float("inf")
+        parts = [f"{self.unit} {count}/{total:.0f}" if known else f"{self.unit} {count}"]
         for name, value in (values or {}).items():
             parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
-        if total != float("inf"):
-            seconds = (now - self.began) / (count - self.start) * (total - count)
-            parts.append(f"{_duration(seconds)} left")
+        if known:
+            parts.append(f"{_duration((now - self.time) / (count - self.count) * (total - count))} left")
+        self.count, self.time = count, now
         print(", ".join(parts), flush=True)
 
 

@@ -60,14 +60,18 @@ MIN_DISTANCE = 28
 SHARED, VAGUE = 4, 4
 """Largest number of captions of a training clip: complete ones, and ones that leave out its colour or shape."""
 
-SHAPE_WORDS = {"circle": ("circle", "circle", "disc", "ball"), "square": ("square",), "triangle": ("triangle",)}
+SHAPE_WORDS = {
+    "circle": ("circle", "circle", "disc", "ball"),
+    "square": ("square", "square", "box"),
+    "triangle": ("triangle",),
+}
 SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
 SPEED_WORDS = {"slow": ("slowly", "at low speed", "gently"), "fast": ("fast", "quickly", "rapidly")}
 DIRECTION_WORDS = {
-    "left": ("left", "to the left", "leftwards", "towards the left"),
-    "right": ("right", "to the right", "rightwards", "towards the right"),
-    "up": ("up", "upwards", "to the top", "towards the top"),
-    "down": ("down", "downwards", "to the bottom", "towards the bottom"),
+    "left": ("left", "to the left", "leftwards", "towards the left", "to the left side"),
+    "right": ("right", "to the right", "rightwards", "towards the right", "to the right side"),
+    "up": ("up", "upwards", "to the top", "towards the top", "upward"),
+    "down": ("down", "downwards", "to the bottom", "towards the bottom", "downward"),
 }
 VERBS = (
     ("moves", "moving"),
@@ -75,6 +79,7 @@ VERBS = (
     ("slides", "sliding"),
     ("travels", "travelling"),
     ("drifts", "drifting"),
+    ("flies", "flying"),
 )
 STILL_WORDS = (
     ("stays still", "staying still"),
@@ -82,6 +87,7 @@ STILL_WORDS = (
     ("does not move", "not moving"),
     ("rests in place", "resting in place"),
     ("stays where it is", "staying where it is"),
+    ("is not moving", "without moving"),
 )
 TEMPLATES = (
     "a {size} {colour} {shape} {does} {speed}",
@@ -95,6 +101,10 @@ TEMPLATES = (
     "there is a {size} {colour} {shape} {doing}",
     "a {size} {shape} in {colour} {does}",
     "a video of a {colour} {shape} that {does}",
+    "{size} {colour} {shape} {does}",
+    "please show me a {size} {colour} {shape} {doing}",
+    "show a {colour} {shape} {doing} {speed}",
+    "make a video of a {size} {colour} {shape} {doing} {speed}",
 )
 VAGUE_TEMPLATES = (
     "something {does}",

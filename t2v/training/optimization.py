@@ -37,9 +37,10 @@ def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
 
     1. Weights of the hidden layers (`Linear` modules in a `ModuleList`), marked by `"hidden": True`.
     2. Other matrices and kernels.
-    3. Embeddings, a head tied to one included, norms, biases and other vectors, with a weight decay of 0.
+    3. Embeddings, a head tied to one included, with a weight decay of 0, marked by `"embedding": True`.
+    4. Norms, biases and other vectors, with a weight decay of 0.
 
-    The parameters of discriminators are in groups 2 and 3 of their own, marked by `"discriminator": True`, with the
+    The parameters of discriminators are in groups 2 to 4 of their own, marked by `"discriminator": True`, with the
     betas of the adversarial term.
     """
     terms = [module for module in network.modules() if isinstance(module, AdversarialLoss)]
@@ -51,24 +52,32 @@ def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
 
 
 def _groups(network: nn.Module, exclude: Container[int] = ()) -> list[dict[str, Any]]:
-    """Return the three groups of a network without the parameters whose `id` is in `exclude`."""
+    """Return the four groups of a network without the parameters whose `id` is in `exclude`."""
     modules = list(network.modules())
-    embeddings = {id(module.weight) for module in modules if isinstance(module, nn.Embedding)}
+    tables = {id(module.weight) for module in modules if isinstance(module, nn.Embedding)}
     stacks = [module for module in modules if isinstance(module, nn.ModuleList)]
     linear = {id(layer.weight) for stack in stacks for layer in stack.modules() if isinstance(layer, nn.Linear)}
     hidden: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
-    not_decayed: list[nn.Parameter] = []
+    embeddings: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for parameter in network.parameters():
         if not parameter.requires_grad or id(parameter) in exclude:
             continue
         if id(parameter) in linear:
             hidden.append(parameter)
-        elif parameter.ndim > 1 and id(parameter) not in embeddings:
+        elif id(parameter) in tables:
+            embeddings.append(parameter)
+        elif parameter.ndim > 1:
             decayed.append(parameter)
         else:
-            not_decayed.append(parameter)
-    return [{"params": hidden, "hidden": True}, {"params": decayed}, {"params": not_decayed, "weight_decay": 0.0}]
+            vectors.append(parameter)
+    return [
+        {"params": hidden, "hidden": True},
+        {"params": decayed},
+        {"params": embeddings, "weight_decay": 0.0, "embedding": True},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
 
 
 def split_discriminators(optimizer: torch.optim.Optimizer) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -138,6 +147,8 @@ class MuonAdamW(torch.optim.Optimizer):
         betas: Decay rates of AdamW's moments.
         momentum: Momentum of Muon, in [0, 1).
         weight_decay: Weight decay of the groups that set none.
+        embedding_lr: Learning rate of embeddings, in units of `lr`. A step changes only the embeddings of the tokens in
+            the batch, so they can take larger ones.
     """
 
     def __init__(
@@ -147,8 +158,10 @@ class MuonAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         momentum: float = 0.95,
         weight_decay: float = 0.1,
+        embedding_lr: float = 1.0,
     ) -> None:
         hidden, others = _split(params)
+        others = [{**group, "lr": lr * (embedding_lr if group.get("embedding") else 1)} for group in others]
         self.parts: list[torch.optim.Optimizer] = [
             Muon(hidden, lr, weight_decay=weight_decay, momentum=momentum),
             torch.optim.AdamW(others, lr, betas=betas, weight_decay=weight_decay),

@@ -39,6 +39,7 @@ class LitVideoTransformer(LightningModule):
         text_encoder: Embeds prompts; the encoder that the captions of the token shards were embedded with.
         generation: How `predict` and the logging callbacks generate videos.
         objective: Regularization and options of the training loss.
+        codebook_embeddings: Begin training with token embeddings that are projections of the VQ-VAE's codes.
         compiled: Compile the layers for training and validation, which pays off where few shapes occur often.
         optimizer: Builds the optimizer from parameter groups.
         warmup_steps: Steps of linear learning-rate warm-up; a cosine decay follows.
@@ -51,6 +52,7 @@ class LitVideoTransformer(LightningModule):
         text_encoder: TextEncoder,
         generation: GenerationSettings,
         objective: TokenObjective = TokenObjective(),  # noqa: B008 (frozen)
+        codebook_embeddings: bool = False,
         compiled: bool = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         warmup_steps: int = 0,
@@ -61,6 +63,7 @@ class LitVideoTransformer(LightningModule):
         self.text_encoder = text_encoder
         self.generation = generation
         self.objective = objective
+        self.codebook_embeddings = codebook_embeddings
         self.compiled = compiled
         self.optimizer = optimizer
         self.warmup_steps = warmup_steps
@@ -87,9 +90,9 @@ class LitVideoTransformer(LightningModule):
 
     def configure_model(self) -> None:
         """Shard the model if the strategy asks for it, and initialize one that was built on the meta device."""
-        mesh, device = self.device_mesh, torch.get_default_device()
+        mesh, device, trainer = self.device_mesh, torch.get_default_device(), trainer_of(self)
         if mesh is not None:
-            if trainer := trainer_of(self):  # FP8 layers replace others before the weights are sharded
+            if trainer:  # FP8 layers replace others before the weights are sharded
                 trainer.precision_plugin.convert_module(self)
             if mesh["tensor_parallel"].size() > 1:
                 parallelize(self.model, mesh["tensor_parallel"])
@@ -101,6 +104,8 @@ class LitVideoTransformer(LightningModule):
             self.model.to(torch.get_default_dtype())  # with bf16-true, half the memory from the beginning
             self.model.to_empty(device=device)
             self.model.reset_parameters()
+        if self.codebook_embeddings and trainer and trainer.training:  # a checkpoint is loaded after this
+            self.model.initialize_embeddings(self.tokenizer.quantizer.codebook())
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Float[Tensor, ""]:
         """Compute the loss of a batch and log its terms under `train/`."""
@@ -131,11 +136,8 @@ class LitVideoTransformer(LightningModule):
         self.loss.reset()
         self.accuracy.reset()
 
-    def test_step(self, batch: TokenBatch, batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        self.on_validation_epoch_end()
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
 
     def on_predict_start(self) -> None:
         """Quantize the weights and read the start frames, so that errors appear before anything is generated."""

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from t2v.batch import TextEmbedding, check_token_range
 from t2v.checkpoints.hub import HubModel
@@ -39,6 +40,8 @@ from t2v.transformer.rope import Rotation, raster_positions, rotation_at, split_
 
 Checkpointing = Literal["none", "attention", "full"]
 
+_CODE_STD = 0.24
+"""Standard deviation of embeddings that are projections of codes."""
 _COMPILED_SHAPES = 64
 """Number of input shapes, such as lengths of clips, for which layers are compiled."""
 
@@ -140,6 +143,23 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
                 nn.init.normal_(parameter, std=0.02 / (2 * len(self.blocks)) ** 0.5)
             else:
                 nn.init.normal_(parameter, std=0.02)
+
+    @torch.no_grad()
+    def initialize_embeddings(self, codes: Float[Tensor, "v code_dim"]) -> None:
+        """Initialize the embeddings of the tokens by a random projection of their codes.
+
+        Similar codes, which are decoded to similar pixels, then begin with similar embeddings.
+
+        Args:
+            codes: The codebook of the VQ-VAE; only the directions of the codes are used.
+        """
+        unit = F.normalize(codes.float(), dim=-1)
+        for weight in (self.token_embedding.weight, self.previous_frame.embedding.weight):
+            projected = unit @ torch.randn(unit.shape[1], weight.shape[1], device=unit.device) * _CODE_STD
+            projected = projected.to(weight.device, weight.dtype)
+            if isinstance(weight, DTensor):
+                projected = distribute_tensor(projected, weight.device_mesh, weight.placements)
+            weight.copy_(projected)
 
     @classmethod
     def from_config(cls, arguments: dict[str, Any]) -> "VideoTransformer":

@@ -72,6 +72,11 @@ class Quantizer(nn.Module, ABC):
     def lookup(self, indices: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         """Return the codes of these indices."""
 
+    def codebook(self) -> Float[Tensor, "k d"]:
+        """Return all codes."""
+        device = next((each.device for each in self.buffers()), None)
+        return self.lookup(torch.arange(self.codebook_size, device=device)[None])[0]
+
 
 class VectorQuantizer(Quantizer):
     """Learned codebook of low-dimensional, l2-normalized codes (https://arxiv.org/abs/2110.04627).

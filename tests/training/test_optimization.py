@@ -27,9 +27,10 @@ def vqvae() -> VQVAE:
 def test_every_trained_parameter_is_in_the_group_with_its_weight_decay(build):
     network = build()
     next(network.parameters()).requires_grad_(False)
-    hidden, decayed, not_decayed = ({id(p) for p in group["params"]} for group in parameter_groups(network))
+    hidden, decayed, embeddings, vectors = ({id(p) for p in group["params"]} for group in parameter_groups(network))
     assert "weight_decay" not in parameter_groups(network)[0] | parameter_groups(network)[1]  # the optimizer's own
-    assert parameter_groups(network)[2]["weight_decay"] == 0.0
+    assert [group["weight_decay"] for group in parameter_groups(network)[2:]] == [0.0, 0.0]
+    not_decayed = embeddings | vectors
     named = {name: p for name, p in network.named_parameters() if p.requires_grad}
     assert sum(len(group["params"]) for group in parameter_groups(network)) == len(named)
     for name, parameter in named.items():
@@ -41,15 +42,15 @@ def test_every_trained_parameter_is_in_the_group_with_its_weight_decay(build):
 def test_embeddings_and_a_tied_head_do_not_decay():
     for tied in (False, True):
         model = transformer(tied_head=tied)
-        hidden, decayed, not_decayed = ([id(p) for p in group["params"]] for group in parameter_groups(model))
-        assert id(model.token_embedding.weight) in not_decayed
-        assert id(model.previous_frame.embedding.weight) in not_decayed
+        groups = [[id(p) for p in group["params"]] for group in parameter_groups(model)]
+        _, decayed, embeddings, _ = groups
+        assert embeddings == [id(model.token_embedding.weight), id(model.previous_frame.embedding.weight)]
         assert tied or id(model.head.weight) in decayed
-        assert len(hidden) + len(decayed) + len(not_decayed) == len(list(model.parameters()))
+        assert sum(map(len, groups)) == len(list(model.parameters()))
 
 
 def test_a_network_of_vectors_has_no_weight_decay():
-    assert [len(group["params"]) for group in parameter_groups(nn.LayerNorm(4))] == [0, 0, 2]
+    assert [len(group["params"]) for group in parameter_groups(nn.LayerNorm(4))] == [0, 0, 0, 2]
 
 
 def steps(optimizer, network, count) -> None:
@@ -104,6 +105,16 @@ def test_muon_multiplies_in_float32_on_the_cpu():
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     diagonal = left.T @ exact @ right.T
     assert (diagonal - diagonal.diag().diag()).abs().max() < 1e-4  # in bfloat16 more than 1e-2
+
+
+def test_embeddings_have_their_own_learning_rate_and_follow_the_schedule():
+    network = transformer()
+    optimizer = MuonAdamW(parameter_groups(network), lr=0.01, embedding_lr=8)
+    schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    optimizer.step()
+    schedule.step()
+    rates = {bool(group.get("embedding")): group["lr"] for part in optimizer.parts for group in part.param_groups}
+    assert rates == {False: pytest.approx(0.005), True: pytest.approx(0.04)}
 
 
 def test_muon_resumes_exactly_and_follows_a_schedule(tmp_path):
