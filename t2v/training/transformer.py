@@ -10,14 +10,13 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from t2v.batch import GeneratedVideos, PromptBatch, TextEmbedding, TokenBatch
-from t2v.errors import UserError
 from t2v.generation.quantization import convert
 from t2v.generation.settings import GenerationSettings
 from t2v.generation.text_to_video import TextToVideo, check_parts
 from t2v.losses.tokens import token_loss_
 from t2v.metrics import WeightedMean
 from t2v.text import TextEncoder
-from t2v.training.clip_lengths import warn_of_short_clips
+from t2v.training.data_checks import check_fingerprint, warn_of_short_clips
 from t2v.training.lightning_private import trainer_of
 from t2v.training.objective import TokenObjective
 from t2v.training.optimization import configure_optimization
@@ -63,7 +62,7 @@ class LitVideoTransformer(LightningModule):
         self.text_encoder = text_encoder
         self.generation = generation
         self.objective = objective
-        self.codebook_embeddings = codebook_embeddings
+        self._needs_codebook_embeddings = codebook_embeddings
         self.compiled = compiled
         self.optimizer = optimizer
         self.warmup_steps = warmup_steps
@@ -104,8 +103,9 @@ class LitVideoTransformer(LightningModule):
             self.model.to(torch.get_default_dtype())  # with bf16-true, half the memory from the beginning
             self.model.to_empty(device=device)
             self.model.reset_parameters()
-        if self.codebook_embeddings and trainer and trainer.training:  # a checkpoint is loaded after this
+        if self._needs_codebook_embeddings and trainer and trainer.training:  # a checkpoint is loaded after this
             self.model.initialize_embeddings(self.tokenizer.quantizer.codebook())
+            self._needs_codebook_embeddings = False
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Float[Tensor, ""]:
         """Compute the loss of a batch and log its terms under `train/`."""
@@ -189,15 +189,9 @@ class LitVideoTransformer(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the fingerprint; in a run, check the tokenizer that `setup` has loaded against it."""
         self.fingerprint = checkpoint["fingerprint"]
+        self._needs_codebook_embeddings = False
         if self._tokenizer:
             self._check_fingerprint("the token shards of the checkpoint")
 
     def _check_fingerprint(self, source: str) -> None:
-        """Check that the tokenizer and the text encoder are those of the fingerprint."""
-        for key, ours in (("tokenizer", self.tokenizer.fingerprint()), ("text_encoder", self.text_encoder.name)):
-            expected = self.fingerprint.get(key)
-            if expected != ours:
-                raise UserError(
-                    f"model.{key} is {ours}, but {source} were made with {expected}: give that {key}, or write the "
-                    "token shards again with `predict` of stage 1 and train on those."
-                )
+        check_fingerprint(self.fingerprint, self.tokenizer.fingerprint(), self.text_encoder.name, source)

@@ -34,9 +34,12 @@ def model(**changes) -> VideoTransformer:
     return VideoTransformer(CODES, 2, 16, 1, 1, 24, AttentionConfig(2, 1, window=4), TextConfig(384), **changes)
 
 
-def module(network: VideoTransformer | None = None, **objective) -> LitVideoTransformer:
+def module(
+    network: VideoTransformer | None = None, codebook_embeddings: bool = False, **objective
+) -> LitVideoTransformer:
     generation = GenerationSettings(Sampler(), frames=3)
-    return LitVideoTransformer(network or model(), "none", MiniLMTextEncoder(), generation, TokenObjective(**objective))
+    options = TokenObjective(**objective), codebook_embeddings
+    return LitVideoTransformer(network or model(), "none", MiniLMTextEncoder(), generation, *options)
 
 
 def batch(clips: int = 2) -> TokenBatch:
@@ -64,6 +67,7 @@ def fit(
 ) -> Trainer:
     torch.manual_seed(0)
     vqvae = toy_vqvae()
+    vqvae.quantizer.codes.normal_()
     vqvae.save_pretrained(folder / "vqvae")
     built.tokenizer_path = str(folder / "vqvae")
     fingerprint = {"tokenizer": built.tokenizer.fingerprint(), "text_encoder": built.text_encoder.name}
@@ -212,6 +216,27 @@ def test_a_checkpoint_replaces_the_initial_weights(tmp_path):
     trainer.validate(deferred, tokens, ckpt_path=tmp_path / "last.ckpt", verbose=False, weights_only=True)
     for name, value in deferred.model.state_dict().items():
         assert torch.equal(value, direct.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_embeddings_begin_as_projections_of_the_codes_but_not_those_of_a_trained_model(device, tmp_path):
+    built = module(model(device=device), codebook_embeddings=True)
+    trainer = fit(built, tmp_path, steps=0)
+    codes = F.normalize(built.tokenizer.quantizer.codes, dim=-1)
+    for weight in (built.model.token_embedding.weight, built.model.previous_frame.embedding.weight):
+        solution = torch.linalg.lstsq(codes, weight.detach()).solution
+        torch.testing.assert_close(codes @ solution, weight.detach(), atol=1e-4, rtol=0)
+        assert weight.std() > 0.1
+    trainer = fit(built, tmp_path, steps=2)
+    trained = built.model.token_embedding.weight.detach().clone()
+    fit(built, tmp_path, steps=0)
+    assert torch.equal(built.model.token_embedding.weight, trained)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    resumed = module(model(device=device), codebook_embeddings=True)
+    resumed.tokenizer_path = built.tokenizer_path
+    again = Trainer(max_steps=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    again.fit(resumed, datamodule=Tokens(built.fingerprint), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert torch.equal(resumed.model.token_embedding.weight, trained)
 
 
 RANK = """

@@ -1,9 +1,11 @@
-"""A check of the lengths of training clips against the videos that a run generates."""
+"""Checks that the token shards of a run fit its networks and the videos that it generates."""
 
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+
+from t2v.errors import UserError
 
 
 def warn_of_short_clips(trainer: Trainer, window: int, frames: int) -> None:
@@ -28,3 +30,24 @@ def warn_of_short_clips(trainer: Trainer, window: int, frames: int) -> None:
             f"never sees, so train on clips of {needed} frames (data.frames or data.buckets), or lower "
             f"generation.frames or attention.window to {longest}."
         )
+
+
+def check_fingerprint(fingerprint: dict[str, Any], tokenizer: str, text_encoder: str, source: str) -> None:
+    """Check that tokens and text embeddings were made by the networks of a run.
+
+    Args:
+        fingerprint: The fingerprint of the token shards.
+        tokenizer: Fingerprint of the run's VQ-VAE.
+        text_encoder: Name of the run's text encoder.
+        source: Where the fingerprint is from.
+
+    Raises:
+        UserError: If one of them differs.
+    """
+    for key, ours in (("tokenizer", tokenizer), ("text_encoder", text_encoder)):
+        expected = fingerprint.get(key)
+        if expected != ours:
+            raise UserError(
+                f"model.{key} is {ours}, but {source} were made with {expected}: give that {key}, or write the token "
+                "shards again with `predict` of stage 1 and train on those."
+            )
