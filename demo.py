@@ -24,6 +24,7 @@ import psutil
 import torch
 from PIL import Image, ImageDraw
 
+from callbacks.gallery import update_gallery
 from cli import main
 from data.examples.oracle import Answer, read_file, recognize, recognize_file, shows
 from data.examples.shapes import FRAMES, held_out_prompts
@@ -248,7 +249,6 @@ def demo() -> None:
     steps = Steps()
     precision = steps.run("precision", "Measuring the fastest precision of this machine", fastest_precision)
     fast = ("--trainer.precision", precision)
-    compiled = precision == "bf16-mixed" and compile_error() is None  # float32 gains less than compiling takes
     steps.run("prepare", "Drawing captioned clips and packing them into shards", prepare)
     steps.run("fit_vqvae", "Stage 1: training the VQ-VAE", lambda: fit(STAGE1, *fast))
     stage1 = steps.run(
@@ -260,7 +260,7 @@ def demo() -> None:
     steps.run(
         "fit_transformer",
         "Stage 2: training the transformer",
-        lambda: fit(STAGE2, *fast, "--model.compiled", str(compiled).lower()),
+        lambda: fit(STAGE2, *fast, "--model.compiled", str(compile_error() is None).lower()),
     )
     stage2 = steps.run(
         "validate_transformer",
@@ -311,26 +311,52 @@ def demo() -> None:
     }
     with atomic_path(RUN / "report.json") as partial:
         partial.write_text(json.dumps(report, indent=1) + "\n")
+    update_gallery(RUN, "Report", figures=figures(report), final=True)
     print_report(report)
 
 
+def figures(report: dict[str, Any]) -> dict[str, str]:
+    """Return the most important values of the report, as the page shows them."""
+    return {
+        "videos that show their prompt": f"{report['strict_accuracy']:.0%} (real clips {report['strict_real']:.0%})",
+        "colour, shape, direction correct": ", ".join(f"{report[f'{name}_accuracy']:.0%}" for name in Answer._fields),
+        f"shape kept in the last {FRAMES} of {LONG_FRAMES} frames": f"{report['strict_long']:.0%}",
+        "reconstruction of held-out clips": f"PSNR {report['psnr']:.2f} dB, SSIM {report['ssim']:.3f}",
+        "time": f"{report['minutes']} minutes, at most {report['peak_memory_gib']} GiB of memory",
+        "machine": f"{os.cpu_count()} CPU cores, {report['instruction_set']}, precision {report['precision']}",
+    }
+
+
 def print_report(report: dict[str, Any]) -> None:
-    """Print the table of results."""
+    """Print the table of results, and what to try next."""
     real = report["oracle_accuracy_real"]
-    print("\nStage 1, reconstruction of held-out clips")
-    print(f"  PSNR {report['psnr']:.2f} dB   SSIM {report['ssim']:.3f}   codebook usage {report['codebook_usage']:.0%}")
-    print(f"Stage 2, accuracy of {report['prompts']} videos of held-out prompts by the oracle (its own on real clips)")
+    print("\nVideos that show the prompt's shape in at least 80 % of their frames and move in its direction")
+    print(f"  generated {report['strict_accuracy']:6.1%}   real {report['strict_real']:.1%}")
+    print(f"  shape in the last {FRAMES} of {LONG_FRAMES} frames {report['strict_long']:6.1%}")
+    print(f"Accuracy of {report['prompts']} videos of held-out prompts by the oracle (its own on real clips)")
     for name in Answer._fields:
         print(f"  {name:<10} {report[f'{name}_accuracy']:6.1%}  ({real[name]:.1%})")
     print(f"  colour and shape at the end of {LONG_FRAMES} frames {report['long_videos_keep_colour_and_shape']:6.1%}")
-    print("Videos that show the prompt's shape in at least 80 % of their frames and move in its direction")
-    print(f"  generated {report['strict_accuracy']:6.1%}   real {report['strict_real']:.1%}")
-    print(f"  shape in the last {FRAMES} of {LONG_FRAMES} frames {report['strict_long']:6.1%}")
+    print("Reconstruction of held-out clips")
+    print(f"  PSNR {report['psnr']:.2f} dB   SSIM {report['ssim']:.3f}   codebook usage {report['codebook_usage']:.0%}")
     print("Seconds")
     for name, value in report["seconds"].items():
         print(f"  {name:<22} {value:7.1f}")
     print(f"Peak memory {report['peak_memory_gib']} GiB")
     print(f"Report {RUN}/report.json; open {RUN}/index.html to watch the videos.")
+    print("Next: your own prompts")
+    command = [
+        "cli.py",
+        "predict",
+        "--config",
+        STAGE2,
+        "--ckpt_path",
+        "last",
+        "--data.prompts",
+        '["a red circle goes up"]',
+    ]
+    print(f"  {shlex.join([sys.executable, *command])}")
+    print("and your own videos: docs/how-to/own-footage.md")
 
 
 if __name__ == "__main__":

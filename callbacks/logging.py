@@ -1,6 +1,7 @@
-"""Animated images in TensorBoard: reconstructions and generated videos during training."""
+"""Reconstructions and generated videos during training, in TensorBoard and on the page of the run."""
 
 import io
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 
+from callbacks.gallery import Shown, update_gallery
 from t2v.batch import PromptBatch, TextEmbedding, TokenBatch, VideoBatch
 from t2v.torch_private import add_summary
+from t2v.video import write_mp4
 
 
 class ValidationLogger(Callback):
@@ -21,15 +24,24 @@ class ValidationLogger(Callback):
 
     Args:
         every_n_epochs: Log in every n-th epoch that validates.
+        output_dir: Folder for the videos as mp4 files, in `samples`, and for the page `index.html` that shows the
+            newest; by default there is neither.
     """
 
-    def __init__(self, every_n_epochs: int) -> None:
+    title: str
+    """Title of the videos on the page."""
+
+    def __init__(self, every_n_epochs: int, output_dir: str | None) -> None:
         self.every_n_epochs = every_n_epochs
+        self.output_dir = None if output_dir is None else Path(output_dir)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Warn if there is no TensorBoard logger."""
-        if stage in ("fit", "validate") and not _tensorboards(trainer):
-            rank_zero_warn(f"{type(self).__name__} logs nothing: trainer.logger is not a TensorBoardLogger.")
+        """Warn if there is no place to log to."""
+        if stage in ("fit", "validate") and not self._has_target(trainer):
+            rank_zero_warn(
+                f"{type(self).__name__} logs nothing: trainer.logger is not a TensorBoardLogger, and output_dir is not "
+                "set."
+            )
 
     def on_validation_batch_end(
         self,
@@ -42,13 +54,36 @@ class ValidationLogger(Callback):
     ) -> None:
         """Log at the first batch of every n-th epoch."""
         due = trainer.current_epoch % self.every_n_epochs == 0
-        if due and batch_idx == dataloader_idx == 0 and not trainer.sanity_checking and _tensorboards(trainer):
+        if due and batch_idx == dataloader_idx == 0 and not trainer.sanity_checking and self._has_target(trainer):
             with torch.no_grad(), trainer.precision_plugin.forward_context():
                 self.log_videos(trainer, pl_module, batch)
 
     def log_videos(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Compute and log the videos; called on every rank."""
         raise NotImplementedError
+
+    def _has_target(self, trainer: Trainer) -> bool:
+        return bool(_tensorboards(trainer) or self.output_dir)
+
+    def _log(
+        self, trainer: Trainer, name: str, videos: dict[str, UInt8[Tensor, "t c height width"]], fps: float
+    ) -> None:
+        """Log videos by their captions, which may be empty."""
+        if not trainer.is_global_zero:
+            return
+        for caption, video in videos.items():
+            log_gif(trainer, f"{name}/{caption}".rstrip("/"), video, fps)
+        if self.output_dir is None:
+            return
+        folder, step = self.output_dir / "samples", f"step {trainer.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        shown = []
+        for number, (caption, video) in enumerate(videos.items()):
+            path = folder / f"{name}-{trainer.global_step:07d}-{number:02d}.mp4"
+            write_mp4(path, video.cpu(), fps)
+            shown.append(Shown(f"samples/{path.name}", caption, step))
+        page = update_gallery(self.output_dir, self.title, shown, final=False)
+        print(f"Wrote        {len(shown)} videos of {step}; open {page}", flush=True)
 
 
 class ReconstructionLogger(ValidationLogger):
@@ -57,10 +92,13 @@ class ReconstructionLogger(ValidationLogger):
     Args:
         clips: Number of clips, side by side.
         every_n_epochs: Log in every n-th epoch that validates.
+        output_dir: Folder of the page that shows them; by default there is none.
     """
 
-    def __init__(self, clips: int = 4, every_n_epochs: int = 1) -> None:
-        super().__init__(every_n_epochs)
+    title = "Real clips above their reconstructions"
+
+    def __init__(self, clips: int = 4, every_n_epochs: int = 1, output_dir: str | None = None) -> None:
+        super().__init__(every_n_epochs, output_dir)
         self.clips = clips
 
     def log_videos(self, trainer: Trainer, pl_module: LightningModule, batch: VideoBatch) -> None:
@@ -68,7 +106,8 @@ class ReconstructionLogger(ValidationLogger):
         video = batch.video[: self.clips]
         pairs = torch.cat([video, pl_module.reconstruct(video)], dim=-2)  # type: ignore[operator]  # (b, t, c, 2·height, width)
         fps = getattr(trainer.datamodule, "fps", 8.0)  # type: ignore[attr-defined]
-        log_gif(trainer, "reconstruction", torch.cat(list(pairs), dim=-1), fps)  # (t, c, 2·height, b·width)
+        strip = torch.cat(list(pairs), dim=-1)  # (t, c, 2·height, b·width)
+        self._log(trainer, "reconstruction", {"": strip}, fps)
 
 
 class GenerationLogger(ValidationLogger):
@@ -77,10 +116,13 @@ class GenerationLogger(ValidationLogger):
     Args:
         prompts: Prompts; each is one image in TensorBoard.
         every_n_epochs: Log in every n-th epoch that validates.
+        output_dir: Folder of the page that shows them; by default there is none.
     """
 
-    def __init__(self, prompts: list[str], every_n_epochs: int = 1) -> None:
-        super().__init__(every_n_epochs)
+    title = "Generated during training"
+
+    def __init__(self, prompts: list[str], every_n_epochs: int = 1, output_dir: str | None = None) -> None:
+        super().__init__(every_n_epochs, output_dir)
         self.prompts = prompts
         self._text: TextEmbedding | None = None
 
@@ -91,8 +133,8 @@ class GenerationLogger(ValidationLogger):
         seeds = list(range(len(self.prompts)))
         prompts = PromptBatch(self.prompts, seeds, names=[f"{seed:04d}" for seed in seeds])
         videos = pl_module.generate_videos(prompts, self._text)  # type: ignore[operator]
-        for video, prompt in zip(torch.cat(list(videos.frames), dim=1), videos.prompts, strict=True):
-            log_gif(trainer, f"generation/{prompt}", video, videos.fps)
+        whole = torch.cat(list(videos.frames), dim=1)
+        self._log(trainer, "generation", dict(zip(videos.prompts, whole, strict=True)), videos.fps)
 
 
 def log_gif(trainer: Trainer, tag: str, video: UInt8[Tensor, "t c height width"], fps: float) -> None:

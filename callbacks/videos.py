@@ -5,16 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed
-from jinja2 import Template
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from callbacks.gallery import Shown, update_gallery
 from callbacks.progress import ProgressPrinter
 from t2v.batch import GeneratedVideos
-from t2v.files import atomic_path
 from t2v.video import Mp4Writer
-
-TEMPLATE = Path(__file__).with_name("gallery.html.jinja")
 
 
 class VideoGalleryWriter(BasePredictionWriter):
@@ -64,20 +61,6 @@ class VideoGalleryWriter(BasePredictionWriter):
         if not trainer.is_global_zero:
             return
         prompts = {name: prompt for of_rank in of_ranks for name, prompt in of_rank.items()}
-        page = self.output_dir / "index.html"
-        with atomic_path(page) as partial:
-            partial.write_text(gallery(prompts), encoding="utf-8")
+        shown = [Shown(f"videos/{name}.mp4", prompt, name) for name, prompt in sorted(prompts.items())]
+        page = update_gallery(self.output_dir, "Generated videos", shown, final=True)
         print(f"Wrote        {len(prompts)} videos; open {page}", flush=True)
-
-
-def gallery(prompts: dict[str, str]) -> str:
-    """Return the gallery page.
-
-    Args:
-        prompts: The prompt of each video by its file name without suffix.
-
-    Returns:
-        HTML that refers to no other files than the videos.
-    """
-    template = Template(TEMPLATE.read_text(encoding="utf-8"), autoescape=True, trim_blocks=True)
-    return template.render(videos=sorted(prompts.items()))

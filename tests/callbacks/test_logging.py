@@ -1,4 +1,5 @@
 import io
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from callbacks import GenerationLogger, ReconstructionLogger
 from t2v.batch import GeneratedVideos, PromptBatch, TextEmbedding, VideoBatch
+from t2v.video import read_frames
 
 
 class LitToy(LightningModule):
@@ -97,6 +99,25 @@ def test_fixed_prompts_are_embedded_once(tmp_path):
     events = fit(tmp_path, GenerationLogger(["a red circle", "a blue square"]), model=model)
     assert len(events.Images("generation/a red circle")) == 2
     assert model.embedded == 1
+
+
+def test_the_page_shows_the_newest_videos_without_tensorboard_too(tmp_path):
+    loggers = [
+        ReconstructionLogger(clips=2, output_dir=str(tmp_path)),
+        GenerationLogger(["a red circle", "a blue square"], output_dir=str(tmp_path)),
+    ]
+    fit(tmp_path, *loggers, logger=CSVLogger(tmp_path))
+    page = (tmp_path / "index.html").read_text()
+    shown = re.findall('src="([^"]+)"', page)
+    assert shown == [
+        "samples/generation-0000004-00.mp4",
+        "samples/generation-0000004-01.mp4",
+        "samples/reconstruction-0000004-00.mp4",
+    ]
+    assert "a blue square" in page
+    assert "refresh" in page
+    greys = read_frames(tmp_path / shown[1], range(3)).float().mean((1, 2, 3))
+    torch.testing.assert_close(greys, torch.tensor([9.0, 10.0, 11.0]), atol=2, rtol=0)
 
 
 def test_a_missing_tensorboard_logger_is_warned_about(tmp_path):

@@ -7,7 +7,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch.utils.data import DataLoader, DistributedSampler
 
 from callbacks import VideoGalleryWriter
-from callbacks.videos import gallery
+from callbacks.gallery import Shown, render, update_gallery
 from t2v.batch import GeneratedVideos, PromptBatch
 from t2v.video import probe, read_frames
 
@@ -97,7 +97,7 @@ def test_the_page_shows_the_video_of_every_prompt(tmp_path, capsys):
     predict(tmp_path)
     check(tmp_path)
     assert f"3 videos; open {tmp_path / 'index.html'}" in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["index.html", "videos"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gallery.json", "index.html", "videos"]
 
 
 def test_videos_appear_when_they_are_complete(tmp_path):
@@ -117,6 +117,20 @@ def test_two_ranks_write_one_page(tmp_path):
 
 
 def test_the_page_refers_to_its_videos_only():
-    page = gallery({"a b#1": "x"})
+    page = render({"Videos": {"videos": [Shown("videos/a b#1.mp4", "x", "a b#1")], "figures": {}}}, None)
     assert "http" not in page
     assert 'src="videos/a%20b%231.mp4"' in page
+
+
+def test_commands_that_run_one_after_another_share_a_page_which_reloads_until_the_last(tmp_path):
+    update_gallery(tmp_path, "Reconstructions", [Shown("old.mp4", "", "step 1")], final=False)
+    update_gallery(tmp_path, "Generated", [Shown("a.mp4", "a circle", "0")], final=False)
+    update_gallery(tmp_path, "Reconstructions", [Shown("new.mp4", "", "step 2")], final=False)
+    page = (tmp_path / "index.html").read_text()
+    assert [video["src"] for video in Page(page).videos] == ["new.mp4", "a.mp4"]
+    assert 'http-equiv="refresh"' in page
+    update_gallery(tmp_path, "Figures", figures={"PSNR": "39 dB <best>"}, final=True)
+    page = (tmp_path / "index.html").read_text()
+    assert [video["src"] for video in Page(page).videos] == ["new.mp4", "a.mp4"]
+    assert "39 dB <best>" in Page(page).text
+    assert "refresh" not in page
