@@ -9,6 +9,7 @@ from jaxtyping import UInt8
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
@@ -73,7 +74,7 @@ class ValidationLogger(Callback):
             return
         for caption, video in videos.items():
             log_gif(trainer, f"{name}/{caption}".rstrip("/"), video, fps)
-        if self.output_dir is None:
+        if self.output_dir is None or trainer.state.fn != TrainerFn.FITTING:  # only there the step is known
             return
         folder, step = self.output_dir / "samples", f"step {trainer.global_step}"
         folder.mkdir(parents=True, exist_ok=True)
