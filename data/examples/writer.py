@@ -57,5 +57,5 @@ def write_split(
 
 def _write_clip(render: Callable[[Any], UInt8[Tensor, "t 3 height width"]], fps: int, job: tuple[Path, Any]) -> None:
     path, clip = job
-    # Lossless: compression would make different tokens of areas that were drawn alike. The folder is written atomically.
+    # Lossless, since compression would make different tokens of areas that were drawn alike. The folder is atomic.
     path.write_bytes(encode_mp4(render(clip), fps=fps, crf=0))
