@@ -109,7 +109,7 @@ def test_muon_multiplies_in_float32_on_the_cpu():
 
 def test_embeddings_have_their_own_learning_rate_and_follow_the_schedule():
     network = transformer()
-    optimizer = MuonAdamW(parameter_groups(network), lr=0.01, embedding_lr=8)
+    optimizer = MuonAdamW(parameter_groups(network), lr=0.01, embedding_lr=8.0)
     schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step))
     optimizer.step()
     schedule.step()
