@@ -47,7 +47,7 @@ def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
     groups = _groups(network, exclude={id(parameter) for term in terms for parameter in term.parameters()})
     for term in terms:
         _, *others = _groups(term)
-        groups += [{**group, "betas": term.betas, "discriminator": True} for group in others]
+        groups += [{**group, "betas": term.betas, "discriminator": True} for group in others if group["params"]]
     return groups
 
 

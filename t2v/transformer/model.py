@@ -153,9 +153,10 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
         Args:
             codes: The codebook of the VQ-VAE; only the directions of the codes are used.
         """
-        unit = F.normalize(codes.float(), dim=-1)
+        unit = F.normalize(codes.float(), dim=-1).cpu()
+        generator = torch.Generator().manual_seed(torch.initial_seed())  # the same for any number of devices
         for weight in (self.token_embedding.weight, self.previous_frame.embedding.weight):
-            projected = unit @ torch.randn(unit.shape[1], weight.shape[1], device=unit.device) * _CODE_STD
+            projected = unit @ torch.randn(unit.shape[1], weight.shape[1], generator=generator) * _CODE_STD
             projected = projected.to(weight.device, weight.dtype)
             if isinstance(weight, DTensor):
                 projected = distribute_tensor(projected, weight.device_mesh, weight.placements)
