@@ -251,7 +251,7 @@ def demo() -> None:
     steps = Steps()
     precision = steps.run("precision", "Measuring the fastest precision of this machine", fastest_precision)
     fast = ("--trainer.precision", precision)
-    length = ("--trainer.max_steps", str(STEPS[precision]))
+    max_steps = ("--trainer.max_steps", str(STEPS[precision]))
     steps.run("prepare", "Drawing captioned clips and packing them into shards", prepare)
     steps.run("fit_vqvae", "Stage 1: training the VQ-VAE", lambda: fit(STAGE1, *fast))
     stage1 = steps.run(
@@ -263,7 +263,7 @@ def demo() -> None:
     steps.run(
         "fit_transformer",
         "Stage 2: training the transformer",
-        lambda: fit(STAGE2, *length, *fast, "--model.compiled", str(compile_error() is None).lower()),
+        lambda: fit(STAGE2, *max_steps, *fast, "--model.compiled", str(compile_error() is None).lower()),
     )
     stage2 = steps.run(
         "validate_transformer",

@@ -73,7 +73,7 @@ class ValidationLogger(Callback):
         if not trainer.is_global_zero:
             return
         for caption, video in videos.items():
-            log_gif(trainer, f"{name}/{caption}".rstrip("/"), video, fps)
+            log_gif(trainer, f"{name}/{caption}" if caption else name, video, fps)
         if self.output_dir is None or trainer.state.fn != TrainerFn.FITTING:  # only there the step is known
             return
         folder, step = self.output_dir / "samples", f"step {trainer.global_step}"
@@ -134,8 +134,8 @@ class GenerationLogger(ValidationLogger):
         seeds = list(range(len(self.prompts)))
         prompts = PromptBatch(self.prompts, seeds, names=[f"{seed:04d}" for seed in seeds])
         videos = pl_module.generate_videos(prompts, self._text)  # type: ignore[operator]
-        whole = torch.cat(list(videos.frames), dim=1)
-        self._log(trainer, "generation", dict(zip(videos.prompts, whole, strict=True)), videos.fps)
+        generated = torch.cat(list(videos.frames), dim=1)
+        self._log(trainer, "generation", dict(zip(videos.prompts, generated, strict=True)), videos.fps)
 
 
 def log_gif(trainer: Trainer, tag: str, video: UInt8[Tensor, "t c height width"], fps: float) -> None:

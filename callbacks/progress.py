@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -27,20 +28,20 @@ class ProgressPrinter:
         """What was finished at the last line, and when; the remaining time is estimated from the work since then."""
         self.enabled = not sys.stdout.isatty()
 
-    def update(self, count: int, total: int | float, values: dict[str, Any] | None = None) -> None:
+    def update(self, count: int, total: int | float, values: Callable[[], dict[str, Any]] = dict) -> None:
         """Print a line if it is time to.
 
         Args:
             count: Number of units that are finished.
             total: Number of all units; infinite if it is not known.
-            values: Printed by their names.
+            values: Returns what is printed by name. Called only if a line is printed: reading from a GPU waits.
         """
         now = time.monotonic()
         if not self.enabled or now - self.time < INTERVAL or count <= self.count:
             return
         known = total != float("inf")
         parts = [f"{self.unit} {count}/{total:.0f}" if known else f"{self.unit} {count}"]
-        for name, value in (values or {}).items():
+        for name, value in values().items():
             parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
         if known:
             parts.append(f"{_duration((now - self.time) / (count - self.count) * (total - count))} left")
@@ -84,8 +85,11 @@ class ProgressLines(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Print the step and the values of the progress bar."""
         if self._printer is not None:
-            values = {name: value for name, value in trainer.progress_bar_metrics.items() if name != "v_num"}
-            self._printer.update(trainer.global_step, trainer.estimated_stepping_batches, values)
+            self._printer.update(
+                trainer.global_step,
+                trainer.estimated_stepping_batches,
+                lambda: {name: value for name, value in trainer.progress_bar_metrics.items() if name != "v_num"},
+            )
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Print the batch of ``validate``; in ``fit`` the steps are printed."""

@@ -95,7 +95,7 @@ def test_a_terminal_keeps_its_progress_bar(tmp_path, monkeypatch, capsys):
 def test_hours_and_unknown_totals(capsys):
     printer = ProgressPrinter("Step", start=100)
     for _ in range(5):
-        printer.update(101, 1100, {"loss": 0.5, "wait": "3 %"})
+        printer.update(101, 1100, lambda: {"loss": 0.5, "wait": "3 %"})
     assert capsys.readouterr().out == "Step 101/1100, loss 0.5, wait 3 %, 4 h 26 min left\n"
     printer = ProgressPrinter("Step")
     for _ in range(5):

@@ -221,7 +221,7 @@ def test_a_checkpoint_replaces_the_initial_weights(tmp_path):
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_embeddings_begin_as_projections_of_the_codes_but_not_those_of_a_trained_model(device, tmp_path):
     built = module(model(device=device), codebook_embeddings=True)
-    trainer = fit(built, tmp_path, steps=0)
+    fit(built, tmp_path, steps=0)
     codes = F.normalize(built.tokenizer.quantizer.codes, dim=-1)
     for weight in (built.model.token_embedding.weight, built.model.previous_frame.embedding.weight):
         solution = torch.linalg.lstsq(codes, weight.detach()).solution
