@@ -9,12 +9,19 @@
   status 75.
 """
 
+import sys
+
+from t2v.training.startup import answer, defer_torchmetrics
+
+if __name__ == "__main__":
+    answer(sys.argv[1:])
+defer_torchmetrics()  # before the imports below, which take seconds
+
 import argparse
 import json
 import logging
 import os
 import shlex
-import sys
 import warnings
 from contextlib import nullcontext
 from pkgutil import resolve_name
@@ -121,6 +128,8 @@ class T2VCLI(LightningCLI):
         for command in LightningCLI.subcommands():
             command_parser(self, command).set_defaults(weights_only=True)
         command_parser(self, "predict").set_defaults(return_predictions=False)
+        for command in self.subcommands():  # instead of a list of all arguments
+            command_parser(self, command).usage = f"python cli.py {command} -c CONFIG [-c CONFIG ...] [--KEY VALUE ...]"
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the command line, with the hyper-parameters of the checkpoint as defaults of the model."""
@@ -286,7 +295,7 @@ def main(args: ArgsType = None) -> T2VCLI:
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # recommends kernels for other CPUs
     try:
-        return T2VCLI(args)
+        return T2VCLI(answer(_to_list(args)))
     except Stopped as stop:
         if stop.code:
             sys.stderr.write(f"{stop.message}\n")

@@ -113,7 +113,7 @@ def test_no_clips_to_draw(tool, fails, tmp_path):
     ("line", "message"),
     [
         ((), "subcommand"),
-        (("fitt",), "invalid choice: 'fitt' (choose from 'fit', 'validate', 'test', 'predict', 'plan')"),
+        (("fitt",), "no subcommand 'fitt' (did you mean fit?): give one of fit, validate, test, predict, plan"),
         (("fit",), "required: fit.data, fit.model"),
     ],
 )

@@ -1,0 +1,174 @@
+"""What `cli.py` does before its imports, which take seconds: help screens, and a shorter import of torchmetrics."""
+
+import difflib
+import importlib
+import logging
+import sys
+from importlib.metadata import version
+from importlib.util import find_spec, module_from_spec
+from types import ModuleType
+from typing import Any
+
+OVERVIEW = """\
+usage: python cli.py COMMAND -c CONFIG [-c CONFIG ...] [--KEY VALUE ...]
+
+Train the two stages of a text-to-video model, and generate videos.
+
+commands:
+  fit       train stage 1 (a VQ-VAE) or stage 2 (a transformer of its tokens)
+  validate  compute the metrics of a checkpoint on the validation set
+  test      compute the metrics of a checkpoint on the test set
+  predict   stage 1: write the tokens on which stage 2 is trained;
+            stage 2: generate videos from prompts
+  plan      print the memory and time that a run needs, without running it
+
+help:
+  python cli.py COMMAND --help
+  python cli.py COMMAND -c CONFIG --print_config   the complete config of a run
+
+From nothing to generated clips: make demo. Recipes: configs/. To learn more:
+docs/tutorial.md."""
+
+_CHECKPOINT = """\
+  --ckpt_path FILE   the checkpoint; last is the newest of the run's folder
+"""
+
+
+def _command(name: str, summary: str, examples: list[str], arguments: str) -> str:
+    shown = "\n".join(f"  python cli.py {name} {example}" for example in examples)
+    return f"""\
+usage: python cli.py {name} -c CONFIG [-c CONFIG ...] [--KEY VALUE ...]
+
+{summary}
+
+examples:
+{shown}
+
+arguments:
+  -c, --config FILE  a recipe of configs/ or a file of your own; may be
+                     repeated, and later files override earlier ones
+  --KEY VALUE        a value of the config, such as --trainer.max_steps 1000
+{arguments}
+help:
+  --help all                        the trainer's and the command's arguments
+  --model.help t2v.LitVQVAE         a model's; t2v.LitVideoTransformer: stage 2
+  --data.help data.VideoDataModule  the data's; data.TokenDataModule: stage 2
+  -c FILE --print_config            the complete config of a run"""
+
+
+SCREENS = {
+    "fit": _command(
+        "fit",
+        "Train a model. Its checkpoints and metrics are written to the run's folder,\nwhich the recipe names.",
+        [
+            "-c configs/vqvae/shapes.yaml",
+            "-c configs/vqvae/shapes.yaml --ckpt_path last     (continue)",
+            "-c configs/vqvae/shapes.yaml -c configs/debug/steps.yaml",
+        ],
+        _CHECKPOINT.replace("the checkpoint;", "continue from it;") + "  --seed_everything N  the seed; 0 by default\n",
+    ),
+    "validate": _command(
+        "validate",
+        "Compute the metrics of a checkpoint on the validation set.",
+        ["-c configs/vqvae/shapes.yaml --ckpt_path last"],
+        _CHECKPOINT,
+    ),
+    "test": _command(
+        "test",
+        "Compute the metrics of a checkpoint on the test set.",
+        ["-c configs/vqvae/shapes.yaml --ckpt_path last"],
+        _CHECKPOINT,
+    ),
+    "predict": _command(
+        "predict",
+        "Stage 1: write the tokens of all videos, on which stage 2 is trained.\nStage 2: generate videos from prompts.",
+        ["-c configs/vqvae/shapes.yaml --ckpt_path last", "-c configs/transformer/shapes.yaml --ckpt_path last"],
+        _CHECKPOINT,
+    ),
+    "plan": _command(
+        "plan",
+        "Print the memory and time that a run needs, without allocating its model or\nreading its data.",
+        [
+            "-c configs/vqvae/256.yaml --memory 24",
+            "-c configs/transformer/8b.yaml --memory 80 --tflops 400",
+        ],
+        "  --memory GB        memory of one device in GB; 80 by default\n"
+        "  --tflops NUMBER    TFLOP/s that one device reaches; without it no times\n",
+    ),
+}
+"""The help of each command."""
+
+
+def answer(args: list[str]) -> list[str]:
+    """Print the screen of help that the arguments of `cli.py` ask for, if they do, and exit.
+
+    Args:
+        args: The command line without the program.
+
+    Returns:
+        The arguments to parse: without the word `all` in `--help all`.
+
+    Raises:
+        SystemExit: With status 0 after help, 2 if the command is missing or unknown.
+    """
+    names = ", ".join(SCREENS)
+    if not args:
+        print(OVERVIEW, flush=True)
+        _fail(f"give a subcommand: {names}.")
+    command, *others = args
+    if command in ("-h", "--help"):
+        print(OVERVIEW)
+        raise SystemExit(0)
+    if command.startswith("-"):
+        return args
+    if command not in SCREENS:
+        close = difflib.get_close_matches(command.lower(), SCREENS, n=1)
+        guess = f" (did you mean {close[0]}?)" if close else ""
+        _fail(f"there is no subcommand '{command}'{guess}: give one of {names}.")
+    place = next((i for i, arg in enumerate(others) if arg in ("-h", "--help")), None)
+    if place is None:
+        return args
+    if others[place + 1 : place + 2] == ["all"]:
+        return [command, "--help"]
+    print(SCREENS[command])
+    raise SystemExit(0)
+
+
+def _fail(message: str) -> None:
+    sys.stderr.write(f"error: {message}\n")
+    raise SystemExit(2)
+
+
+class _Deferred(ModuleType):
+    """The package torchmetrics, which runs its `__init__` when an attribute is used that it does not have yet."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(f"module '{self.__name__}' has no attribute '{name}'")
+        self.__class__ = ModuleType  # type: ignore[assignment]  # as importlib.util.LazyLoader does
+        assert self.__spec__ is not None
+        assert self.__spec__.loader is not None
+        self.__spec__.loader.exec_module(self)
+        return getattr(self, name)
+
+
+def defer_torchmetrics() -> None:
+    """Import only what Lightning needs of torchmetrics, and the rest of it on first use.
+
+    Importing all of it takes as long as importing PyTorch, since it imports transformers, torchvision, SciPy and
+    Matplotlib if they are installed. Lightning needs two of its classes. Call this before Lightning is imported.
+    """
+    spec = find_spec("torchmetrics") if "torchmetrics" not in sys.modules else None
+    if spec is None:
+        return
+    package = _Deferred("torchmetrics")
+    package.__dict__.update(vars(module_from_spec(spec)))
+    package.__dict__.update(__version__=version("torchmetrics"), _logger=logging.getLogger("torchmetrics"))
+    sys.modules["torchmetrics"] = package
+    try:
+        importlib.import_module("torchmetrics.utilities")  # before .metric, which imports it in a cycle
+        for name, module in {"Metric": "metric", "MetricCollection": "collections"}.items():
+            setattr(package, name, getattr(importlib.import_module(f"torchmetrics.{module}"), name))
+    except ImportError:  # another version, with other needs: import it as it is
+        for loaded in [module for module in sys.modules if module.partition(".")[0] == "torchmetrics"]:
+            del sys.modules[loaded]
