@@ -108,7 +108,7 @@ class Clips(Dataset[Any]):
         return sample.fps / self.fps if self.fps else 1.0
 
     def window(self, sample: Sample, bucket: Bucket, rng: np.random.Generator | None) -> Int[np.ndarray, " t"]:
-        """Return the indices of the stored frames of a clip, those nearest in time to the frames at the rate `fps`.
+        """Return the indices of the stored frames of a clip, as if they were equally spaced in time.
 
         Args:
             sample: The sample.

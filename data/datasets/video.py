@@ -20,7 +20,7 @@ from data.datasets.base import Clips
 from data.plan import Bucket
 from data.shards import Sample, ShardSet
 from t2v.batch import VideoBatch
-from t2v.video import read_frames, resize_and_crop
+from t2v.video import read_at, resize_and_crop
 
 _SIDED = re.compile(r"\b(left|right)(wards?|most|hand|handed)?\b", re.IGNORECASE)
 """Words that make a caption wrong for the mirrored clip."""
@@ -84,15 +84,26 @@ class VideoClips(Clips):
         """Size of the largest batch in bytes."""
         return max(bucket.batch_size * bucket.frames * 3 * math.prod(_size(bucket)) for bucket in self.buckets)
 
+    def times(self, sample: Sample, bucket: Bucket, rng: np.random.Generator | None) -> Float64[np.ndarray, " t"]:
+        """Return when the frames of a clip are shown, in seconds since the first frame of the video.
+
+        Args:
+            sample: The sample.
+            bucket: Length of the clip, and where it starts.
+            rng: Generator that chooses the start, the time of a stored frame; None for the whole video.
+        """
+        window = self.window(sample, bucket, rng)
+        return window[0] / sample.fps + np.arange(len(window)) * (self.stride(sample) / sample.fps)
+
     def _load(self, sample: Sample, bucket: Bucket, rng: np.random.Generator | None) -> VideoClip:
         members = self.shards.read(sample, "mp4", "txt", "json")
         captions = read_captions(members) or [""]
-        window = self.window(sample, bucket, rng)
+        times = self.times(sample, bucket, rng)
         transform = partial(resize_and_crop, size=_size(bucket))
         if self.crop < 1 and rng is not None:
             fraction = rng.uniform(self.crop, 1)
             transform = partial(_crop_and_resize, size=_size(bucket), fraction=fraction, position=rng.random(2))
-        video = read_frames(members["mp4"], window.tolist(), transform=transform)
+        video = read_at(members["mp4"], times.tolist(), transform=transform)
         sided = any(_SIDED.search(caption) for caption in captions)
         if self.flip and rng is not None and rng.random() < 0.5 and not sided:
             video = video.flip(-1)

@@ -15,7 +15,7 @@ from torch import Tensor
 from data.captions import read_captions
 from data.shards import Sample, ShardSet
 from t2v.errors import UserError
-from t2v.video import read_frames
+from t2v.video import read_at
 
 _CELL, _GAP, _LINE = 96, 6, 14
 """Pixels: longer side of a frame, space between two frames, height of a line of text."""
@@ -82,15 +82,15 @@ def _load_row(shards: ShardSet, sample: Sample, frames: int) -> tuple[str, list[
         if not sample.frames:
             return f"{title}: does not decode", []
         indices = np.linspace(0, sample.frames - 1, frames).round().astype(int).tolist()
-        return title, _load_pictures(members, indices)
+        return title, _load_pictures(members, indices, sample.fps)
     except (ValueError, EOFError) as error:
         return f"{title}: {error}", []
 
 
-def _load_pictures(members: Mapping[str, bytes], indices: Sequence[int]) -> list[Image.Image]:
+def _load_pictures(members: Mapping[str, bytes], indices: Sequence[int], fps: float) -> list[Image.Image]:
     """Return frames of a clip, resized to the cells of the sheet."""
     if _VIDEO in members:
-        video = read_frames(members[_VIDEO], indices, _subsample)
+        video = read_at(members[_VIDEO], [index / fps for index in indices], _subsample)
         pictures = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in video]
         resampling = Image.Resampling.LANCZOS
     else:

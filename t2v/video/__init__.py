@@ -1,10 +1,10 @@
 """Video files: probing, reading and writing them; optical flow between their frames."""
 
+from t2v.video.decoding import MAX_PIXELS, DecodeError
 from t2v.video.reading import (
-    MAX_PIXELS,
-    DecodeError,
     VideoInfo,
     probe,
+    read_at,
     read_clip,
     read_frames,
     resize_and_crop,
@@ -19,6 +19,7 @@ __all__ = [
     "VideoInfo",
     "encode_mp4",
     "probe",
+    "read_at",
     "read_clip",
     "read_frames",
     "resize_and_crop",

@@ -22,8 +22,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from t2v.errors import run_tool
-from t2v.video import encode_mp4, read_frames
-from t2v.video import reading as video
+from t2v.video import encode_mp4, read_frames, selection
 
 FRAMES = 64
 ACCESSES = {"all frames": range(FRAMES), "a window of 16": range(24, 40), "every fourth": range(0, FRAMES, 4)}
@@ -45,7 +44,7 @@ def with_decord(content: bytes, indices: Sequence[int]) -> UInt8[np.ndarray, "t 
 
 def with_pyav(content: bytes, indices: Sequence[int]) -> UInt8[np.ndarray, "t height width c"]:
     """Read frames with PyAV into one array, as decord returns them."""
-    return np.stack(list(video._read_with_pyav(content, list(indices), lambda: None)))
+    return np.stack([picture for picture, _ in selection.pictures(content, list(indices), False, lambda: None, "pyav")])
 
 
 READERS: dict[str, Callable[[bytes, Sequence[int]], object]] = {
@@ -71,7 +70,7 @@ def main(rounds: int = 15) -> None:
     """
     torch.set_num_threads(1)
     order = np.random.default_rng(0)
-    video._decord()  # sets decord up as for `read_frames`
+    selection._decord()  # sets decord up as for `read_frames`
     print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, ",
         end="",

@@ -17,12 +17,13 @@ from t2v.errors import UserError
 from t2v.video import (
     DecodeError,
     Mp4Writer,
+    decoding,
     encode_mp4,
     probe,
     read_clip,
     read_frames,
-    reading,
     resize_and_crop,
+    selection,
     stream_frames,
     write_mp4,
 )
@@ -128,7 +129,7 @@ def test_a_video_that_was_cut_without_reencoding(start, decoder):
 def test_other_containers_are_read(form, decoder, monkeypatch):
     content = encode(moving_square(20), form, **KEY_FRAMES)
     everything = torch.stack([frame for _, frame in stream_frames(content)])
-    monkeypatch.setattr(reading, "_GROUP_BYTES", 3 * everything[0].numel())
+    monkeypatch.setattr(selection, "GROUP_BYTES", 3 * everything[0].numel())
     assert decoder(content, range(20)).equal(everything)
     assert decoder(content, [17, 2, 10]).equal(everything[[17, 2, 10]])
 
@@ -136,7 +137,7 @@ def test_other_containers_are_read(form, decoder, monkeypatch):
 def test_few_full_size_frames_are_in_memory_at_a_time(decoder, monkeypatch):
     content = encode(moving_square(40))
     frame = 3 * 48 * 64
-    monkeypatch.setattr(reading, "_GROUP_BYTES", 4 * frame)
+    monkeypatch.setattr(selection, "GROUP_BYTES", 4 * frame)
     storages, sizes = [], []
 
     def shrink(frames):
@@ -157,9 +158,9 @@ def test_the_time_limit_stops_decoding(decoder):
 
 def test_frames_above_the_limit_are_not_decoded(decoder, monkeypatch):
     content = encode_mp4(moving_square(), fps=8)
-    monkeypatch.setattr(reading, "MAX_PIXELS", 64 * 48)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 64 * 48)
     assert decoder(content, [0]).shape == (1, 3, 48, 64)
-    monkeypatch.setattr(reading, "MAX_PIXELS", 64 * 48 - 1)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 64 * 48 - 1)
     for read in (probe, lambda content: decoder(content, [0]), lambda content: next(stream_frames(content))):
         with pytest.raises(DecodeError, match="64x48 are larger than the limit of 3,071 pixels"):
             read(content)
