@@ -346,6 +346,6 @@ def _display(picture: UInt8[np.ndarray, "h_in w_in c"], matrix: tuple[int, ...])
     centre = np.array([picture.shape[1], picture.shape[0]]) / 2
     (xx, xy), (yx, yy), (x, y) = *stored, centre - stored @ centre
     image = Image.fromarray(picture)
-    return np.asarray(
+    return np.array(
         image.transform(image.size, Image.Transform.AFFINE, (xx, xy, x, yx, yy, y), Image.Resampling.BILINEAR)
     )
