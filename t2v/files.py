@@ -1,5 +1,6 @@
-"""Atomic writes: a file or folder appears under its name complete, or not at all."""
+"""Atomic writes, by which a file or folder appears under its name complete or not at all, and hashes of files."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -33,6 +34,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         _sync_folder(path.parent)
     finally:
         remove(temporary)
+
+
+def sha256(path: Path) -> str:
+    """Return the sha256 of a file as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remove(path: Path) -> None:

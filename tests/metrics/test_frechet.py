@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from torchmetrics.image.kid import poly_mmd
 
-from t2v.metrics import ClipFeatures, FrechetVideoDistance, MobileNetClipFeatures
+from t2v.metrics import (
+    ClipFeatures,
+    FrechetVideoDistance,
+    KernelVideoDistance,
+    MobileNetClipFeatures,
+    frechet_distance,
+    kernel_distance,
+)
 
 
 class MeanColour(ClipFeatures):
@@ -39,6 +47,7 @@ def test_it_equals_the_distance_of_two_gaussians():
     assert at_once.compute().item() == pytest.approx(expected, rel=1e-4)
     assert at_once.name == "frechet_colour"
     assert at_once.protocol() == {"network": "none", "clips": 200}
+    assert at_once.compute().dtype == torch.float64
 
     parts.update(clips(fake[:1]), clips(real[:1]))
     parts.update(clips(fake[1:120]), clips(real[1:120]))
@@ -53,11 +62,42 @@ def test_one_clip_gives_nan_and_one_warning():
     with pytest.warns(UserWarning, match="needs at least 2 clips but got 1"):
         assert metric.compute().isnan()
     assert metric.protocol()["clips"] == 1
+    assert metric.protocol()["remark"].startswith("1 clips a side are fewer than 2 × 3 dimensions")
     metric.reset()
     metric.update(clips(torch.randn(1, 3)), clips(torch.randn(1, 3)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert metric.compute().isnan()
+
+
+def test_distances_with_fewer_vectors_than_dimensions_are_those_of_scipy_and_torchmetrics():
+    a, b = torch.randn(9, 20) * torch.linspace(0.1, 3, 20), torch.randn(13, 20) + 0.5
+    covariances = [np.cov(x.double().numpy().T) for x in (a, b)]
+    roots = [scipy.linalg.sqrtm(covariance).real for covariance in covariances]
+    middle = np.linalg.svd(roots[0] @ roots[1], compute_uv=False).sum()
+    means = (a.double().mean(0) - b.double().mean(0)).square().sum().item()
+    expected = means + sum(np.trace(covariance) for covariance in covariances) - 2 * middle
+    assert frechet_distance(a, b).item() == pytest.approx(expected, rel=1e-6)  # the roots of scipy are less exact
+    assert frechet_distance(a, a).item() == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(a * torch.nan, b).isnan()
+    c = b[:9].double()  # torchmetrics needs sets of equal size
+    assert kernel_distance(a, c).item() == pytest.approx(poly_mmd(a.double(), c).item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", [FrechetVideoDistance, KernelVideoDistance])
+def test_a_distance_is_in_float64_under_every_precision(kind):
+    real, fake = clips(torch.randn(12, 3).bfloat16().float()), clips(torch.rand(12, 3).bfloat16().float())
+    expected, other = kind(MeanColour()), kind(MeanColour()).to(torch.bfloat16)
+    expected.update(fake, real)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            other.update(fake.bfloat16(), real.bfloat16())
+            found = other.compute()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float64
+    assert found.item() == pytest.approx(expected.compute().item(), rel=1e-6)
 
 
 def test_the_mobilenet_distance_grows_with_noise():
