@@ -68,10 +68,12 @@ class Loader(DataLoader[Any]):
             yield self.slots.read(batch) if self.slots and isinstance(batch, _SharedBatch) else batch
 
     def _check_skipped(self, skipped: int, clips: int) -> None:
+        """Check the number of samples that cannot be used, or of loads that failed, among those of an epoch."""
         if skipped > self.max_skipped_fraction * clips:
+            unusable = len(self.clips.skipped) + int(self.clips.corrupt.sum())
             raise UserError(
-                f"{skipped} of {clips} clips in '{self.clips.shards.path}' cannot be used, more than "
-                f"data.max_skipped_fraction={self.max_skipped_fraction:g}; they are listed in "
+                f"{unusable} of {len(self.clips.skipped) + len(self.clips)} clips in '{self.clips.shards.path}' cannot "
+                f"be used, more than data.max_skipped_fraction={self.max_skipped_fraction:g}; they are listed in "
                 f"{self.clips.skipped_samples}: repair or remove them, or raise data.max_skipped_fraction."
             )
 

@@ -80,6 +80,10 @@ class Plan:
         seed: Seed of the run.
         buckets: The kinds of batches.
         fits: Whether each sample is long enough for each bucket; each sample fits at least one.
+        sources: Number of the source of each shard, if there are weights.
+        weights: Share of each source in an epoch, which has as many draws as there are samples: samples of a source
+            whose share is larger than its size occur several times, and of a smaller share others in each epoch. With
+            none, every sample occurs once.
 
     Raises:
         UserError: If a bucket's probability is not positive.
@@ -91,6 +95,8 @@ class Plan:
         seed: int,
         buckets: Sequence[Bucket],
         fits: Bool[np.ndarray, "samples buckets"],
+        sources: Sequence[int] = (),
+        weights: Sequence[float] = (),
     ) -> None:
         wrong = [bucket for bucket in buckets if bucket.probability <= 0]
         if wrong:
@@ -98,11 +104,20 @@ class Plan:
                 f"A bucket's probability={wrong[0].probability:g} must be greater than 0: leave the bucket out instead."
             )
         self.shard_sizes, self.seed, self.buckets = list(shard_sizes), seed, list(buckets)
-        # Samples of one kind fit the same buckets.
-        kinds, self._kind = np.unique(fits, axis=0, return_inverse=True)
-        weights = np.array([bucket.probability for bucket in buckets])
-        self._counts = [  # of each kind: number of samples in each bucket
-            _apportion(int((self._kind == kind).sum()), weights * fit) for kind, fit in enumerate(kinds)
+        # Samples of one kind fit the same buckets, and with weights have the same source.
+        features = np.column_stack([fits, np.repeat(sources, shard_sizes)]) if weights else fits
+        kinds, self._kind = np.unique(features, axis=0, return_inverse=True)
+        self._draws = np.bincount(self._kind)  # number of draws of each kind
+        if weights:
+            of_source = _apportion(len(fits), np.array(weights))
+            for source, draws in enumerate(of_source.tolist()):
+                chosen = kinds[:, -1] == source
+                self._draws[chosen] = _apportion(draws, self._draws[chosen])
+            kinds = kinds[:, :-1]
+        self._weights = list(weights)
+        probabilities = np.array([bucket.probability for bucket in buckets])
+        self._counts = [  # of each kind: number of draws in each bucket
+            _apportion(draws, probabilities * fit) for draws, fit in zip(self._draws.tolist(), kinds, strict=True)
         ]
         samples = np.sum(self._counts, axis=0)
         self._length = int(sum(samples // [bucket.batch_size for bucket in buckets]))
@@ -113,23 +128,38 @@ class Plan:
 
     def fingerprint(self) -> str:
         """Return a hash of everything that determines the batches."""
-        arguments = repr((self.shard_sizes, self.seed, self.buckets, self._kind.tolist()))
+        mixture = (self._weights,) if self._weights else ()
+        arguments = repr((self.shard_sizes, self.seed, self.buckets, self._kind.tolist(), *mixture))
         return hashlib.sha256(arguments.encode()).hexdigest()[:16]
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """Yield the batches of an epoch in order."""
         rng = np.random.default_rng((self.seed, epoch))
-        order = shuffled(self.shard_sizes, rng)
+        shards = self._draw_shards(rng)
+        samples = np.concatenate(shards)
+        order = shuffled([len(shard) for shard in shards], rng)
         buckets = np.zeros(len(order), dtype=np.int64)
         for kind, counts in enumerate(self._counts):
-            buckets[self._kind == kind] = rng.permutation(np.repeat(np.arange(len(counts)), counts))
+            buckets[self._kind[samples] == kind] = rng.permutation(np.repeat(np.arange(len(counts)), counts))
         pending: list[list[Draw]] = [[] for _ in self.buckets]
-        for position, sample in enumerate(order.tolist()):
-            bucket = int(buckets[sample])
-            pending[bucket].append(Draw(sample, (self.seed, epoch, position)))
+        for position, draw in enumerate(order.tolist()):
+            bucket = int(buckets[draw])
+            pending[bucket].append(Draw(int(samples[draw]), (self.seed, epoch, position)))
             if len(pending[bucket]) == self.buckets[bucket].batch_size:
                 yield Batch(bucket, pending[bucket])
                 pending[bucket] = []
+
+    def _draw_shards(self, rng: np.random.Generator) -> list[Int[np.ndarray, " samples"]]:
+        """Return the samples of an epoch by shard; a shard occurs again for samples that are drawn several times."""
+        times = np.ones(len(self._kind), dtype=np.int64)
+        if self._weights:
+            for kind, draws in enumerate(self._draws.tolist()):
+                samples = np.flatnonzero(self._kind == kind)
+                times[samples] = draws // len(samples)
+                times[rng.choice(samples, draws % len(samples), replace=False)] += 1
+        shards = [np.arange(start, stop) for start, stop in pairwise([0, *accumulate(self.shard_sizes)])]
+        drawn = [shard[times[shard] > n] for n in range(int(times.max(initial=0))) for shard in shards]
+        return [shard for shard in drawn if len(shard)]
 
 
 def shuffled(shard_sizes: Sequence[int], rng: np.random.Generator) -> Int[np.ndarray, " samples"]:

@@ -9,7 +9,6 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from itertools import repeat
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -19,10 +18,14 @@ from braceexpand import braceexpand
 from fsspec import AbstractFileSystem
 from tqdm import tqdm
 
-from data.index import load_index, make_index, read_range, with_retries
+from data.index import COMPRESSIONS, load_index, make_index, read_range, unpack, with_retries
+from data.members import find_video
 from t2v.errors import UserError
 from t2v.files import atomic_path
 
+SHARD_SUFFIXES = (".tar", *COMPRESSIONS)
+_CHAINED = ("blockcache", "cached", "dir", "filecache", "libarchive", "simplecache", "tar", "zip")
+"""Protocols that fsspec joins to another address by `::`."""
 _THREADS = 16
 """Shards that are indexed at a time; over a network most of the time is waiting."""
 _MAX_GAP = 2**20
@@ -47,6 +50,15 @@ class Sample(NamedTuple):
     """Width in pixels, or in tokens."""
     reason: str = ""
     """Why the video or the tokens are corrupt, if `frames` is 0."""
+    captions: int = 0
+    """Number of captions in its txt and json."""
+    flaw: str = ""
+    """Why its captions cannot be read; empty if they can."""
+
+    @property
+    def video(self) -> str | None:
+        """The extension of its video, or None if it has none."""
+        return find_video(self.members)
 
 
 class SkippedSample(NamedTuple):
@@ -66,24 +78,32 @@ class ShardSet:
 
     Args:
         path: A folder of shards, one tar, or a pattern such as `clips/shard-00*.tar` or
-            `s3://bucket/clips-{000000..000099}.tar`; a local path or any address that fsspec opens. Tars whose name
-            begins with a dot are incomplete, and left out.
+            `s3://bucket/clips-{000000..000099}.tar`; a local path or any address that fsspec opens. Several are a list,
+            or are joined by `::`. Compressed tars (.tgz, .tar.gz, …) are unpacked once, into the cache folder. Tars
+            whose name begins with a dot are incomplete, and left out.
 
     Attributes:
-        samples: All samples, shard after shard in the order of their names.
+        path: The path, for messages; several are joined by commas.
+        samples: All samples, shard after shard in the order of the paths and of their names.
         skipped: Members that form no sample: truncated, with a key that occurs twice, a link, or a name that leads out
-            of the folder. They are never read.
+            of the folder; and shards that are no tar. They are never read.
+        sources: For each shard, which of the paths it belongs to.
 
     Raises:
-        UserError: If there is no shard, or one cannot be read.
+        UserError: If a path has no shard, or no shard can be read.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = os.fspath(path)
-        self._filesystems: dict[int, AbstractFileSystem] = {}
-        self._addresses = _expand_braces(self.path)
+    def __init__(self, path: str | Path | Sequence[str | Path]) -> None:
+        paths = [path] if isinstance(path, str | Path) else path
+        self.path = ", ".join(os.fspath(each) for each in paths)
+        self._filesystems: dict[tuple[int, str], AbstractFileSystem] = {}
+        self._addresses: dict[str, str] = {}
+        self.sources: dict[str, int] = {}
         try:
-            shards, indices = self._open()
+            for source, each in enumerate(paths):
+                self._find(os.fspath(each), source)
+            indices = self._load_indices()
+            self._check_ranges(indices)
         except FileNotFoundError as error:
             cause = f" ({error.__cause__})" if error.__cause__ else ""
             raise UserError(
@@ -96,11 +116,11 @@ class ShardSet:
             ) from error
         self.samples = [
             Sample(key, shard, _members(entry.pop("members")), **entry)
-            for shard in shards
-            for key, entry in indices[shard]["samples"].items()
+            for shard, index in indices.items()
+            for key, entry in index["samples"].items()
         ]
         self.skipped = [
-            SkippedSample(key, shard, reason) for shard in shards for key, reason in indices[shard]["skipped"]
+            SkippedSample(key, shard, reason) for shard, index in indices.items() for key, reason in index["skipped"]
         ]
 
     def __len__(self) -> int:
@@ -129,39 +149,74 @@ class ShardSet:
         content = self._read(sample.shard, start, stop)
         return {name: content[offset - start : offset - start + size] for name, (offset, size) in ranges.items()}
 
-    @property
-    def filesystem(self) -> AbstractFileSystem:
-        """The file system of the shards; each process has its own, since connections do not survive a fork."""
-        process = os.getpid()
-        if process not in self._filesystems:  # the parent's object is kept: deleting it would close its connections
-            self._filesystems[process] = fsspec.url_to_fs(self._addresses[0])[0]
-        return self._filesystems[process]
+    def address(self, sample: Sample) -> str:
+        """Return the path of a sample's shard on this machine, or its address with protocol."""
+        address = self._addresses[sample.shard]
+        return sample.shard if "://" not in address else self._filesystem(sample.shard).unstrip_protocol(sample.shard)
+
+    def _filesystem(self, shard: str) -> AbstractFileSystem:
+        """Return the file system of a shard; each process has its own, since connections do not survive a fork."""
+        address = self._addresses[shard]
+        # The parent's object is kept: deleting it would close its connections.
+        key = os.getpid(), address if "::" in address else address.partition("://")[0] * ("://" in address)
+        if key not in self._filesystems:
+            self._filesystems[key] = fsspec.url_to_fs(address)[0]
+        return self._filesystems[key]
 
     def _read(self, shard: str, start: int, stop: int) -> bytes:
-        return read_range(self.filesystem, shard, start, stop)
+        return read_range(self._filesystem(shard), shard, start, stop)
 
-    def _open(self) -> tuple[list[str], dict[str, dict[str, Any]]]:
-        """Return the shards' paths in order, and their indices; make the indices that are missing."""
-        roots = [fsspec.url_to_fs(address)[1] for address in self._addresses]
-        shards = list(dict.fromkeys(shard for root in roots for shard in _find(self.filesystem, root)))
-        if not shards:
-            cause = "nothing there ends in .tar" if self.filesystem.exists(roots[0]) else "the folder does not exist"
-            raise UserError(
-                f"No shards (*.tar) in '{self.path}': {cause}; make them with `python -m data.prepare`, or correct the "
-                "path."
-            )
-        indices: dict[str, dict[str, Any]] = {}
-        missing = []
-        with ThreadPoolExecutor(_THREADS) as pool:
-            for shard, index in zip(shards, pool.map(load_index, repeat(self.filesystem), shards), strict=True):
-                if index is None:
-                    missing.append(shard)
+    def _find(self, path: str, source: int) -> None:
+        """Find the shards that a path stands for."""
+        found: dict[str, str] = {}
+        addresses = _expand(path)
+        for address in addresses:
+            filesystem, root = fsspec.url_to_fs(address)
+            for shard in _find(filesystem, root):
+                if _without_query(shard).endswith(tuple(COMPRESSIONS)):
+                    found.setdefault(os.fspath(unpack(filesystem, shard)), "")
                 else:
-                    indices[shard] = index
+                    found.setdefault(shard, address)
+        if not found:
+            filesystem, root = fsspec.url_to_fs(addresses[0])
+            cause = "nothing there ends in .tar" if filesystem.exists(root) else "the folder does not exist"
+            raise UserError(
+                f"No shards (*.tar) in '{path}': {cause}; make them with `python -m data.prepare`, or correct the path."
+            )
+        for shard, address in found.items():
+            self._addresses.setdefault(shard, address or shard)
+            self.sources.setdefault(shard, source)
+
+    def _load_indices(self) -> dict[str, dict[str, Any]]:
+        """Return the index of each shard; make those that are missing. A shard that is no tar has no samples."""
+        shards = list(self._addresses)
+        indices: dict[str, dict[str, Any]] = {}
+        with ThreadPoolExecutor(_THREADS) as pool:
+            loaded = pool.map(lambda shard: load_index(self._filesystem(shard), shard), shards)
+            indices = {shard: index for shard, index in zip(shards, loaded, strict=True) if index is not None}
+            missing = [shard for shard in shards if shard not in indices]
             if missing:
-                made = pool.map(make_index, repeat(self.filesystem), missing)
+                made = pool.map(self._make_index, missing)
                 indices |= zip(missing, tqdm(made, "indexing shards", len(missing), unit="shard"), strict=True)
-        return shards, indices
+        errors = [index["error"] for index in indices.values() if "error" in index]
+        if len(errors) == len(shards):
+            raise errors[0]
+        return {shard: indices[shard] for shard in shards}
+
+    def _make_index(self, shard: str) -> dict[str, Any]:
+        try:
+            return make_index(self._filesystem(shard), shard)
+        except UserError as error:
+            reason = str(error).removeprefix(f"'{shard}' is ").partition(": ")[0]
+            return {"samples": {}, "skipped": [("", reason)], "error": error}
+
+    def _check_ranges(self, indices: dict[str, dict[str, Any]]) -> None:
+        """Read one byte of the first remote shard, since some servers return whole files instead of parts."""
+        for shard, index in indices.items():
+            if "://" in self._addresses[shard] and index["samples"]:
+                offset, size = next(iter(next(iter(index["samples"].values()))["members"].values()))
+                self._read(shard, offset, offset + min(size, 1))
+                return
 
 
 class ShardWriter:
@@ -251,11 +306,21 @@ def _members(entry: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
     return {extension: (offset, size) for extension, (offset, size) in entry.items()}
 
 
-def _expand_braces(path: str) -> list[str]:
-    """Return the addresses that a path with braces stands for, after a check that fsspec opens their file system."""
+def _expand(path: str) -> list[str]:
+    """Return the addresses that a path with `::` and braces stands for, after a check that fsspec opens them.
+
+    `::` joins several paths, as in WebDataset, but not the parts of fsspec's chains such as `simplecache::s3://…`.
+    """
+    parts: list[str] = []
+    for part in path.split("::"):
+        if parts and parts[-1].partition("://")[0] in _CHAINED:
+            parts[-1] += f"::{part}"
+        else:
+            parts.append(part)
     try:
-        addresses = list(braceexpand(path)) if "{" in path else [path]
-        fsspec.url_to_fs(addresses[0])
+        addresses = [each for part in parts for each in (braceexpand(part) if "{" in part else [part])]
+        for address in {address.partition("://")[0]: address for address in addresses}.values():
+            fsspec.url_to_fs(address)
     except (ImportError, ValueError) as error:
         raise UserError(
             f"Cannot open '{path}' ({error}): install the missing package, or correct the address."
@@ -267,12 +332,15 @@ def _find(filesystem: AbstractFileSystem, root: str) -> list[str]:
     """Return the shards that a path without braces stands for; one tar is returned without a check that it exists."""
     if _is_tar(root) and (not glob.has_magic(_without_query(root)) or with_retries(filesystem.isfile, root)):
         return [root]
-    pattern = f"{glob.escape(root.rstrip('/'))}/*.tar" if with_retries(filesystem.isdir, root) else root
-    return sorted(path for path in with_retries(filesystem.glob, pattern) if _is_tar(path) and not _is_hidden(path))
+    pattern = f"{glob.escape(root.rstrip('/'))}/*" if with_retries(filesystem.isdir, root) else root
+    found = [path for path in with_retries(filesystem.glob, pattern) if _is_tar(path) and not _is_hidden(path)]
+    stems = {_without_query(path).removesuffix(".tar") for path in found if _without_query(path).endswith(".tar")}
+    unpacked = [path for path in found if any(path.removesuffix(suffix) in stems for suffix in COMPRESSIONS)]
+    return sorted(set(found) - set(unpacked))
 
 
 def _is_tar(address: str) -> bool:
-    return _without_query(address).endswith(".tar")
+    return _without_query(address).endswith(SHARD_SUFFIXES)
 
 
 def _is_hidden(address: str) -> bool:

@@ -30,7 +30,6 @@ class Clips(Dataset[Any]):
 
     Args:
         shards: The shards.
-        member: Extension of the member that holds a clip; samples without it are ignored.
         buckets: Length, size and number of the clips in a batch. A clip too short for all buckets is left out.
         fps: Frames per second at which a bucket's `frames` are counted; None to take clips at their stored rate.
         skipped_samples: JSON-lines file to which each sample that cannot be used is added, with key, shard and reason,
@@ -51,25 +50,27 @@ class Clips(Dataset[Any]):
     def __init__(
         self,
         shards: ShardSet,
-        member: str,
         buckets: Sequence[Bucket],
         fps: float | None = None,
         skipped_samples: Path | None = None,
     ) -> None:
         self.shards, self.buckets, self.fps, self.skipped_samples = shards, buckets, fps, skipped_samples
-        clips = [sample for sample in shards.samples if member in sample.members]
+        clips = [sample for sample in shards.samples if self._member(sample)]
         if not clips:
             found = sorted({name for sample in shards.samples for name in sample.members})
             raise UserError(
-                f"No sample in '{shards.path}' has a {member}; they have {', '.join(found) or 'nothing'}: "
+                f"No sample in '{shards.path}' has a {self._kind}; they have {', '.join(found) or 'nothing'}: "
                 "are these the shards of the other stage?"
             )
         self.skipped = list(shards.skipped)
-        readable = self._readable(clips, member)
+        readable = self._readable(clips)
         self._warn_of_skipped()
         self._list_skipped(self.skipped)
         if not readable:
-            raise UserError(f"None of the {len(clips)} clips in '{shards.path}' can be used: make the shards again.")
+            raise UserError(
+                f"None of the {len(clips)} clips in '{shards.path}' can be used, such as '{self.skipped[-1].key}': "
+                f"{self.skipped[-1].reason}; make the shards again."
+            )
         self.samples = self._long_enough(readable)
         self.corrupt = torch.zeros(len(self.samples), dtype=torch.bool).share_memory_()
         self.failures = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -87,6 +88,11 @@ class Clips(Dataset[Any]):
     def shard_sizes(self) -> list[int]:
         """Number of clips in each shard."""
         return [len(list(clips)) for _, clips in groupby(self.samples, lambda sample: sample.shard)]
+
+    @property
+    def shard_sources(self) -> list[int]:
+        """Which of the paths of the shards each shard belongs to."""
+        return [self.shards.sources[shard] for shard, _ in groupby(self.samples, lambda sample: sample.shard)]
 
     @property
     def fits(self) -> Bool[np.ndarray, "samples buckets"]:
@@ -143,9 +149,20 @@ class Clips(Dataset[Any]):
         self.failures += 1
         return None
 
-    @property
-    def _needed(self) -> Sequence[str]:
-        """Members that every clip must have if any clip has them."""
+    _kind: str
+    """What holds a clip, for messages."""
+
+    def _member(self, sample: Sample) -> str | None:
+        """Return the member that holds a sample's clip, or None; samples without one are ignored."""
+        raise NotImplementedError
+
+    def _flaw(self, sample: Sample, captioned: bool) -> str:
+        """Return why a sample cannot be used apart from its clip, as far as the index shows, or an empty string.
+
+        Args:
+            sample: The sample.
+            captioned: Whether any clip has a caption.
+        """
         raise NotImplementedError
 
     def _load(self, sample: Sample, bucket: Bucket, rng: np.random.Generator | None) -> Any:
@@ -174,17 +191,15 @@ class Clips(Dataset[Any]):
             if self.length(self.samples[index]) >= frames:
                 return index
 
-    def _readable(self, clips: list[Sample], member: str) -> list[Sample]:
+    def _readable(self, clips: list[Sample]) -> list[Sample]:
         """Return the clips that can be used as far as the index shows; add the others to `skipped`."""
-        needed = [name for name in self._needed if any(name in sample.members for sample in clips)]
+        captioned = any(sample.captions for sample in clips)
         readable = []
         for sample in clips:
-            missing = [name for name in needed if name not in sample.members]
-            if missing:
-                reason = f"it has no {' and no '.join(missing)}"
-                self.skipped.append(SkippedSample(sample.key, sample.shard, reason))
-            elif not sample.frames:
-                reason = f"its {member} does not decode: {sample.reason}"
+            reason = self._flaw(sample, captioned)
+            if not (reason or sample.frames):
+                reason = f"its {self._member(sample)} does not decode: {sample.reason}"
+            if reason:
                 self.skipped.append(SkippedSample(sample.key, sample.shard, reason))
             else:
                 readable.append(sample)

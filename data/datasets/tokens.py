@@ -19,6 +19,8 @@ from data.plan import Bucket
 from data.shards import Sample, ShardSet
 from t2v.batch import TextEmbedding, TokenBatch
 
+_TEXT = ("text.npy", "pooled.npy", "json")
+"""Members that every clip must have beside its tokens."""
 _NPY = b"\x93NUMPY\x01\x00"
 """First bytes of an npy file of version 1.0."""
 
@@ -45,10 +47,10 @@ class TokenClips(Clips):
         UserError: If no clip is left.
     """
 
-    _needed = ("text.npy", "pooled.npy", "json")
+    _kind = "tokens.npy"
 
     def __init__(self, shards: ShardSet, buckets: Sequence[Bucket], skipped_samples: Path | None = None) -> None:
-        super().__init__(shards, "tokens.npy", buckets, skipped_samples=skipped_samples)
+        super().__init__(shards, buckets, skipped_samples=skipped_samples)
 
     @staticmethod
     def collate(clips: list[TokenClip]) -> TokenBatch:
@@ -66,13 +68,25 @@ class TokenClips(Clips):
         frame = 8 * max(sample.height * sample.width for sample in self.samples)
         return max(bucket.batch_size * (bucket.frames * frame + 3 * text) for bucket in self.buckets)
 
+    def _member(self, sample: Sample) -> str | None:
+        return "tokens.npy" if "tokens.npy" in sample.members else None
+
+    def _flaw(self, sample: Sample, captioned: bool) -> str:
+        missing = [name for name in _TEXT if name not in sample.members]
+        return sample.flaw or (f"it has no {' and no '.join(missing)}" if missing else "")
+
     def _load(self, sample: Sample, bucket: Bucket, rng: np.random.Generator | None) -> TokenClip:
         """Load a clip with one of its captions: a random one, or the first without a generator."""
-        members = self.shards.read(sample, "tokens.npy", *self._needed)
+        members = self.shards.read(sample, "tokens.npy", *_TEXT)
         tokens = _array(members["tokens.npy"])[self.window(sample, bucket, rng)].astype(np.int64)
         texts = torch.from_numpy(_array(members["text.npy"]).astype(np.float32))  # of all captions, one after another
         pooled = torch.from_numpy(_array(members["pooled.npy"]).astype(np.float32))
-        captions, lengths = read_embedded_captions(read_metadata(members), len(texts))
+        captions, lengths = read_embedded_captions(read_metadata(members), texts.shape[0] if texts.ndim else 0)
+        if texts.ndim != 2 or pooled.numel() != len(captions) * texts.shape[1]:
+            raise ValueError(
+                f"its text.npy and pooled.npy have the shapes {tuple(texts.shape)} and {tuple(pooled.shape)}, with "
+                f"{len(captions)} captions"
+            )
         i = 0 if rng is None else int(rng.integers(len(captions)))
         text = texts.split(lengths)[i]
         return TokenClip(torch.from_numpy(tokens), text, pooled.view(len(captions), -1)[i], captions[i], sample.key)

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from data.captions import read_captions
 from data.datasets.base import Clips
+from data.members import TEXT_EXTENSIONS
 from data.plan import Bucket
 from data.shards import Sample, ShardSet
 from t2v.batch import VideoBatch
@@ -38,7 +39,8 @@ class VideoClips(Clips):
     """Clips of video shards.
 
     Args:
-        shards: Shards whose samples have mp4 and, optionally, txt and json.
+        shards: Shards whose samples have a video and, optionally, txt and json. If any sample has a caption, those
+            without one are left out.
         buckets: Length, height and width of the clips.
         fps: Frames per second of a clip; videos with another rate are resampled.
         crop: If less than 1, a training clip shows a random window of the picture, whose sides are at least this
@@ -50,7 +52,7 @@ class VideoClips(Clips):
         UserError: If no clip is left.
     """
 
-    _needed = ("txt",)
+    _kind = "mp4 or another video"
 
     def __init__(
         self,
@@ -61,7 +63,7 @@ class VideoClips(Clips):
         flip: bool = False,
         skipped_samples: Path | None = None,
     ) -> None:
-        super().__init__(shards, "mp4", buckets, fps, skipped_samples)
+        super().__init__(shards, buckets, fps, skipped_samples)
         self.crop, self.flip = crop, flip
         size = max(min(_size(bucket)) for bucket in buckets)
         smallest = round(crop * min(min(sample.height, sample.width) for sample in self.samples))
@@ -95,15 +97,23 @@ class VideoClips(Clips):
         window = self.window(sample, bucket, rng)
         return window[0] / sample.fps + np.arange(len(window)) * (self.stride(sample) / sample.fps)
 
+    def _member(self, sample: Sample) -> str | None:
+        return sample.video
+
+    def _flaw(self, sample: Sample, captioned: bool) -> str:
+        return sample.flaw or ("it has no caption" if captioned and not sample.captions else "")
+
     def _load(self, sample: Sample, bucket: Bucket, rng: np.random.Generator | None) -> VideoClip:
-        members = self.shards.read(sample, "mp4", "txt", "json")
+        member = sample.video
+        assert member is not None
+        members = self.shards.read(sample, member, *TEXT_EXTENSIONS)
         captions = read_captions(members) or [""]
         times = self.times(sample, bucket, rng)
         transform = partial(resize_and_crop, size=_size(bucket))
         if self.crop < 1 and rng is not None:
             fraction = rng.uniform(self.crop, 1)
             transform = partial(_crop_and_resize, size=_size(bucket), fraction=fraction, position=rng.random(2))
-        video = read_at(members["mp4"], times.tolist(), transform=transform)
+        video = read_at(members[member], times.tolist(), transform=transform)
         sided = any(_SIDED.search(caption) for caption in captions)
         if self.flip and rng is not None and rng.random() < 0.5 and not sided:
             video = video.flip(-1)

@@ -3,10 +3,12 @@
 - `store`: loads the index stored beside a shard, or makes and stores it.
 - `tar`: scans the headers of a tar.
 - `mp4`: reads the description of a video without its pictures.
+- `compressed`: unpacks compressed tars.
 - `remote`: reads bytes of local and remote files, with retries.
 """
 
+from data.index.compressed import COMPRESSIONS, unpack
 from data.index.remote import read_range, with_retries
 from data.index.store import load_index, make_index
 
-__all__ = ["load_index", "make_index", "read_range", "with_retries"]
+__all__ = ["COMPRESSIONS", "load_index", "make_index", "read_range", "unpack", "with_retries"]

@@ -17,7 +17,7 @@ from data.index.tar import scan_tar
 from t2v.errors import UserError
 from t2v.files import atomic_path
 
-_VERSION = 3
+_VERSION = 4
 _BLOCK = 2**16
 """Bytes of one request while a tar is scanned: a header, the head of the clip and the small members behind it."""
 _DATES = {"mtime", "created", "lastmodified", "last_modified", "updated", "etag"}
@@ -99,10 +99,18 @@ def _index_path(shard: str) -> str:
 
 def _cache_path(filesystem: AbstractFileSystem, info: dict[str, Any]) -> Path:
     """Return the path of a shard's index in the cache folder, which is different after the shard has changed."""
-    dates = {name: str(info[name]) for name in sorted(info) if name.lower().replace("-", "") in _DATES}
-    tar = json.dumps([filesystem.unstrip_protocol(info["name"]), info["size"], dates])
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return caches / "t2v" / "index" / f"{hashlib.sha256(tar.encode()).hexdigest()}.json"
+    tar = json.dumps([filesystem.unstrip_protocol(info["name"]), info["size"], dates(info)])
+    return cache_folder() / "index" / f"{hashlib.sha256(tar.encode()).hexdigest()}.json"
+
+
+def cache_folder() -> Path:
+    """Return the folder for what can be made again: `$XDG_CACHE_HOME/t2v`, by default `~/.cache/t2v`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "t2v"
+
+
+def dates(info: dict[str, Any]) -> dict[str, str]:
+    """Return what a file system reports of a file that changes with its content, apart from its size."""
+    return {name: str(info[name]) for name in sorted(info) if name.lower().replace("-", "") in _DATES}
 
 
 def _is_older(filesystem: AbstractFileSystem, path: str, shard: str) -> bool:

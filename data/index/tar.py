@@ -7,16 +7,21 @@ in the middle, keeps the samples before that position.
 import io
 import re
 import tarfile
+from collections.abc import Iterable
 from io import BufferedIOBase
 from typing import Any
 
 import numpy as np
 
+from data.captions import read_captions
 from data.index.mp4 import probe_mp4
 from data.index.remote import read_at
+from data.members import TEXT_EXTENSIONS, VIDEO_EXTENSIONS, find_video, is_video
 
 _NPY_HEADER = 1024
 """Bytes to read of an npy file for its shape."""
+_MAX_TEXT = 2**22
+"""Bytes of a txt or json above which it is not read."""
 
 
 class _Run:
@@ -27,14 +32,28 @@ class _Run:
 
     Attributes:
         members: Offset and size in bytes of each member, by its extension.
-        clip: Length and size of the video or the tokens; `reason` if they are corrupt.
+        clips: Length and size of each video or of the tokens, by extension; `reason` if they are corrupt.
+        texts: Bytes of its txt and json, until `read_texts`.
+        captions: Number of its captions.
+        flaw: Why its captions cannot be read; empty if they can.
         reason: Why the run is no sample; empty if it is one.
     """
 
     def __init__(self, key: str, reason: str = "") -> None:
         self.key, self.reason = key, reason
         self.members: dict[str, tuple[int, int]] = {}
-        self.clip: dict[str, Any] = {}
+        self.clips: dict[str, dict[str, Any]] = {}
+        self.texts: dict[str, bytes] = {}
+        self.captions, self.flaw = 0, ""
+
+    def read_texts(self) -> None:
+        """Count the captions, and forget the texts."""
+        names = _plain_names(self.members)
+        try:
+            self.captions = len(read_captions({names.get(name, name): text for name, text in self.texts.items()}))
+        except ValueError as error:
+            self.flaw = self.flaw or str(error)
+        self.texts.clear()
 
 
 def scan_tar(file: BufferedIOBase, size: int) -> dict[str, Any]:
@@ -45,7 +64,8 @@ def scan_tar(file: BufferedIOBase, size: int) -> dict[str, Any]:
         size: Its size in bytes.
 
     Returns:
-        `samples`: For each key the `members` (offset and size by extension) and the length and size of the clip.
+        `samples`: For each key the `members` (offset and size by extension), the length and size of the clip, and the
+            number of its `captions`, or the `flaw` for which they cannot be read.
         `skipped`: Key and reason of each run of members that is no sample.
 
     Raises:
@@ -55,6 +75,8 @@ def scan_tar(file: BufferedIOBase, size: int) -> dict[str, Any]:
     runs: list[_Run] = []
     with tarfile.open(fileobj=file, mode="r:") as tar:
         damage = _scan_members(tar, file, size, runs)
+        if runs:
+            runs[-1].read_texts()
         if damage:
             reason = f"the tar is truncated or damaged at byte {tar.offset} ({damage})"
             if runs and runs[0].members.keys() - runs[-1].members.keys():  # the last run is incomplete
@@ -73,6 +95,8 @@ def _scan_members(tar: tarfile.TarFile, file: BufferedIOBase, size: int, runs: l
             if member.isdir() or not (extension or refusal):
                 continue
             if not runs or runs[-1].key != key or extension in runs[-1].members:
+                if runs:
+                    runs[-1].read_texts()
                 runs.append(_Run(key))
             run = runs[-1]
             run.members[extension] = member.offset_data, member.size
@@ -81,7 +105,11 @@ def _scan_members(tar: tarfile.TarFile, file: BufferedIOBase, size: int, runs: l
                 run.reason = f"the tar is truncated or damaged in its {extension}"
                 return ""
             if not run.reason:
-                run.clip |= _describe(file, extension, *run.members[extension])
+                run.clips[extension] = _describe(file, extension, *run.members[extension])
+                if extension.rpartition(".")[2] in TEXT_EXTENSIONS:
+                    run.texts[extension] = read_at(file, member.offset_data, min(member.size, _MAX_TEXT))
+                    if member.size > _MAX_TEXT:
+                        run.flaw = f"its {extension} has {member.size} bytes, more than {_MAX_TEXT}"
     except (tarfile.TarError, ValueError, OverflowError) as error:  # from damaged headers
         return str(error)
     has_end_mark = read_at(file, tar.offset, tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
@@ -90,27 +118,60 @@ def _scan_members(tar: tarfile.TarFile, file: BufferedIOBase, size: int, runs: l
 
 def _merge(runs: list[_Run]) -> dict[str, Any]:
     """Join the runs of each key to one sample; a run with a member that its key already has is skipped."""
-    samples: dict[str, dict[str, Any]] = {}
+    merged: dict[str, _Run] = {}
     skipped: list[tuple[str, str]] = []
     for run in runs:
         if run.reason:
             skipped.append((run.key, run.reason))
-        elif run.key not in samples:
-            samples[run.key] = {"members": run.members, **run.clip}
-        elif samples[run.key]["members"].keys() & run.members.keys():
+        elif run.key not in merged:
+            merged[run.key] = run
+        elif merged[run.key].members.keys() & run.members.keys():
             skipped.append((run.key, "its key occurs twice in the tar"))
         else:
-            samples[run.key]["members"] |= run.members
-            samples[run.key] |= run.clip
+            first = merged[run.key]
+            first.members |= run.members
+            first.clips |= run.clips
+            first.captions, first.flaw = first.captions + run.captions, first.flaw or run.flaw
+    samples = {}
+    for key, run in merged.items():
+        try:
+            samples[key] = _make_entry(run)
+        except ValueError as error:
+            skipped.append((key, str(error)))
     return {"samples": samples, "skipped": skipped}
 
 
+def _make_entry(run: _Run) -> dict[str, Any]:
+    """Return the entry of a sample.
+
+    Raises:
+        ValueError: If the sample has several videos.
+    """
+    clip = run.clips.get("tokens.npy") or run.clips.get(find_video(run.members) or "", {})
+    names = _plain_names(run.members)
+    members = {names.get(name, name): where for name, where in run.members.items()}
+    return {"members": members, **clip, "captions": run.captions, "flaw": run.flaw}
+
+
+def _plain_names(members: Iterable[str]) -> dict[str, str]:
+    """Return what `v2.mp4`, `v2.txt` and `v2.json` are called in a sample that has no other video, txt or json."""
+    names = {}
+    for kind in (VIDEO_EXTENSIONS, *({name} for name in TEXT_EXTENSIONS)):
+        found = [name for name in members if name.rpartition(".")[2] in kind]
+        if len(found) == 1 and "." in found[0]:
+            names[found[0]] = found[0].rpartition(".")[2]
+    return names
+
+
 def _split_name(name: str) -> tuple[str, str]:
-    """Return key and extension of a member; without an extension the key is its name."""
+    """Return key and extension, in lower case, of a member; without an extension the key is its name.
+
+    As in WebDataset, the extension follows the first dot of the file's name.
+    """
     name = name.encode(errors="surrogateescape").decode(errors="replace")
     folder, slash, file = name.rpartition("/")
     stem, _, extension = file.partition(".")
-    return (f"{folder}{slash}{stem}", extension) if stem and extension else (name, "")
+    return (f"{folder}{slash}{stem}", extension.lower()) if stem and extension else (name, "")
 
 
 def _refusal(member: tarfile.TarInfo) -> str:
@@ -130,7 +191,7 @@ def _refusal(member: tarfile.TarInfo) -> str:
 def _describe(file: BufferedIOBase, extension: str, offset: int, size: int) -> dict[str, Any]:
     """Return length and size of a video or of tokens, or the reason why they are corrupt; nothing of other members."""
     try:
-        if extension == "mp4":
+        if is_video(extension):
             return probe_mp4(file, offset, size)._asdict()
         if extension == "tokens.npy":
             shape = _npy_shape(read_at(file, offset, min(size, _NPY_HEADER)))

@@ -26,7 +26,7 @@ def inspect(shards: str, sheet: Path | None = None, clips: int = 12, frames: int
     The exit status is 0 if nothing is wrong, 1 if there are problems, and 2 if the shards cannot be opened.
 
     Args:
-        shards: A folder of shards, one tar or a pattern, or their address.
+        shards: A folder of shards, one tar or a pattern, or their address; several are joined by `::`.
         sheet: PNG file for the first clips; by default `inspect-FOLDER-SHARDS.png` in the current folder.
         clips: Number of clips to draw; 0 for none.
         frames: Frames to draw of each clip, evenly from the first to the last.
@@ -36,33 +36,44 @@ def inspect(shards: str, sheet: Path | None = None, clips: int = 12, frames: int
         raise UserError(
             f"clips={clips} must be at least 0, frames={frames} at least 1, and decode={decode} at least -1."
         )
+    if not clips and (sheet or frames != 8):
+        raise UserError("--sheet and --frames have no effect with --clips 0, which draws nothing: leave them out.")
     opened = ShardSet(shards)
     file = sheet_path(shards, opened, sheet) if clips else None
     problems, drawn = list(opened.skipped), []
-    checks: list[Check] = [VideoCheck(_select_videos(opened.samples, decode)), TokenCheck()]
+    captioned = any(sample.captions for sample in opened.samples if sample.video)
+    checks: list[Check] = [VideoCheck(_select_videos(opened.samples, decode), captioned), TokenCheck()]
     for check in checks:
-        samples = [sample for sample in opened.samples if check.member in sample.members]
+        samples = [sample for sample in opened.samples if check.has(sample)]
         if samples:
             problems += _run_check(check, opened, samples)
             _print_table(check, opened.path, samples)
             drawn += samples[:clips]
     for sample in opened.samples:
-        if not any(check.member in sample.members for check in checks):
+        if not any(check.has(sample) for check in checks):
             reason = f"it has {', '.join(sample.members)}, but no video and no tokens"
             problems.append(SkippedSample(sample.key, sample.shard, reason))
-    if file and drawn:
-        with atomic_path(file) as temporary:
-            draw_sheet(opened, drawn, frames).save(temporary, "PNG")
-        print(f"\n{file} shows the first clips.")
     if problems or not opened.samples:
         _print_problems(problems)
+    else:
+        print("\nNo problems found.")
+    if file and drawn:
+        try:
+            with atomic_path(file) as temporary:
+                draw_sheet(opened, drawn, frames).save(temporary, "PNG")
+        except OSError as error:
+            raise UserError(
+                f"The report above is complete, but '{file}' cannot be written ({error.strerror or error}): name "
+                "another place with --sheet, or give --clips 0."
+            ) from error
+        print(f"\n{file} shows the first clips.")
+    if problems or not opened.samples:
         raise SystemExit(1)
-    print("\nNo problems found.")
 
 
 def _select_videos(samples: Sequence[Sample], count: int) -> set[tuple[str, str]]:
     """Return key and shard of some of the videos whose description can be read, evenly among them; all with -1."""
-    videos = [(sample.key, sample.shard) for sample in samples if VideoCheck.member in sample.members and sample.frames]
+    videos = [(sample.key, sample.shard) for sample in samples if sample.video and sample.frames]
     count = len(videos) if count < 0 else min(count, len(videos))
     return {videos[i * len(videos) // count] for i in range(count)}
 
@@ -70,13 +81,9 @@ def _select_videos(samples: Sequence[Sample], count: int) -> set[tuple[str, str]
 def _run_check(check: Check, shards: ShardSet, samples: Sequence[Sample]) -> list[SkippedSample]:
     """Return what is wrong with the samples of one kind."""
     problems = []
-    needed = [name for name in check.needed if any(name in sample.members for sample in samples)]
     try:
-        for sample in tqdm(samples, f"reading {check.member}", unit="sample", leave=False):
-            reasons = list(check.problems_of(shards, sample))
-            missing = [name for name in needed if name not in sample.members]
-            if missing:
-                reasons.insert(0, f"it has no {' and no '.join(missing)}")
+        for sample in tqdm(samples, f"reading {check.name}", unit="sample", leave=False):
+            reasons = check.problems_of(shards, sample)
             problems += [SkippedSample(sample.key, sample.shard, reason) for reason in reasons]
     except OSError as error:
         raise UserError(

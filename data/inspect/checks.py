@@ -15,12 +15,15 @@ import numpy as np
 from jaxtyping import Shaped
 
 from data.captions import read_captions, read_embedded_captions, read_metadata
+from data.members import TEXT_EXTENSIONS
 from data.shards import Sample, ShardSet
 from t2v.video import stream_frames
 
 Rows = list[tuple[str, str]]
 """Names and values of a table."""
 
+_NEEDED_BY_TOKENS = ("text.npy", "pooled.npy", "json")
+"""Members that a sample with tokens must have."""
 _MOST_FREQUENT = 6
 """Values that `_format_counts` names; the others are counted."""
 
@@ -30,13 +33,13 @@ class Check(ABC):
 
     Attributes:
         name: Name of the kind.
-        member: Extension of the member that samples of this kind have.
-        needed: Members that all samples must have if any has them.
     """
 
     name: str
-    member: str
-    needed: tuple[str, ...]
+
+    @abstractmethod
+    def has(self, sample: Sample) -> bool:
+        """Return whether a sample is of this kind."""
 
     @abstractmethod
     def problems_of(self, shards: ShardSet, sample: Sample) -> Iterator[str]:
@@ -56,25 +59,33 @@ class VideoCheck(Check):
 
     Args:
         decoded: Key and shard of the videos to decode from start to end.
+        captioned: Whether any video has a caption; then one without is a problem.
     """
 
-    name, member, needed = "videos", "mp4", ("txt",)
+    name = "videos"
 
-    def __init__(self, decoded: set[tuple[str, str]]) -> None:
-        self.decoded, self.captions = decoded, CaptionStatistics()
+    def __init__(self, decoded: set[tuple[str, str]], captioned: bool) -> None:
+        self.decoded, self.captioned, self.captions = decoded, captioned, CaptionStatistics()
+
+    def has(self, sample: Sample) -> bool:
+        return sample.video is not None
 
     def problems_of(self, shards: ShardSet, sample: Sample) -> Iterator[str]:
+        video = sample.video
+        assert video is not None
         decode = (sample.key, sample.shard) in self.decoded
-        members = shards.read(sample, "txt", "json", *(["mp4"] if decode else []))
+        members = shards.read(sample, *TEXT_EXTENSIONS, *([video] if decode else []))
         yield from self.captions.problems_of(members)
+        if self.captioned and not (sample.captions or sample.flaw):
+            yield "it has no caption"
         if not sample.frames:
-            yield f"its mp4 does not decode ({sample.reason})"
+            yield f"its {video} does not decode ({sample.reason})"
         elif decode:
             try:
-                for _ in stream_frames(members["mp4"]):
+                for _ in stream_frames(members[video]):
                     pass
             except ValueError as error:
-                yield f"its mp4 does not decode ({error})"
+                yield f"its {video} does not decode ({error})"
 
     def rows(self, samples: Sequence[Sample]) -> Rows:
         videos = [sample for sample in samples if sample.frames]
@@ -91,7 +102,7 @@ class VideoCheck(Check):
 class TokenCheck(Check):
     """A check of token shards."""
 
-    name, member, needed = "tokens", "tokens.npy", ("text.npy", "pooled.npy", "json")
+    name = "tokens"
 
     def __init__(self) -> None:
         self.captions = CaptionStatistics()
@@ -102,14 +113,22 @@ class TokenCheck(Check):
         self.widths: Counter[str] = Counter()
         self.fingerprints: Counter[str] = Counter()
 
+    def has(self, sample: Sample) -> bool:
+        return "tokens.npy" in sample.members
+
     def problems_of(self, shards: ShardSet, sample: Sample) -> Iterator[str]:
-        members = shards.read(sample, self.member, *self.needed)
+        missing = [name for name in _NEEDED_BY_TOKENS if name not in sample.members]
+        if missing:
+            yield f"it has no {' and no '.join(missing)}"
+        members = shards.read(sample, "tokens.npy", *_NEEDED_BY_TOKENS)
         yield from self.captions.problems_of(members)
         try:
             metadata = read_metadata(members)
         except ValueError:  # reported with the captions
             metadata = {}
-        fingerprint = metadata.get("fingerprint") or {}
+        fingerprint = metadata.get("fingerprint")
+        if not isinstance(fingerprint, dict):
+            fingerprint = {}
         self.fingerprints[json.dumps(fingerprint, sort_keys=True)] += 1
         arrays = {}
         for name in members.keys() & {"tokens.npy", "text.npy", "pooled.npy"}:
@@ -139,10 +158,12 @@ class TokenCheck(Check):
         if text.ndim != 2 or pooled.ndim not in (1, 2):
             yield f"its text.npy and pooled.npy have the shapes {text.shape} and {pooled.shape}"
             return
-        captions, lengths = read_embedded_captions(metadata, len(text))
+        try:
+            captions, lengths = read_embedded_captions(metadata, len(text))
+        except ValueError as error:
+            yield str(error)
+            return
         count, width = len(captions), text.shape[1]
-        if sum(lengths) != len(text) or len(lengths) != count:
-            yield f"its text.npy has the shape {text.shape}, but {count} captions have the lengths {lengths}"
         if pooled.shape[-1] != width or pooled.size != count * width:
             yield f"its pooled.npy has the shape {pooled.shape}, but there are {count} captions"
         if not (np.isfinite(text).all() and np.isfinite(pooled).all()):
@@ -192,10 +213,8 @@ class CaptionStatistics:
         captions: list[str] = []
         try:
             captions = read_captions(members)
-        except UnicodeDecodeError:
-            yield "its caption is not UTF-8"
         except ValueError as error:
-            yield f"its json cannot be read ({error})"
+            yield str(error)
         self.captions_per_clip.append(len(captions))
         self.words += [len(caption.split()) for caption in captions]
         self.characters += [len(caption) for caption in captions]

@@ -4,7 +4,7 @@ Frames of token shards, which have no pictures without the tokenizer, are drawn 
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +13,14 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from data.captions import read_captions
+from data.members import TEXT_EXTENSIONS
 from data.shards import Sample, ShardSet
 from t2v.errors import UserError
 from t2v.video import read_at
 
 _CELL, _GAP, _LINE = 96, 6, 14
 """Pixels: longer side of a frame, space between two frames, height of a line of text."""
-_VIDEO, _TOKENS = "mp4", "tokens.npy"
+_TOKENS = "tokens.npy"
 
 
 def sheet_path(path: str, shards: ShardSet, sheet: Path | None) -> Path:
@@ -74,7 +75,7 @@ def _load_row(shards: ShardSet, sample: Sample, frames: int) -> tuple[str, list[
     """Return title and pictures of a clip; there are none if it is corrupt."""
     title = sample.key
     try:
-        members = shards.read(sample, "txt", "json", _VIDEO, _TOKENS)
+        members = shards.read(sample, *TEXT_EXTENSIONS, sample.video or _TOKENS)
         captions = read_captions(members)
         title = f"{sample.key}: {captions[0] if captions else 'no caption'}"
         if len(captions) > 1:
@@ -82,19 +83,20 @@ def _load_row(shards: ShardSet, sample: Sample, frames: int) -> tuple[str, list[
         if not sample.frames:
             return f"{title}: does not decode", []
         indices = np.linspace(0, sample.frames - 1, frames).round().astype(int).tolist()
-        return title, _load_pictures(members, indices, sample.fps)
+        content = members[sample.video or _TOKENS]
+        return title, _load_pictures(content, indices, sample.fps if sample.video else None)
     except (ValueError, EOFError) as error:
         return f"{title}: {error}", []
 
 
-def _load_pictures(members: Mapping[str, bytes], indices: Sequence[int], fps: float) -> list[Image.Image]:
-    """Return frames of a clip, resized to the cells of the sheet."""
-    if _VIDEO in members:
-        video = read_at(members[_VIDEO], [index / fps for index in indices], _subsample)
+def _load_pictures(content: bytes, indices: Sequence[int], fps: float | None) -> list[Image.Image]:
+    """Return frames of a clip, resized to the cells of the sheet; of tokens if there is no frame rate."""
+    if fps:
+        video = read_at(content, [index / fps for index in indices], _subsample)
         pictures = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in video]
         resampling = Image.Resampling.LANCZOS
     else:
-        tokens = np.load(io.BytesIO(members[_TOKENS]), allow_pickle=False)
+        tokens = np.load(io.BytesIO(content), allow_pickle=False)
         pictures = [Image.fromarray(_colours(frame), "HSV").convert("RGB") for frame in tokens[list(indices)]]
         resampling = Image.Resampling.NEAREST
     scale = _CELL / max(pictures[0].size)

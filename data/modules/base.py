@@ -15,6 +15,9 @@ from data.plan import Bucket, OrderedSampler, Plan, TrainSampler
 from data.shards import ShardSet
 from t2v.errors import UserError
 
+Paths = str | tuple[str, ...]
+"""Where shards are: one path or several."""
+
 
 class ShardDataModule(LightningDataModule):
     """Training and validation loaders over shards; the base of `VideoDataModule` and `TokenDataModule`.
@@ -23,8 +26,9 @@ class ShardDataModule(LightningDataModule):
     and any world size.
 
     Args:
-        train: Training shards.
-        val: Validation shards.
+        train: Training shards, at one path or several.
+        val: Validation shards, at one path or several.
+        weights: Share of each path of `train` in an epoch; with none, every clip occurs once.
         batch_size: Clips in a batch on each rank.
         num_workers: Processes that load batches, on each rank.
         seed: Seed of all random choices.
@@ -36,8 +40,9 @@ class ShardDataModule(LightningDataModule):
 
     def __init__(
         self,
-        train: str,
-        val: str,
+        train: list[str] | str,
+        val: list[str] | str,
+        weights: list[float],
         batch_size: int,
         num_workers: int,
         seed: int,
@@ -45,21 +50,22 @@ class ShardDataModule(LightningDataModule):
         max_skipped_fraction: float,
     ) -> None:
         super().__init__()
-        self.train, self.val = train, val
+        self.train, self.val = (path if isinstance(path, str) else tuple(path) for path in (train, val))
+        self.weights = weights
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.buckets, self.max_skipped_fraction = buckets, max_skipped_fraction
-        self._shards: dict[str, ShardSet] = {}
-        self._clips: dict[tuple[str, bool], Clips] = {}
+        self._shards: dict[Paths, ShardSet] = {}
+        self._clips: dict[tuple[Paths, bool], Clips] = {}
         self._sampler: TrainSampler | None = None
         self._resumed: PlanPosition | None = None
 
-    def shards(self, path: str) -> ShardSet:
+    def shards(self, path: Paths) -> ShardSet:
         """Return the shards at a path; they are opened once."""
         if path not in self._shards:
             self._shards[path] = ShardSet(path)
         return self._shards[path]
 
-    def clips(self, path: str, training: bool = False) -> Clips:
+    def clips(self, path: Paths, training: bool = False) -> Clips:
         """Return the clips of the shards at a path; they are opened once.
 
         Args:
@@ -123,13 +129,13 @@ class ShardDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Return random windows of the training clips, in the order of the plan."""
         clips, ranks = self.clips(self.train, training=True), self._ranks()
-        plan = Plan(clips.shard_sizes, self.seed, clips.buckets, clips.fits)
+        plan = Plan(clips.shard_sizes, self.seed, clips.buckets, clips.fits, self._check_weights(clips), self.weights)
         self._sampler = TrainSampler(plan, **ranks)
         if len(self._sampler) == 0:
             sizes = ", ".join(f"{bucket.batch_size} clips of {bucket.frames} frames" for bucket in clips.buckets)
             raise UserError(
-                f"{len(clips)} training clips in '{self.train}' do not fill one batch (data.batch_size: {sizes}) on "
-                f"each of {ranks['num_replicas']} ranks: lower it, or those of data.buckets, or add clips."
+                f"{len(clips)} training clips in '{clips.shards.path}' do not fill one batch (data.batch_size: {sizes})"
+                f" on each of {ranks['num_replicas']} ranks: lower it, or those of data.buckets, or add clips."
             )
         self._plan_fingerprint = plan.fingerprint()
         self._resume(self._sampler)
@@ -145,10 +151,33 @@ class ShardDataModule(LightningDataModule):
         """Return the validation clips."""
         return self.val_dataloader()
 
+    def _check_weights(self, clips: Clips) -> list[int]:
+        """Return the source of each training shard, after a check that there is a weight for each source."""
+        if not self.weights:
+            return []
+        paths = [self.train] if isinstance(self.train, str) else self.train
+        if (
+            len(self.weights) != len(paths)
+            or len(paths) < 2
+            or not all(0 < weight < math.inf for weight in self.weights)
+        ):
+            raise UserError(
+                f"data.weights={self.weights} must have a number greater than 0 for each of the {len(paths)} paths of "
+                "data.train, a list of at least two: a path without weight is one to leave out."
+            )
+        sources = clips.shard_sources
+        empty = [path for number, path in enumerate(paths) if number not in sources]
+        if empty:
+            raise UserError(
+                f"No training clip of '{empty[0]}' can be used, or all of its shards are also in an earlier path of "
+                "data.train: leave it out of data.train and data.weights."
+            )
+        return sources
+
     def _open_clips(self, shards: ShardSet, training: bool) -> Clips:
         raise NotImplementedError
 
-    def _paths(self, stage: str) -> list[str]:
+    def _paths(self, stage: str) -> list[Paths]:
         """Return the shards that a command needs."""
         return {"fit": [self.train, self.val], "predict": []}.get(stage, [self.val])
 
@@ -177,8 +206,8 @@ class ShardDataModule(LightningDataModule):
         else:
             warnings.warn(
                 f"The training clips, data.seed, data.batch_size, data.frames or data.buckets are not those of the "
-                f"checkpoint: the current epoch of '{self.train}' continues at the same step, but some clips may occur "
-                "twice in it and others not at all.",
+                f"checkpoint: the current epoch of '{self.shards(self.train).path}' continues at the same step, but "
+                "some clips may occur twice in it and others not at all.",
                 stacklevel=2,
             )
 

@@ -18,9 +18,9 @@ class TokenDataModule(ShardDataModule):
     """Token clips of token shards, and prompts to generate from.
 
     Args:
-        train: Training shards: a folder, one tar or a pattern, as written by `predict` of stage 1. Not needed to
-            generate from prompts.
-        val: Validation shards.
+        train: Training shards: a folder, one tar or a pattern, or a list of these, as written by `predict` of stage 1.
+            Not needed to generate from prompts.
+        val: Validation shards, at one path or several.
         frames: Length of a clip. Shorter clips are left out, and of longer ones a random window is taken.
         batch_size: Clips or prompts in a batch on each rank.
         num_workers: Processes that read, on each rank.
@@ -30,6 +30,7 @@ class TokenDataModule(ShardDataModule):
             width are those of the tokens, and must not be given.
         max_skipped_fraction: Fraction of an epoch's samples that cannot be used above which the run stops. Each is
             listed in `skipped_samples.jsonl` in the run's folder and replaced by another.
+        weights: Share of each path of `train` in an epoch, relative to the others'. By default every clip occurs once.
 
     Raises:
         UserError: If an argument is out of range, shards or prompts are missing, no clip is long enough, or the shards
@@ -38,8 +39,8 @@ class TokenDataModule(ShardDataModule):
 
     def __init__(
         self,
-        train: str,
-        val: str,
+        train: list[str] | str,
+        val: list[str] | str,
         frames: int,
         batch_size: int,
         num_workers: int = 2,
@@ -47,8 +48,9 @@ class TokenDataModule(ShardDataModule):
         seed: int = 0,
         buckets: list[Bucket] = [],  # noqa: B006
         max_skipped_fraction: float = 0.01,
+        weights: list[float] = [],  # noqa: B006
     ) -> None:
-        super().__init__(train, val, batch_size, num_workers, seed, buckets, max_skipped_fraction)
+        super().__init__(train, val, weights, batch_size, num_workers, seed, buckets, max_skipped_fraction)
         self.save_hyperparameters(logger=False, ignore="buckets")  # checkpoints hold plain values only
         require_positive(frames=frames, batch_size=batch_size)
         sized = [bucket for bucket in buckets if bucket.height or bucket.width]
@@ -69,16 +71,22 @@ class TokenDataModule(ShardDataModule):
     def fingerprint(self) -> dict[str, Any]:
         """How the shards were written: tokenizer, size, frame rate, text encoder.
 
-        Read from the json of the first sample of each shard, since a shard is written by one run.
+        Read from the json of the first intact sample of each shard, since a shard is written by one run.
 
         Raises:
             UserError: If a shard has no fingerprint, or two shards have different ones.
         """
         fingerprints: dict[str, dict[str, Any]] = {}
         for path in dict.fromkeys((self.train, self.val)):
-            for shard, samples in groupby(self.shards(path).samples, lambda sample: sample.shard):
-                members = self.shards(path).read(next(samples), "json")
-                fingerprints[shard] = read_metadata(members).get("fingerprint") or {}
+            intact = (sample for sample in self.shards(path).samples if not sample.flaw)
+            for shard, samples in groupby(intact, lambda sample: sample.shard):
+                metadata = read_metadata(self.shards(path).read(next(samples), "json"))
+                fingerprint = metadata.get("fingerprint")
+                fingerprints[shard] = fingerprint if isinstance(fingerprint, dict) else {}
+        if not fingerprints:
+            raise UserError(
+                f"No sample in '{self.train}' or '{self.val}' has a valid json: write the token shards again."
+            )
         first, expected = next(iter(fingerprints.items()))
         for shard, fingerprint in fingerprints.items():
             if not fingerprint:

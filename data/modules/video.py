@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from data.datasets import VideoClips, WholeClips
 from data.loaders import NonEmptyLoader
-from data.modules.base import ShardDataModule, require_positive
+from data.modules.base import Paths, ShardDataModule, require_positive
 from data.plan import Bucket
 from data.shards import ShardSet
 from t2v.errors import UserError
@@ -25,8 +25,9 @@ class VideoDataModule(ShardDataModule):
     A clip that does not decode is named in a warning and replaced by another.
 
     Args:
-        train: Training shards: a folder, one tar or a pattern, as written by `data.prepare` or `video2dataset`.
-        val: Validation shards.
+        train: Training shards: a folder, one tar or a pattern, or a list of these, as written by `data.prepare` or
+            `video2dataset`.
+        val: Validation shards, at one path or several.
         size: Height and width of a clip in pixels; the shorter side of other videos is resized to it, and the centre is
             cut out.
         frames: Length of a clip. Shorter videos are left out, and of longer ones a random window is taken.
@@ -42,6 +43,7 @@ class VideoDataModule(ShardDataModule):
             Ranks may train on different buckets at the same step, so the buckets' batches should cost about the same.
         max_skipped_fraction: Fraction of an epoch's samples that cannot be used above which the run stops. Each is
             listed in `skipped_samples.jsonl` in the run's folder and replaced by another.
+        weights: Share of each path of `train` in an epoch, relative to the others'. By default every clip occurs once.
 
     Raises:
         UserError: If an argument is out of range, shards are missing, or no clip is long enough.
@@ -52,8 +54,8 @@ class VideoDataModule(ShardDataModule):
 
     def __init__(
         self,
-        train: str,
-        val: str,
+        train: list[str] | str,
+        val: list[str] | str,
         size: int,
         frames: int,
         fps: float,
@@ -64,8 +66,9 @@ class VideoDataModule(ShardDataModule):
         flip: bool = False,
         buckets: list[Bucket] = [],  # noqa: B006
         max_skipped_fraction: float = 0.01,
+        weights: list[float] = [],  # noqa: B006
     ) -> None:
-        super().__init__(train, val, batch_size, num_workers, seed, buckets, max_skipped_fraction)
+        super().__init__(train, val, weights, batch_size, num_workers, seed, buckets, max_skipped_fraction)
         self.save_hyperparameters(logger=False, ignore="buckets")  # checkpoints hold plain values only
         require_positive(size=size, frames=frames, fps=fps, batch_size=batch_size, crop=crop)
         if crop > 1:
@@ -94,10 +97,10 @@ class VideoDataModule(ShardDataModule):
         crop, flip = (self.crop, self.flip) if training else (1.0, False)
         return VideoClips(shards, sized, self.fps, crop, flip, self._skipped_samples)
 
-    def _paths(self, stage: str) -> list[str]:
+    def _paths(self, stage: str) -> list[Paths]:
         return super()._paths("fit" if stage == "predict" else stage)
 
-    def _whole_clips_loader(self, path: str) -> DataLoader[Any]:
+    def _whole_clips_loader(self, path: Paths) -> DataLoader[Any]:
         bucket = Bucket(frames=1, batch_size=1, height=self.size, width=self.size)
         clips = VideoClips(self.shards(path), [bucket], self.fps, skipped_samples=self._skipped_samples)
         ranks = self._ranks()

@@ -15,12 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
+import fsspec
 import torch
 from tqdm import tqdm
 
+from data.index import read_range
 from data.prepare.dropped import Dropped
 from data.prepare.duplicates import perceptual_hash
 from data.prepare.engine import Engine
+from data.prepare.files import File, local_copy
 from data.prepare.filters import reason_to_drop_clip, reason_to_drop_video
 from data.prepare.sources import Video
 from data.prepare.video_clips import ClipFormat, VideoClip, cut_video
@@ -190,14 +193,14 @@ def _cut_video(
     The process exits if a clip takes longer than the timeout.
     """
     clip_format, filters = job.clip_format, job.clip_format.filters
-    clips = 0
+    clips = kept = 0
     short_scenes: list[float] = []
 
     def restart_timer(seconds: float) -> None:
         faulthandler.dump_traceback_later(seconds, exit=True, file=devnull)
 
     try:
-        with _as_file(video, job.folder) as path:
+        with as_file(video, job.folder) as path:
             restart_timer(clip_format.timeout)
             info = probe(path)
             reason = reason_to_drop_video(info, filters)
@@ -210,11 +213,15 @@ def _cut_video(
                 if clip.frames is None:
                     short_scenes.append(clip.start)
                     continue
+                if kept == clip_format.max_clips:
+                    dropped.append(Dropped(video.name, clip.start, f"rest of the video (max_clips is {kept})"))
+                    break
                 clips += 1
                 reason = reason_to_drop_clip(clip.frames, filters)
                 if reason:
                     dropped.append(Dropped(video.name, clip.start, reason))
                 else:
+                    kept += 1
                     yield _encode(clip, clips - 1, number, info, clip_format)
         dropped += _drop_short_scenes(video, clips, short_scenes, clip_format)
     except (FileNotFoundError, PermissionError) as error:
@@ -251,14 +258,21 @@ def _drop_short_scenes(
 
 
 @contextmanager
-def _as_file(video: Video, folder: Path) -> Iterator[Path]:
-    """Yield the path of a video; a video in a tar is copied to a temporary file."""
-    if video.offset is None:
+def as_file(video: Video, folder: Path) -> Iterator[Path]:
+    """Yield the path of a video; a video in a tar, or at an address, is copied to a temporary file.
+
+    Args:
+        video: The video.
+        folder: Folder for the copy.
+    """
+    if video.offset is None and isinstance(video.path, Path):
         yield video.path
         return
     with tempfile.TemporaryDirectory(dir=folder, suffix=".partial") as copies:
         path = Path(copies) / f"video{Path(video.name).suffix or '.mp4'}"
-        with video.path.open("rb") as tar:
-            tar.seek(video.offset)
-            path.write_bytes(tar.read(video.size))
+        if video.offset is None:
+            yield local_copy(File(path.name, video.path, video.size), Path(copies))
+            return
+        filesystem, tar = fsspec.url_to_fs(str(video.path))
+        path.write_bytes(read_range(filesystem, tar, video.offset, video.offset + video.size))
         yield path

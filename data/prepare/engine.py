@@ -162,7 +162,7 @@ def _work(pipe: Connection) -> None:
         function, job = pipe.recv()
         try:
             function(job)
-        except UserError as error:
+        except (UserError, OSError) as error:
             pipe.send(error)
         except Exception:
             pipe.send(RuntimeError(traceback.format_exc()))

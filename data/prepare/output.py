@@ -96,7 +96,7 @@ def publish(shards: Path, out: Path, clips: list[Clip], dropped: list[Dropped], 
         KeptRow(
             key=clip.key,
             source=clip.metadata["source"],
-            caption=clip.captions[0],
+            caption=clip.captions[0] if clip.captions else "",
             seconds=clip.metadata["frames"] / clip.metadata["fps"],
             video_seconds=clip.video_seconds,
             video_width=clip.video_width,

@@ -16,6 +16,7 @@ from data.prepare.cutting import CutJob, read_result
 from data.prepare.dropped import Dropped
 from data.prepare.duplicates import HashSearch
 from data.prepare.engine import Engine
+from data.prepare.sources import Video
 from data.shards import ShardWriter
 from t2v.errors import UserError
 
@@ -73,21 +74,26 @@ def read_clips(jobs: list[CutJob], dropped: list[Dropped]) -> Iterator[Clip]:
         clip_format = job.clip_format
         for row in rows:
             video = job.videos[row.video - job.first]
+            captions = _captions_at(video, row.start, row.start + clip_format.frames / clip_format.fps)
+            if captions is None:
+                dropped.append(Dropped(video.name, row.start, "in no captioned part of the video"))
+                continue
+            height, width = clip_format.size_of(row.info)
             metadata = {
                 **video.extra,
-                "caption": video.captions[0],
+                **({"caption": captions[0]} if captions else {}),
                 "source": video.name,
                 "start": row.start,
                 "frames": clip_format.frames,
                 "fps": clip_format.fps,
-                "height": clip_format.size,
-                "width": clip_format.size,
+                "height": height,
+                "width": width,
             }
-            if len(video.captions) > 1:
-                metadata["captions"] = video.captions
+            if len(captions) > 1:
+                metadata["captions"] = captions
             yield Clip(
                 key=f"{row.video:06d}_{row.number:04d}",
-                captions=video.captions,
+                captions=captions,
                 metadata=metadata,
                 file=job.clips,
                 offset=row.offset,
@@ -97,6 +103,21 @@ def read_clips(jobs: list[CutJob], dropped: list[Dropped]) -> Iterator[Clip]:
                 video_width=row.info.width,
                 video_height=row.info.height,
             )
+
+
+def _captions_at(video: Video, start: float, end: float) -> list[str] | None:
+    """Return the captions of a part of a video, or None if it is in none of the video's captioned parts.
+
+    Args:
+        video: The video.
+        start: Start of the part in seconds.
+        end: Its end in seconds.
+    """
+    if not video.segments:
+        return video.captions
+    slack = (end - start) / 20  # the times of captions are rounded to frames
+    inside = [part.caption for part in video.segments if part.start - slack <= start and end <= part.end + slack]
+    return list(dict.fromkeys(inside)) or None
 
 
 def drop_duplicates(clips: Iterable[Clip], max_distance: int | None, dropped: list[Dropped]) -> list[Clip]:
@@ -160,6 +181,7 @@ def pack(job: PackJob) -> None:
                 with clip.file.open("rb") as file:
                     file.seek(clip.offset)
                     mp4 = file.read(clip.size)
-                writer.write({"__key__": clip.key, "mp4": mp4, "txt": clip.captions[0], "json": clip.metadata})
+                text = {"txt": clip.captions[0]} if clip.captions else {}
+                writer.write({"__key__": clip.key, "mp4": mp4, **text, "json": clip.metadata})
         Path(temporary, "shard-000000.index.json").replace(job.shard.with_suffix(".index.json"))
         Path(temporary, "shard-000000.tar").replace(job.shard)

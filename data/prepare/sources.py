@@ -1,29 +1,43 @@
 """Finds the videos and captions of a source, in any of its layouts.
 
-- A folder of videos, with a table of captions or with a .txt file next to each video; see `tables`.
+- A folder of videos, with a table of captions, or with a .txt or .json file next to each video; see `tables`.
 - Shards of `video2dataset` or of this command: tar files with a video and a txt or json for each sample.
 
-A video that occurs in several rows has several captions; all are kept.
+Both may be on this machine or at an address that fsspec opens. A video that occurs in several rows, or under several
+names, has several captions; all are kept.
 """
 
 import hashlib
 import json
+import mimetypes
 import os
+import posixpath
+import re
+import tempfile
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.captions import read_captions, read_metadata
+from data.members import IMAGE_EXTENSIONS, TEXT_EXTENSIONS, is_video
 from data.prepare.captions import clean_caption
 from data.prepare.dropped import Dropped, summarize
+from data.prepare.files import File, is_remote, list_files, local_copy
 from data.prepare.filters import Filters
-from data.prepare.tables import TABLE_SUFFIXES, CaptionTable, read_table
-from data.shards import ShardSet
+from data.prepare.tables import LINE_FILES, TABLE_SUFFIXES, CaptionTable, Segment, read_table
+from data.shards import SHARD_SUFFIXES, ShardSet
 from t2v.errors import UserError
+from t2v.video import DecodeError, probe
 
-VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
-CAPTION_FILES = ("captions.csv", "captions.jsonl", "captions.parquet", "captions.json", "metadata.csv")
+CAPTION_FILES = (
+    *(f"captions{suffix}" for suffix in (".csv", ".tsv", ".jsonl", ".parquet", ".json")),
+    *(f"metadata{suffix}" for suffix in (".csv", ".jsonl", ".parquet")),
+    *(captions for captions, _ in LINE_FILES),
+)
 """Names of caption tables, in order of preference; other names are used only if there is a single table."""
+NO_CAPTIONS = "none"
+"""Value of `captions` that prepares the videos without captions."""
 
 
 class Video(NamedTuple):
@@ -32,15 +46,17 @@ class Video(NamedTuple):
     name: str
     """Its path as in the captions, or the names of the tar and the sample."""
     captions: list[str]
-    """At least one; the first is the sample's txt."""
+    """The first is the sample's txt; empty if the videos are prepared without captions."""
     extra: dict[str, Any]
     """The other columns of its row, which are added to the sample's json."""
-    path: Path
-    """The file, or the tar that contains it."""
+    path: Path | str
+    """The file, or the tar that contains it; text is an address."""
     size: int
     """Bytes of the video."""
     offset: int | None = None
     """First byte in the tar; None for a file."""
+    segments: tuple[Segment, ...] = ()
+    """Parts that have captions of their own; the rest of the video is then left out."""
 
 
 class Row(NamedTuple):
@@ -49,28 +65,39 @@ class Row(NamedTuple):
     name: str
     captions: list[str]
     extra: dict[str, Any]
-    path: Path | None
-    """The file, or the tar that contains it; None if it is missing."""
-    size: int = 0
+    file: File | None
+    """The file, or the tar that contains it, with the bytes of the video; None if it is missing."""
     offset: int | None = None
+    segments: tuple[Segment, ...] = ()
 
 
-def find_videos(source: Path, table: CaptionTable, filters: Filters) -> tuple[list[Video], list[Dropped]]:
+def find_videos(
+    source: Path | str, table: CaptionTable, filters: Filters, images: bool = False
+) -> tuple[list[Video], list[Dropped]]:
     """Return the captioned videos of a source, and the dropped ones.
 
     Args:
-        source: Folder of videos or of shards, or one shard.
-        table: The table of captions, for a folder of videos.
+        source: Folder of videos or of shards, or shards as `ShardSet` takes them.
+        table: The table of captions, for a folder of videos. Its path may be an address; "none" is no captions, and
+            None looks for captions in the source.
         filters: Limits for the captions.
+        images: Also take pictures, except those next to a video of the same name.
 
     Raises:
-        UserError: If there are no videos or no captions.
+        UserError: If there are no videos or no captions, or an option has no effect on this source.
     """
     dropped: list[Dropped] = []
-    rows, no_captions = _find_rows(source, table, dropped)
-    videos = _check(rows, filters, dropped)
-    if not videos and all(drop.reason in ("no caption", "missing file") for drop in dropped):
-        raise UserError(f"No video in '{source}' has a caption: {no_captions}.")
+    source = os.fspath(source)
+    captions = None if table.path is None else os.fspath(table.path)
+    captioned = captions != NO_CAPTIONS
+    rows, no_captions = _find_rows(source, captions, table, images, dropped)
+    if not captioned:
+        rows = [row._replace(captions=[], segments=()) for row in rows]
+    videos = _check(rows, filters, captioned, dropped)
+    if not videos and all(drop.kind in ("no caption", "missing file") for drop in dropped):
+        raise UserError(
+            f"No video in '{source}' has a caption: {no_captions}, or --captions none to prepare them without captions."
+        )
     if not videos:
         raise UserError(f"No video in '{source}' is kept: {summarize(dropped)}.")
     return videos, dropped
@@ -84,135 +111,226 @@ def digest(videos: list[Video]) -> str:
     """
     hash_ = hashlib.sha256()
     for video in videos:
-        hash_.update(json.dumps([video.name, video.size, video.captions, video.extra]).encode() + b"\n")
+        values = [video.name, video.size, video.captions, video.extra]
+        hash_.update(json.dumps([*values, video.segments] if video.segments else values).encode() + b"\n")
     return hash_.hexdigest()[:16]
 
 
-def _find_rows(source: Path, table: CaptionTable, dropped: list[Dropped]) -> tuple[Iterable[Row], str]:
+def _find_rows(
+    source: str, captions: str | None, table: CaptionTable, images: bool, dropped: list[Dropped]
+) -> tuple[Iterable[Row], str]:
     """Return the rows of a source, and the likely cause if none of them has a caption."""
-    if not source.is_dir() and not (source.suffix == ".tar" and source.is_file()):
-        raise UserError(f"There is no folder '{source}': give the folder that contains the videos.")
-    files = _list_files(source) if source.is_dir() else [source]
-    videos = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
-    shards = [path for path in files if path.suffix == ".tar" and source in (path, path.parent)]
+    columns = [name for name in ("path_column", "caption_column") if getattr(table, name)]
+    if captions == NO_CAPTIONS and columns:
+        raise _no_effect(columns, "with --captions none")
+    files = [] if _is_shards(source) else list_files(source, dropped)
+    shards = [file for file in files if "/" not in file.name and file.name.endswith(SHARD_SUFFIXES)]
+    videos = _find_videos(files, images) if not shards else [file for file in files if is_video(file.name)]
     if videos and shards:
         raise UserError(
             f"'{source}' contains both {len(videos)} videos and {len(shards)} shards (*.tar): move those to prepare "
             "into a folder of their own."
         )
-    if shards:
-        return _rows_of_shards(source, dropped), "none of its samples has a txt, or a json with a caption"
+    if shards or _is_shards(source):
+        given = [*(["captions"] if captions not in (None, NO_CAPTIONS) else []), *columns]
+        if given:
+            cause = "as the samples of shards contain their captions, which python -m data.recaption changes"
+            raise _no_effect(given, f"on '{source}', {cause}")
+        return _rows_of_shards(source, dropped), (
+            "none of its samples has a txt, or a json with a caption; add captions by python -m data.recaption"
+        )
     if not videos:
-        raise UserError(f"No videos in '{source}': none of its files ends in {', '.join((*VIDEO_SUFFIXES, '.tar'))}.")
-    columns = f"give --captions a file with the columns {table.path_column} and {table.caption_column}"
-    path = table.path or _find_captions(source, files)
-    if path is None:
-        cause = f"there is no {', '.join(CAPTION_FILES)}, and no .txt next to its {len(videos)} videos"
-        return _rows_of_text_files(source, videos, dropped), f"{cause}; {columns}"
-    cause = f"'{path}' names none of its {len(videos)} videos with a caption"
-    return _rows_of_table(source, videos, table._replace(path=path)), f"{cause}; {columns}"
+        pictures = sum(_is_image(file.name) for file in files)
+        hint = f"; its {pictures} pictures give clips of one frame: --frames 1" if pictures and not images else ""
+        raise UserError(f"No videos in '{source}': none of its {len(files)} files is a video or a shard (.tar){hint}.")
+    if captions == NO_CAPTIONS:
+        return [Row(file.shown, [], {}, file) for file in videos], ""
+    names = f"the columns {table.path_column or 'path'} and {table.caption_column or 'caption'}"
+    advice = f"give --captions a file with {names}"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(captions) if captions else None
+        if captions and is_remote(captions):
+            path = local_copy(File(captions, captions), Path(folder))
+        path = path or _find_captions(source, files, videos, Path(folder))
+        if path is not None:
+            cause = f"'{captions or path}' names none of its {len(videos)} videos with a caption"
+            return _rows_of_table(source, videos, table._replace(path=path), dropped), f"{cause}; {advice}"
+    if columns:
+        raise _no_effect(columns, f"on '{source}', which has no table of captions")
+    cause = f"there is no {', '.join(CAPTION_FILES)}, and no .txt or .json next to its {len(videos)} videos"
+    return _rows_of_text_files(files, videos, dropped), f"{cause}; {advice}"
 
 
-def _list_files(folder: Path) -> list[Path]:
-    return sorted(Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
+def _no_effect(options: list[str], cause: str) -> UserError:
+    verb = "have" if len(options) > 1 else "has"
+    return UserError(f"--{' and --'.join(options)} {verb} no effect {cause}: leave out.")
 
 
-def _find_captions(source: Path, files: list[Path]) -> Path | None:
-    """Return the table of captions in a folder, or None if there is none or the videos have .txt files.
+def _is_shards(source: str) -> bool:
+    """Return whether a source is one or several shards by its name, not a folder."""
+    return source.partition("?")[0].endswith(SHARD_SUFFIXES) or "::" in source or bool(re.search(r"[{*\[]", source))
+
+
+def _is_image(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+
+
+def _find_videos(files: list[File], images: bool) -> list[File]:
+    """Return the files that are videos by their name, or by their content if their name has no known extension."""
+    videos = [file for file in files if is_video(file.name) or _is_unnamed_video(file)]
+    if images:
+        stems = {file.name.rpartition(".")[0] for file in videos}
+        videos += [file for file in files if _is_image(file.name) and file.name.rpartition(".")[0] not in stems]
+    return sorted(videos)
+
+
+def _is_unnamed_video(file: File) -> bool:
+    suffix = file.name.rpartition("/")[2].rpartition(".")[2].lower()
+    if not isinstance(file.path, Path) or f".{suffix}" in (*TABLE_SUFFIXES, *SHARD_SUFFIXES):
+        return False
+    if mimetypes.guess_type(f"x.{suffix}")[0] or file.name.rpartition("/")[2].startswith(".") or not file.size:
+        return False
+    try:
+        probe(file.path)
+    except DecodeError:
+        return False
+    return True
+
+
+def _find_captions(source: str, files: list[File], videos: list[File], folder: Path) -> Path | None:
+    """Return the table of captions in a folder, or None if there is none or the videos have .txt or .json files.
+
+    A table that is not on this machine is copied into `folder`.
 
     Raises:
         UserError: If several tables could be meant.
     """
+    top = {file.name: file for file in files if "/" not in file.name}
+    stems = {file.name.rpartition(".")[0] for file in videos}
     for name in CAPTION_FILES:
-        if (source / name).is_file():
-            return source / name
-    videos = {path.with_suffix("") for path in files if path.suffix.lower() in VIDEO_SUFFIXES}
-    if any(path.suffix == ".txt" and path.with_suffix("") in videos for path in files):
+        pair = dict(LINE_FILES).get(name)
+        if name in top and (pair is None or pair in top):
+            if pair:
+                local_copy(top[pair], folder)
+            return _table_path(source, top[name], folder)
+    if any(file.name.rpartition(".")[0] in stems and _is_text(file.name) for file in files):
         return None
     tables = [
-        path
-        for path in files
-        if path.parent == source and path.suffix in TABLE_SUFFIXES and path.with_suffix("") not in videos
+        file
+        for name, file in top.items()
+        if name.lower().endswith(TABLE_SUFFIXES) and stems.isdisjoint((file.stem, file.stem.partition(".")[0]))
     ]
     if len(tables) > 1:
-        names = ", ".join(path.name for path in tables)
+        names = ", ".join(file.name for file in tables)
         raise UserError(f"'{source}' contains several tables ({names}): select one with --captions.")
-    return tables[0] if tables else None
+    return _table_path(source, tables[0], folder) if tables else None
 
 
-def _rows_of_table(source: Path, videos: list[Path], table: CaptionTable) -> list[Row]:
+def _table_path(source: str, file: File, folder: Path) -> Path:
+    return Path(source, file.name) if isinstance(file.path, Path) else local_copy(file, folder)
+
+
+def _is_text(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in TEXT_EXTENSIONS
+
+
+def _rows_of_table(source: str, videos: list[File], table: CaptionTable, dropped: list[Dropped]) -> list[Row]:
     """Return the rows of a table, and one without a caption for each video that it does not name."""
-    known = set(videos)
-    by_id = {path.stem: path for path in reversed(videos)}  # the first of several with one id
+    by_name = {file.name: file for file in videos}
+    by_path = {file.path: file for file in videos}
+    by_id: defaultdict[str, list[File]] = defaultdict(list)
+    for file in videos:
+        by_id[file.stem].append(file)
     rows = []
-    for name, captions, extra, is_id in read_table(table):
-        path = by_id.get(name) if is_id else source / name
-        if is_id and path is not None:
-            name = str(path.relative_to(source))
-        exists = path is not None and (path in known or path.is_file())
-        rows.append(Row(name, captions, extra, path if exists else None))
-    named = {row.path for row in rows if row.path is not None}
-    other_spellings = {path.resolve() for path in named - known}  # paths spelt differently, or outside the folder
-    for path in videos:
-        is_named = path in named or (other_spellings and path.resolve() in other_spellings)
-        if not is_named:
-            rows.append(Row(str(path.relative_to(source)), [], {}, path))
-    return rows
+    for name, captions, extra, is_id, segments in read_table(table, dropped):
+        if is_id:
+            found = by_id.get(name, [])
+            if len(found) > 1:
+                places = ", ".join(file.shown for file in found)
+                dropped.append(Dropped(name, None, f"ambiguous id (it names {places})"))
+                continue
+            match = found[0] if found else None
+        else:
+            match = by_name.get(posixpath.normpath(name)) or _find_file(source, name, by_path)
+        rows.append(Row(match.shown if match else name, captions, extra, match, None, segments))
+    named = {row.file for row in rows}
+    return rows + [Row(file.shown, [], {}, file) for file in videos if file not in named]
 
 
-def _rows_of_text_files(source: Path, videos: list[Path], dropped: list[Dropped]) -> Iterator[Row]:
-    for path in videos:
-        name = str(path.relative_to(source))
+def _find_file(source: str, name: str, by_path: dict[Path | str, File]) -> File | None:
+    """Return the file of a path that is spelt differently from those listed, or outside the folder."""
+    if is_remote(source):
+        return by_path.get(name)
+    try:
+        path = Path(os.path.realpath(Path(source, name)))
+        size = path.stat().st_size if path.is_file() else None
+    except (OSError, ValueError):  # such as a name that is too long
+        return None
+    if path in by_path:
+        return by_path[path]
+    return None if size is None else File(name, path, size)
+
+
+def _rows_of_text_files(files: list[File], videos: list[File], dropped: list[Dropped]) -> Iterator[Row]:
+    texts = {(stem, end.lower()): file for file in files for stem, _, end in [file.name.rpartition(".")]}
+    for video in videos:
+        stem = video.name.rpartition(".")[0]
+        found = {name: texts[stem, name] for name in TEXT_EXTENSIONS if (stem, name) in texts}
         try:
-            yield Row(name, [path.with_suffix(".txt").read_text(encoding="utf-8-sig")], {}, path)
-        except UnicodeDecodeError:
-            dropped.append(Dropped(name, None, "caption is not UTF-8"))
-        except FileNotFoundError:
-            yield Row(name, [], {}, path)
+            members = {name: file.read() for name, file in found.items()}
+            extra = _without_captions(read_metadata(members))
+            yield Row(video.shown, read_captions(members), extra, video)
+        except ValueError as error:
+            dropped.append(Dropped(video.shown, None, str(error)))
+        except OSError as error:
+            dropped.append(Dropped(video.shown, None, f"caption cannot be read ({error.strerror or error})"))
 
 
-def _rows_of_shards(source: Path, dropped: list[Dropped]) -> Iterator[Row]:
+def _rows_of_shards(source: str, dropped: list[Dropped]) -> Iterator[Row]:
     shards = ShardSet(source)
-    dropped += (Dropped(f"{Path(bad.shard).name}/{bad.key}", None, bad.reason) for bad in shards.skipped)
+    dropped += (Dropped(f"{Path(bad.shard).name}/{bad.key}".rstrip("/"), None, bad.reason) for bad in shards.skipped)
     for sample in shards.samples:
         name = f"{Path(sample.shard).name}/{sample.key}"
-        try:
-            # One at a time, as the video may be between the two.
-            members = shards.read(sample, "txt") | shards.read(sample, "json")
-            captions, metadata = read_captions(members), read_metadata(members)
-        except UnicodeDecodeError:
-            dropped.append(Dropped(name, None, "caption is not UTF-8"))
+        if sample.flaw:
+            dropped.append(Dropped(name, None, sample.flaw))
             continue
-        except ValueError:
-            dropped.append(Dropped(name, None, "its json is invalid"))
-            continue
-        extra = {key: value for key, value in metadata.items() if key not in ("caption", "captions")}
-        video = next((member for member in sample.members if f".{member}" in VIDEO_SUFFIXES), None)
-        if video is None:
+        # One at a time, as the video may be between the two.
+        members = shards.read(sample, "txt") | shards.read(sample, "json")
+        captions, extra = read_captions(members), _without_captions(read_metadata(members))
+        if sample.video is None:
             yield Row(name, captions, extra, None)
         else:
-            offset, size = sample.members[video]
-            yield Row(name, captions, extra, Path(sample.shard), size, offset)
+            offset, size = sample.members[sample.video]
+            address = shards.address(sample)
+            path = address if is_remote(address) else Path(address).absolute()
+            yield Row(name, captions, extra, File(name, path, size), offset)
 
 
-def _check(rows: Iterable[Row], filters: Filters, dropped: list[Dropped]) -> list[Video]:
+def _without_captions(metadata: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in metadata.items() if key not in ("caption", "captions")}
+
+
+def _check(rows: Iterable[Row], filters: Filters, captioned: bool, dropped: list[Dropped]) -> list[Video]:
     """Return the videos that exist and have a caption, each once; append the others to `dropped`."""
-    merged: dict[str, Row] = {}
+    merged: dict[Any, Row] = {}
     for row in rows:
-        if row.name in merged:
-            merged[row.name].captions.extend(row.captions)
-        else:
-            merged[row.name] = row
+        key = (row.file.path, row.offset) if row.file else row.name
+        first = merged.setdefault(key, row)
+        if first is not row:
+            first.captions.extend(row.captions)
+            merged[key] = first._replace(segments=first.segments + row.segments)
     videos = []
     for row in merged.values():
-        cleaned = [clean_caption(text, filters) for text in row.captions]
-        captions = list(dict.fromkeys(text for text, reason in cleaned if reason is None))
-        reasons = [reason for _, reason in cleaned if reason is not None]
-        if row.path is None:
+        cleaned = {text: clean_caption(text, filters) for text in row.captions}
+        captions = list(dict.fromkeys(text for text, reason in cleaned.values() if reason is None))
+        reasons = [reason for _, reason in cleaned.values() if reason is not None]
+        segments = [segment._replace(caption=cleaned[segment.caption][0]) for segment in row.segments]
+        if row.file is None:
             dropped.append(Dropped(row.name, None, "missing file"))
-        elif not captions:
+        elif captioned and not captions:
             dropped.append(Dropped(row.name, None, reasons[0] if reasons else "no caption"))
         else:
-            size = row.path.stat().st_size if row.offset is None else row.size
-            videos.append(Video(row.name, captions, row.extra, row.path.absolute(), size, row.offset))
+            kept = tuple(segment for segment in segments if segment.caption in captions)
+            file = row.file
+            videos.append(Video(row.name, captions, row.extra, file.path, file.size, row.offset, kept))
     return videos

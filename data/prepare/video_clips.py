@@ -3,9 +3,10 @@
 Axis letters: t frames, c channels (3, red green blue), h w pixels.
 """
 
+import math
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
-from itertools import groupby, islice
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +25,8 @@ _TOLERANCE = 1e-6
 class ClipFormat(NamedTuple):
     """The properties that all clips share, and the limits for the videos they are cut from."""
 
-    size: int
-    """Height and width in pixels."""
+    size: int | Sequence[tuple[int, int]]
+    """Height and width in pixels, or several heights and widths: a video gets the one with the nearest aspect ratio."""
     fps: float
     """Frames per second."""
     frames: int
@@ -34,6 +35,20 @@ class ClipFormat(NamedTuple):
     filters: Filters
     timeout: float
     """Seconds for each clip."""
+    stride: int | None = None
+    """Frames between the starts of two clips of a scene; None for as many as a clip has."""
+    max_clips: int | None = None
+    """Largest number of clips of a video; None for no limit."""
+
+    def size_of(self, info: VideoInfo) -> tuple[int, int]:
+        """Return height and width of the clips of a video.
+
+        Args:
+            info: Length, rate and size of the video.
+        """
+        if isinstance(self.size, int):
+            return self.size, self.size
+        return min(self.size, key=lambda size: abs(math.log(size[0] * info.width / (size[1] * info.height))))
 
 
 class VideoClip(NamedTuple):
@@ -79,7 +94,7 @@ def cut_video(path: Path, info: VideoInfo, clip_format: ClipFormat) -> Iterator[
 
     for scene, frames in groupby((TimedFrame(*frame) for frame in stream_frames(path)), scene_number):
         too_short = True
-        for clip in _group(_resample(frames, clip_format.fps), clip_format):
+        for clip in _group(_resample(frames, clip_format.fps), clip_format, clip_format.size_of(info)):
             too_short = False
             yield clip
         if too_short:
@@ -88,20 +103,23 @@ def cut_video(path: Path, info: VideoInfo, clip_format: ClipFormat) -> Iterator[
 
 def _is_clip(path: Path, info: VideoInfo, clip_format: ClipFormat) -> bool:
     """Return whether a file already is exactly one clip."""
-    size = clip_format.size
-    fits = (info.frames, info.height, info.width) == (clip_format.frames, size, size)
+    fits = (info.frames, info.height, info.width) == (clip_format.frames, *clip_format.size_of(info))
     return path.suffix.lower() == ".mp4" and fits and abs(info.fps - clip_format.fps) < 1e-3
 
 
-def _group(frames: Iterator[TimedFrame], clip_format: ClipFormat) -> Iterator[VideoClip]:
-    """Resize the frames and group them into clips; a remainder is left out."""
-    while True:
-        clip = [
-            (time, resize_and_crop(frame[None], clip_format.size)) for time, frame in islice(frames, clip_format.frames)
-        ]
-        if len(clip) < clip_format.frames:
-            return
-        yield VideoClip(round(clip[0][0], 6), torch.cat([frame for _, frame in clip]))
+def _group(frames: Iterable[TimedFrame], clip_format: ClipFormat, size: tuple[int, int]) -> Iterator[VideoClip]:
+    """Resize the frames of a scene and group them into clips; a remainder is left out."""
+    length, stride = clip_format.frames, clip_format.stride or clip_format.frames
+    clip: list[tuple[float, UInt8[Tensor, "1 c h w"]]] = []
+    gap = 0  # frames to leave out before the next clip
+    for time, frame in frames:
+        if gap:
+            gap -= 1
+            continue
+        clip.append((time, resize_and_crop(frame[None], size)))
+        if len(clip) == length:
+            yield VideoClip(round(clip[0][0], 6), torch.cat([picture for _, picture in clip]))
+            clip, gap = clip[stride:], max(0, stride - length)
 
 
 def _resample(frames: Iterable[TimedFrame], fps: float) -> Iterator[TimedFrame]:

@@ -162,3 +162,27 @@ def test_the_order_is_nearly_as_random_as_a_full_shuffle():
     batches = [order[:4000].reshape(-1, 16) // size for order in orders]
     mixed = np.mean([[len(set(batch)) for batch in one] for one in batches])
     assert mixed > 3.9  # a batch of 16 has samples of nearly all four shards
+
+
+@pytest.mark.parametrize(("weights", "shares"), [((1.0, 1.0), (18, 18)), ((5.0, 1.0), (30, 6)), ((0.1, 0.9), (4, 32))])
+def test_weights_are_the_shares_of_the_sources(weights, shares):
+    sizes, sources = [4, 8, 12, 12], [0, 0, 1, 1]
+    fits = np.ones((36, 2), dtype=bool)
+    fits[::3, 1] = False
+    plan = Plan(sizes, 0, [Bucket(4, 1), Bucket(8, 1)], fits, sources, weights)
+    epochs = [[(batch.bucket, batch.draws[0].sample) for batch in plan.batches(epoch)] for epoch in range(3)]
+    for epoch in epochs:
+        samples = [sample for _, sample in epoch]
+        assert tuple(np.bincount(np.array(samples) >= 12)) == shares
+        assert all(fits[sample, bucket] for bucket, sample in epoch)
+        times = np.bincount(samples, minlength=36)
+        for first, last, share in ((0, 12, shares[0]), (12, 36, shares[1])):
+            assert set(times[first:last]) <= {
+                share // (last - first),
+                share // (last - first) + 1,
+                share // (last - first) + 2,
+            }
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert len({tuple(sorted(bucket for bucket, _ in epoch)) for epoch in epochs}) == 1
+    assert epochs[1] == [(batch.bucket, batch.draws[0].sample) for batch in plan.batches(1)]
+    assert plan.fingerprint() != Plan(sizes, 0, [Bucket(4, 1), Bucket(8, 1)], fits).fingerprint()

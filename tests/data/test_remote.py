@@ -117,7 +117,7 @@ def large_samples(large, prefix=""):
 def test_indexing_and_reading_fetch_only_parts_of_the_tar(server, large):
     size = write_tar(server.folder / "0.tar", *large_samples(large))
     shards = ShardSet(f"{server.address}/0.tar")
-    assert [tuple(sample)[3:] for sample in shards.samples] == [(12, 8.0, 128, 128, "")] * CLIPS
+    assert [tuple(sample)[3:] for sample in shards.samples] == [(12, 8.0, 128, 128, "", 1, "")] * CLIPS
     assert server.bytes["/0.tar"] < size / 3
     assert server.requests["/0.tar"] <= 2 * CLIPS + 1
     before = server.bytes["/0.tar"]
@@ -162,7 +162,7 @@ def test_the_index_is_cached(server, make, tmp_path):
     first = ShardSet(server.address)
     requests = server.requests["/0.tar"]
     again = ShardSet(server.address)
-    assert (again.samples, server.requests["/0.tar"]) == (first.samples, requests)
+    assert (again.samples, server.requests["/0.tar"]) == (first.samples, requests + 1)  # a byte, to test the server
     cached = list((tmp_path / "cache").rglob("*.*"))
     assert [path.suffix for path in cached] == [".json"]
     assert [path.name for path in server.folder.iterdir()] == ["0.tar"]
@@ -176,7 +176,15 @@ def test_an_index_beside_the_shard_is_used(server, videos):
         (server.folder / path.name).write_bytes(path.read_bytes())
     shards = ShardSet(server.address)
     assert len(shards) == 10
-    assert not any(name.endswith(".tar") for name in server.requests)
+    assert sum(server.bytes[name] for name in server.requests if name.endswith(".tar")) == 1  # to test the server
+
+
+def test_a_server_that_serves_whole_files_is_refused_before_training(server, videos):
+    for path in videos.iterdir():
+        (server.folder / path.name).write_bytes(path.read_bytes())
+    server.ranges = False
+    with pytest.raises(UserError, match="its server does not serve parts of files"):
+        ShardSet(server.address)
 
 
 class Read(Dataset):
