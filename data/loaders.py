@@ -71,9 +71,11 @@ class Loader(DataLoader[Any]):
         """Check the number of samples that cannot be used, or of loads that failed, among those of an epoch."""
         if skipped > self.max_skipped_fraction * clips:
             unusable = len(self.clips.skipped) + int(self.clips.corrupt.sum())
+            often = f" and were drawn {skipped} times in an epoch of {clips} clips" if skipped > unusable else ""
+            total = len(self.clips.skipped) + len(self.clips)
             raise UserError(
-                f"{unusable} of {len(self.clips.skipped) + len(self.clips)} clips in '{self.clips.shards.path}' cannot "
-                f"be used, more than data.max_skipped_fraction={self.max_skipped_fraction:g}; they are listed in "
+                f"{unusable} of {total} clips in '{self.clips.shards.path}' cannot be used{often}, more than "
+                f"data.max_skipped_fraction={self.max_skipped_fraction:g}; they are listed in "
                 f"{self.clips.skipped_samples}: repair or remove them, or raise data.max_skipped_fraction."
             )
 

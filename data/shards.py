@@ -96,6 +96,8 @@ class ShardSet:
     def __init__(self, path: str | Path | Sequence[str | Path]) -> None:
         paths = [path] if isinstance(path, str | Path) else path
         self.path = ", ".join(os.fspath(each) for each in paths)
+        if not paths:
+            raise UserError("There are no shards to open: the list of their paths is empty.")
         self._filesystems: dict[tuple[int, str], AbstractFileSystem] = {}
         self._addresses: dict[str, str] = {}
         self.sources: dict[str, int] = {}

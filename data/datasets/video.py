@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float64, UInt8
+from jaxtyping import Bool, Float64, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -25,6 +25,9 @@ from t2v.video import read_at, resize_and_crop
 
 _SIDED = re.compile(r"\b(left|right)(wards?|most|hand|handed)?\b", re.IGNORECASE)
 """Words that make a caption wrong for the mirrored clip."""
+
+_SAME_ASPECT = 0.01
+"""Difference of the logarithms of two aspect ratios below which they count as equal."""
 
 
 class VideoClip(NamedTuple):
@@ -85,6 +88,20 @@ class VideoClips(Clips):
     def batch_bytes(self) -> int:
         """Size of the largest batch in bytes."""
         return max(bucket.batch_size * bucket.frames * 3 * math.prod(_size(bucket)) for bucket in self.buckets)
+
+    @property
+    def fits(self) -> Bool[np.ndarray, "samples buckets"]:
+        """Whether each clip is long enough for each bucket, and has no other such bucket of a nearer aspect ratio.
+
+        If all clips have the same aspect ratio, only their length counts.
+        """
+        fits = super().fits
+        of_samples = np.log([sample.height / sample.width for sample in self.samples])
+        if np.ptp(of_samples) < _SAME_ASPECT:
+            return fits
+        of_buckets = np.log([height / width for height, width in map(_size, self.buckets)])
+        distance = np.where(fits, np.abs(of_samples[:, None] - of_buckets), np.inf)
+        return fits & (distance <= distance.min(axis=1, keepdims=True) + _SAME_ASPECT)
 
     def times(self, sample: Sample, bucket: Bucket, rng: np.random.Generator | None) -> Float64[np.ndarray, " t"]:
         """Return when the frames of a clip are shown, in seconds since the first frame of the video.

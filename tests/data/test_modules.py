@@ -238,3 +238,24 @@ def test_prompts_from_a_list(tmp_path):
 def test_missing_prompts_are_refused(prompts, tmp_path):
     with pytest.raises(UserError, match="prompts"):
         trainer(tmp_path).predict(Recorder(), token_module(prompts=prompts))
+
+
+def test_several_paths_with_weights(make, videos, tmp_path):
+    other = make.shards(tmp_path / "other", [make.video(key) for key in "xy"])
+    settings = {"val": str(videos), "size": 32, "frames": 4, "fps": 8.0, "batch_size": 4, "num_workers": 0}
+    module = data.VideoDataModule([str(videos), str(other)], **settings, weights=[1.0, 3.0])
+    keys = [key for batch in module.train_dataloader() for key in batch.keys]
+    assert sum(key in "xy" for key in keys) == 9  # of 12
+    assert len(keys) == 12
+    with pytest.raises(UserError, match=r"data.weights=\[1.0\] must have a number .* for each of the 2 paths"):
+        data.VideoDataModule([str(videos), str(other)], **settings, weights=[1.0]).train_dataloader()
+
+
+def test_clips_of_several_aspect_ratios_go_to_their_buckets(make, tmp_path):
+    wide = [{**make.video(key), "mp4": encode_mp4(make.numbered(6)[..., :16, :], 8.0)} for key in "wxyz"]
+    shards = make.shards(tmp_path / "shards", [*wide, *(make.video(key) for key in "abcd")])
+    buckets = [Bucket(4, 1, height=32, width=32), Bucket(4, 2, height=16, width=32)]
+    module = video_module(shards, shards, buckets=buckets, num_workers=0)
+    batches = [(tuple(batch.video.shape[-2:]), set(batch.keys)) for batch in module.train_dataloader()]
+    assert sorted(len(keys) for _, keys in batches) == [1, 1, 1, 1, 2, 2]
+    assert all(keys <= set("wxyz" if size == (16, 32) else "abcd") for size, keys in batches)
