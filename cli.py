@@ -4,16 +4,19 @@
 - ``${...}`` in a config is resolved after all files and flags are read, so that a flag also changes what refers to it.
 - ``--ckpt_path`` makes the hyper-parameters of the checkpoint the defaults of the model: config files and flags
   override them.
-- ``--ckpt_path last`` is the newest complete ``last*.ckpt`` in the run's checkpoint folder, single-file or sharded.
-- A user's mistake is reported in one ``error:`` line, with exit status 2; SIGTERM and SIGUSR1 stop ``fit`` with
-  status 75.
+- ``--ckpt_path last`` is ``last.ckpt`` in the run's checkpoint folder, single-file or sharded; if it is damaged, the
+  newest complete checkpoint.
+- A user's mistake is reported in one ``error:`` line, with exit status 2. SIGTERM and SIGUSR1 stop ``fit`` with
+  status 75, Ctrl-C with 130; other commands stop at once, with 143 or 130.
 """
 
+import signal
 import sys
 
 from t2v.training.startup import answer, defer_torchmetrics
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the process without a traceback
     answer(sys.argv[1:])
 defer_torchmetrics()  # before the imports below, which take seconds
 
@@ -37,12 +40,15 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from callbacks.checkpoint import FinalCheckpoint
+from callbacks.accumulation import AccumulationScale
+from callbacks.checkpoint import LastCheckpoint
 from callbacks.config import SaveConfig
+from callbacks.guard import NaNGuard
+from callbacks.lock import RunLock
 from callbacks.progress import ProgressLines
 from callbacks.seeding import StepSeed
-from callbacks.signals import StopOnSignal, Stopped
-from callbacks.summary import RunSummary
+from callbacks.signals import StopOnSignal, Stopped, stopping_at_once
+from callbacks.summary import RunSummary, ended_by_time
 from t2v.checkpoints.lookup import newest_last, read_model_config
 from t2v.checkpoints.pretrained import without_weights
 from t2v.errors import UserError, parsing_message
@@ -60,6 +66,8 @@ IGNORED_WARNINGS = (
     "FSDP2-wrapped module .* returned a view tensor",  # the loss changes it in place without autograd
 )
 """Warnings about which a user need not do anything."""
+IGNORED_VARIABLES = tuple(f"PL_{command.upper()}__" for command in ("fit", "validate", "test", "predict", "plan"))
+"""Beginnings of the names of variables that other programs with a LightningCLI read."""
 
 
 class PlanningTrainer(Trainer):
@@ -105,7 +113,16 @@ class T2VCLI(LightningCLI):
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},  # a resumed run rewrites its own config.yaml
             trainer_defaults={
-                "callbacks": [RunSummary(), StepSeed(), FinalCheckpoint(), StopOnSignal(), ProgressLines()],
+                "callbacks": [
+                    RunSummary(),
+                    StepSeed(),
+                    AccumulationScale(),
+                    NaNGuard(),
+                    LastCheckpoint(),
+                    RunLock(),
+                    StopOnSignal(),
+                    ProgressLines(),
+                ],
                 "enable_model_summary": False,
             },
             args=args,
@@ -194,6 +211,10 @@ class T2VCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer so that it reads sharded checkpoints with any strategy."""
+        configured = self.config_init[self.subcommand].trainer.get("callbacks") or []
+        if any(isinstance(callback, NaNGuard) for callback in configured):
+            defaults = self.trainer_defaults["callbacks"]
+            self.trainer_defaults["callbacks"] = [each for each in defaults if not isinstance(each, NaNGuard)]
         trainer = super().instantiate_trainer(**kwargs)
         strategy = trainer.strategy
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
@@ -219,7 +240,11 @@ class T2VCLI(LightningCLI):
 
     @rank_zero_only
     def after_fit(self) -> None:
-        """Print the command that uses the trained model."""
+        """Print the command that uses the trained model, or that trains on if the time was up."""
+        if self.trainer.checkpoint_callback is not None and ended_by_time(self.trainer):
+            command = [*self._other_args, "--ckpt_path", "last", "--trainer.max_time", "null"]
+            print(f"Next         python cli.py {shlex.join(command)}")
+            return
         if self.trainer.checkpoint_callback is not None and is_overridden("predict_dataloader", self.datamodule):
             command = [*self._other_args, "--ckpt_path", "last"]
             command[command.index("fit")] = "predict"
@@ -286,16 +311,20 @@ def main(args: ArgsType = None) -> T2VCLI:
         args: Command line as a list, or a config such as ``{"fit": {...}}``; ``sys.argv`` by default.
 
     Raises:
-        SystemExit: With status 2 after a user's mistake, 75 after a signal stopped ``fit``.
+        SystemExit: With status 2 after a user's mistake, 75 after a signal stopped ``fit``, 130 after Ctrl-C, 143 after
+            SIGTERM stopped another command.
     """
     for pattern in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", pattern)
+    if ignored := sorted(name for name in os.environ if name.startswith(IGNORED_VARIABLES)):
+        warnings.warn(f"Settings are not read from the environment: give {', '.join(ignored)} as flags.", stacklevel=1)
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # about calls in Lightning
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)  # RunSummary prints it
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # recommends kernels for other CPUs
     try:
-        return T2VCLI(answer(_to_list(args)))
+        with stopping_at_once():
+            return T2VCLI(answer(_to_list(args)))
     except Stopped as stop:
         if stop.code:
             sys.stderr.write(f"{stop.message}\n")

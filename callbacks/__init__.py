@@ -1,8 +1,10 @@
 """Callbacks: progress, logging, checkpoints, safety of a run, and writers of predictions."""
 
+from callbacks.accumulation import AccumulationScale
 from callbacks.averaging import EMA
-from callbacks.checkpoint import FinalCheckpoint
+from callbacks.checkpoint import LastCheckpoint
 from callbacks.guard import NaNGuard
+from callbacks.lock import RunLock
 from callbacks.logging import GenerationLogger, ReconstructionLogger
 from callbacks.progress import ProgressLines
 from callbacks.report import MetricsReport
@@ -14,12 +16,14 @@ from callbacks.videos import VideoGalleryWriter
 
 __all__ = [
     "EMA",
-    "FinalCheckpoint",
+    "AccumulationScale",
     "GenerationLogger",
+    "LastCheckpoint",
     "MetricsReport",
     "NaNGuard",
     "ProgressLines",
     "ReconstructionLogger",
+    "RunLock",
     "RunSummary",
     "StepSeed",
     "Throughput",

@@ -1,14 +1,20 @@
 """The resolved config of a training run."""
 
+from pathlib import Path
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
+
+from t2v.files import atomic_path
 
 
 class SaveConfig(SaveConfigCallback):
     """Saves the config as ``config.yaml`` in the run folder when training starts.
 
     Lightning's own callback saves it in `setup`, so that a run which is refused later would overwrite the config of the
-    run before.
+    run before. It also writes over the old file, which a kill would leave incomplete.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -16,4 +22,10 @@ class SaveConfig(SaveConfigCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save ``config.yaml`` in the run folder."""
-        super().setup(trainer, pl_module, "fit")
+        folder = trainer.log_dir  # a collective call on all ranks
+        if folder is None or not isinstance(url_to_fs(folder)[0], LocalFileSystem):
+            super().setup(trainer, pl_module, "fit")
+        elif trainer.is_global_zero:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with atomic_path(Path(folder) / self.config_filename) as partial:
+                partial.write_text(self.parser.dump(self.config, skip_none=False), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Skips training steps with a non-finite loss or gradient."""
+"""Skips training steps with a non-finite loss or gradient, and refuses weights that are not finite."""
 
 import json
 import math
@@ -12,11 +12,13 @@ from jaxtyping import Float
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from t2v.batch import TokenBatch, VideoBatch
+from t2v.checkpoints.storage import check_finite
 from t2v.errors import UserError
 from t2v.training.lightning_private import skip_average_update
 from t2v.training.optimization import split_discriminators
@@ -42,6 +44,8 @@ class NaNGuard(Callback):
     - For each responsible batch, a line is added to `anomalies.jsonl` in the run folder: time, kind (`loss`, `gradient`
       or `spike`), step, epoch, batch, data-parallel rank, loss, gradient norm before clipping, and the keys of the
       samples. If no batch of the step can be singled out, there is a line for each.
+    - Weights that are NaN or infinite are not saved, so that the last good checkpoint stays, and not used.
+    - It does nothing during training if the precision has a loss scaler (16-mixed), which skips steps itself.
     - `train/gradient_norm` is logged; that of discriminators, which are clipped separately, as
       `train/discriminator_gradient_norm`.
 
@@ -72,32 +76,45 @@ class NaNGuard(Callback):
         self._current: tuple[int, list[str]] = (0, [])
         self._buffers: dict[str, Tensor] = {}
         self._path = Path()
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that the precision has no loss scaler, which skips steps itself.
-
-        Raises:
-            UserError: If it has one.
-        """
-        if stage == "fit" and getattr(trainer.precision_plugin, "scaler", None) is not None:
-            raise UserError(
-                f"NaNGuard and the loss scaler of trainer.precision={trainer.precision} would both skip steps: use "
-                "bf16-mixed, or remove NaNGuard from trainer.callbacks."
-            )
+        self._active = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the run folder; `log_dir` is a collective call on all ranks."""
+        """Check the weights, and find the run folder; `log_dir` is a collective call on all ranks."""
+        self._check_weights(trainer, pl_module)
+        self._active = getattr(trainer.precision_plugin, "scaler", None) is None
         self._path = Path(trainer.log_dir or trainer.default_root_dir) / "anomalies.jsonl"
         self._batches.clear()
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the weights of ``validate``."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._check_weights(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the weights."""
+        self._check_weights(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the weights."""
+        self._check_weights(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Check the weights; if they are not finite, the older checkpoint stays."""
+        step = f"The weights at step {trainer.global_step}"
+        _check_on_all_ranks(trainer, pl_module, f"{step} are not saved, so that the last checkpoint stays. They")
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember the keys of the batch, and copy the buffers, which the forward pass may change."""
+        if not self._active:
+            return
         self._current = (batch_idx, batch.keys if isinstance(batch, VideoBatch | TokenBatch) else [])
         if not self._batches:
             self._buffers = {name: buffer.clone() for name, buffer in pl_module.named_buffers()}
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Float[Tensor, ""]) -> None:
         """Remember the loss, without synchronizing with the device."""
+        if not self._active:
+            return
         index, keys = self._current
         self._batches.append(_Batch(index, keys, loss.detach() * trainer.accumulate_grad_batches))
 
@@ -135,6 +152,9 @@ class NaNGuard(Callback):
         """Restore the counts and the statistics of a checkpoint."""
         self.skipped, self.spikes = state_dict["skipped"], state_dict["spikes"]
         self._steps, self._mean, self._variance = state_dict["steps"], state_dict["mean"], state_dict["variance"]
+
+    def _check_weights(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _check_on_all_ranks(trainer, pl_module, f"{trainer.ckpt_path or 'The model'}")
 
     def _measure(self, trainer: Trainer, optimizer: Optimizer, batches: list[_Batch]) -> tuple[list[float], float]:
         """Return gradient norms and loss, the mean over the ranks; the only synchronization with the device.
@@ -208,6 +228,21 @@ class NaNGuard(Callback):
                 "if they are not corrupt, lower the learning rate, use a higher precision (bf16-mixed, 32-true), or "
                 "raise budget."
             )
+
+
+def _check_on_all_ranks(trainer: Trainer, module: LightningModule, source: str) -> None:
+    """Raise an error on all ranks if weights of any rank are not finite."""
+    message = ""
+    try:
+        check_finite(module.state_dict(), source)
+    except UserError as error:
+        message = str(error)
+    if trainer.world_size > 1:
+        messages: list[Any] = [""] * trainer.world_size
+        dist.all_gather_object(messages, message)
+        message = next(filter(None, messages), "")
+    if message:
+        raise UserError(message)
 
 
 def _gradient_norm(parameters: list[nn.Parameter]) -> Float[Tensor, ""]:

@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -11,52 +13,97 @@ import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks.checkpoint import save_last
 from t2v.training.lightning_private import cluster_environment
 
 STOPPED = 75
-"""Exit status of a run that a signal stopped (`EX_TEMPFAIL`): the same command resumes it."""
+"""Exit status of a training run that a signal stopped (`EX_TEMPFAIL`): the same command resumes it."""
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit status of a command that Ctrl-C stopped."""
 
 
 class Stopped(SIGTERMException):
     """Ends the process after a signal.
 
-    Rank zero exits with status 75 and the others with 0, because launchers kill all processes when one fails.
+    Of a training run, rank zero exits with status 75, or 130 after Ctrl-C, and the others with 0, because launchers
+    kill all processes when one fails. Other commands exit with 128 and the number of the signal.
 
     Args:
         message: What happened, and how to resume.
-        rank: Global rank of the process.
+        code: Exit status.
     """
 
-    def __init__(self, message: str, rank: int) -> None:
-        super().__init__(0 if rank else STOPPED)
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(code)
         self.message = message
 
 
-class StopOnSignal(Callback):
-    """Saves a checkpoint and stops at the end of the current step when any rank receives SIGTERM or SIGUSR1.
+@contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """Raise `Stopped` when SIGTERM or Ctrl-C arrives, so that files are closed and there is no traceback."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-    Lightning alone also stops after a SIGTERM, but without saving. Under SLURM, if the plugin `SLURMEnvironment` has
-    ``auto_requeue``, its ``requeue_signal`` requeues the job. Lightning would save inside the signal handler, in the
-    middle of a step, and to a file that all runs of the same folder share; so the job is requeued here instead.
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped(f"Stopped by {_name(number)}.", 128 + number)
+
+
+def _name(number: int) -> str:
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+class StopOnSignal(Callback):
+    """Stops training at the end of the current step when any rank receives SIGTERM, SIGUSR1 or Ctrl-C, and saves it.
+
+    - A second Ctrl-C, or one before the first step, stops at once.
+    - `validate`, `test` and `predict` stop at once. Lightning would ignore the signal.
+    - Under SLURM, if the plugin `SLURMEnvironment` has ``auto_requeue``, its ``requeue_signal`` requeues the job.
+      Lightning would save inside the signal handler, in the middle of a step, and to a file that all runs of the same
+      folder share; so the job is requeued here instead.
     """
 
     def __init__(self) -> None:
         self._received = 0
         self._step = -1
+        self._process = os.getpid()
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Install the signal handlers in place of Lightning's, which restores the original ones at the end."""
         if threading.current_thread() is threading.main_thread():
             requeue = _requeue_signal(trainer)
-            for number in {signal.SIGTERM, signal.SIGUSR1, requeue or signal.SIGUSR1}:
+            for number in {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, requeue or signal.SIGUSR1}:
                 signal.signal(number, self._remember)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Install the signal handlers in runs without a sanity check too."""
+        self._step, self._process = -1, os.getpid()
         self.on_sanity_check_start(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop `validate` at once."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self.on_predict_start(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop `test` at once."""
+        self.on_predict_start(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop `predict` at once."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, _stop)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember the step; with gradient accumulation it has several batches."""
@@ -79,7 +126,6 @@ class StopOnSignal(Callback):
         if not received:
             return
         saved = save_last(trainer)
-        name = signal.Signals(received).name
         if received == _requeue_signal(trainer) and trainer.is_global_zero:
             _requeue()
         trainer.strategy.barrier("StopOnSignal")
@@ -88,9 +134,17 @@ class StopOnSignal(Callback):
             if saved
             else "nothing was saved, because no ModelCheckpoint has save_last: true."
         )
-        raise Stopped(f"Stopped by {name} at step {trainer.global_step}; {advice}", trainer.global_rank)
+        code = INTERRUPTED if received == signal.SIGINT else STOPPED
+        message = f"Stopped by {_name(received)} at step {trainer.global_step}; {advice}"
+        raise Stopped(message, 0 if trainer.global_rank else code)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a worker of a DataLoader, which the main process ends
+            return
+        if number == signal.SIGINT and (self._step < 0 or self._received == number):
+            _stop(number, frame)
+        if number == signal.SIGINT:
+            os.write(2, b"\nStopping after this step; Ctrl-C again stops at once, without saving it.\n")
         self._received = number
 
 

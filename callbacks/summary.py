@@ -1,11 +1,12 @@
 """What a run is, printed at its start, and its best checkpoint, printed at its end."""
 
+import math
 import os
 from pathlib import Path
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.trainer.states import TrainerFn
 
 
@@ -18,7 +19,11 @@ class RunSummary(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the header of ``fit``, when the data is loaded and the checkpoint is restored."""
         self._trained = True
-        _print({**_header(trainer, pl_module), "batch": _batch(trainer), "start": _start(trainer)})
+        schedules = (config.scheduler for config in trainer.lr_scheduler_configs)
+        changes = [change for schedule in schedules for change in getattr(schedule, "changes", ())]
+        changed = f"since the checkpoint: {', '.join(changes)}" if changes else ""
+        start = {"batch": _batch(trainer), "start": _start(trainer), "changed": changed}
+        _print({**_header(trainer, pl_module), **start})
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the header of ``validate``."""
@@ -34,9 +39,13 @@ class RunSummary(Callback):
         _print({**_header(trainer, pl_module), "checkpoint": _checkpoint(trainer)})
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the best score and the paths of the checkpoints, or that no step was left to train."""
-        if not self._trained:
-            _print({"not trained": f"{_start(trainer)}, no steps are left: raise trainer.max_steps to train longer"})
+        """Print why training ended, the best score and the paths of the checkpoints."""
+        what, advice = end_of_training(trainer)
+        if self._trained:
+            total = f" of {trainer.max_steps}" if trainer.max_steps > 0 else ""
+            _print({"stopped": f"at step {trainer.global_step}{total}: {what}; {advice}"})
+        else:
+            _print({"not trained": f"{_start(trainer)}, no steps are left: {advice} ({what})"})
         checkpoint = trainer.checkpoint_callback
         if not isinstance(checkpoint, ModelCheckpoint):
             return
@@ -44,6 +53,30 @@ class RunSummary(Callback):
         if checkpoint.best_model_score is not None:
             best = f"{checkpoint.monitor} {checkpoint.best_model_score:.4g} in {_shorten(checkpoint.best_model_path)}"
         _print({"best": best, "last": _shorten(checkpoint.last_model_path)})
+
+
+def ended_by_time(trainer: Trainer) -> bool:
+    """Return whether ``trainer.max_time`` ended training."""
+    timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+    return any((timer.time_remaining() or 1) <= 0 for timer in timers)
+
+
+def end_of_training(trainer: Trainer) -> tuple[str, str]:
+    """Return what ended training, and what to do to train longer."""
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return "trainer.fast_dev_run is a test, which saves nothing", "remove it to train"
+    if 0 <= trainer.max_steps <= trainer.global_step:
+        return f"trainer.max_steps={trainer.max_steps} is reached", "raise trainer.max_steps to train longer"
+    if ended_by_time(trainer):
+        advice = "raise trainer.max_time, which counts all runs since step 0, or set it to null to train longer"
+        return "trainer.max_time has passed", advice
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EarlyStopping) and callback.stopped_epoch:
+            why = callback.stopping_reason_message or f"{callback.monitor} did not improve"
+            return f"EarlyStopping: {why.strip()}", "raise its patience or remove it to train longer"
+    if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch:
+        return f"trainer.max_epochs={trainer.max_epochs} is reached", "raise trainer.max_epochs to train longer"
+    return "a callback set trainer.should_stop", "remove that callback to train longer"
 
 
 @rank_zero_only
@@ -71,10 +104,12 @@ def _batch(trainer: Trainer) -> str:
     loader = trainer.train_dataloader
     size = getattr(loader, "batch_size", None) or getattr(trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
     dp_size = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
-    steps = f"{trainer.num_training_batches / trainer.accumulate_grad_batches:.0f} steps per epoch"
+    batches, accumulated = trainer.num_training_batches, trainer.accumulate_grad_batches
+    steps = f"{batches / accumulated if math.isinf(batches) else math.ceil(batches / accumulated)} steps per epoch"
+    accumulated = min(accumulated, int(min(batches, accumulated)))
     if not isinstance(size, int):
         return steps
-    return f"{size * dp_size * trainer.accumulate_grad_batches} samples per step, {steps}"
+    return f"{size * dp_size * accumulated} samples per step, {steps}"
 
 
 def _start(trainer: Trainer) -> str:
@@ -84,8 +119,11 @@ def _start(trainer: Trainer) -> str:
     folder = getattr(trainer.checkpoint_callback, "dirpath", None)
     if folder is None:
         return "No checkpoints are saved, starting at step 0"
-    if any(Path(folder).glob("last*.ckpt")):
-        return f"Starting at step 0, with an earlier run in {_shorten(folder)}; --ckpt_path last would resume it"
+    if any(Path(folder).glob("*.ckpt")):
+        return (
+            f"Starting at step 0, with an earlier run in {_shorten(folder)}; --ckpt_path last would resume it. It is "
+            "moved to a folder earlier-1 or higher when the first checkpoint is saved"
+        )
     return f"No checkpoint in {_shorten(folder)}, starting at step 0"
 
 

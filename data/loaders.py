@@ -6,7 +6,10 @@ batch is copied into one and, in the trainer's process, out of it.
 """
 
 import math
+import os
+import signal
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +52,7 @@ class Loader(DataLoader[Any]):
             sampler=sampler,
             collate_fn=_identity,
             num_workers=num_workers,
+            worker_init_fn=_outlive_signals,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available() and not num_workers,  # with workers, `_SharedSlots.read` pins it
         )
@@ -171,3 +175,14 @@ class _SharedSlots:
 
 def _identity(batch: Any) -> Any:
     return batch
+
+
+def _outlive_signals(worker: int) -> None:
+    """Ignore Ctrl-C and the first SIGTERM, which reach all processes of a run: the main one ends its step first."""
+
+    def exit_at_next(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, lambda *_: os._exit(0))
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, exit_at_next)

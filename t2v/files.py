@@ -29,9 +29,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     remove(temporary)
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     finally:
         remove(temporary)
 
@@ -50,7 +50,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flush a file, or all files of a folder, to disk."""
     for file in path.rglob("*") if path.is_dir() else [path]:
         if file.is_file():
@@ -58,7 +58,7 @@ def _sync(path: Path) -> None:
                 os.fsync(opened.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Flush a folder's list of names to disk, where the system can (Windows cannot)."""
     if os.name != "posix":
         return

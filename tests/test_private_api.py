@@ -1,6 +1,7 @@
 """Private API of our dependencies: a test here fails, with the reason, when a new version changes it."""
 
 import inspect
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -67,6 +68,18 @@ def test_lightning_reads_the_device_mesh_from_the_cleared_attribute():
     assert model.device_mesh == "mesh", "LightningModule.device_mesh reads another attribute than _device_mesh"
     lightning_private.clear_device_mesh(model)
     assert model.device_mesh is None
+
+
+@pytest.mark.parametrize(
+    ("options", "intervals"),
+    [
+        ({}, (0, 1, None)),
+        ({"every_n_train_steps": 3}, (3, 0, None)),
+        ({"train_time_interval": timedelta(minutes=1)}, (0, 0, 60.0)),
+    ],
+)
+def test_lightnings_checkpoints_have_the_intervals_that_are_read(options, intervals):
+    assert lightning_private.checkpoint_intervals(ModelCheckpoint(**options)) == intervals
 
 
 def test_lightnings_strategy_has_the_attributes_that_are_set_and_read():

@@ -55,7 +55,7 @@ class ShardDataModule(LightningDataModule):
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.buckets, self.max_skipped_fraction = buckets, max_skipped_fraction
         self._shards: dict[Paths, ShardSet] = {}
-        self._clips: dict[tuple[Paths, bool], Clips] = {}
+        self._clips: dict[tuple[Paths, bool, int], Clips] = {}
         self._sampler: TrainSampler | None = None
         self._resumed: PlanPosition | None = None
 
@@ -66,15 +66,16 @@ class ShardDataModule(LightningDataModule):
         return self._shards[path]
 
     def clips(self, path: Paths, training: bool = False) -> Clips:
-        """Return the clips of the shards at a path; they are opened once.
+        """Return the clips of the shards at a path; they are opened once for each batch size, which may be tuned.
 
         Args:
             path: The shards.
             training: Whether buckets and augmentation apply.
         """
-        if (path, training) not in self._clips:
-            self._clips[path, training] = self._open_clips(self.shards(path), training)
-        return self._clips[path, training]
+        key = (path, training, self.batch_size)
+        if key not in self._clips:
+            self._clips[key] = self._open_clips(self.shards(path), training)
+        return self._clips[key]
 
     def protocol(self, batches: int | float = math.inf) -> dict[str, Any]:
         """Describe the clips of `validate` and `test`, so that their metrics can be compared.

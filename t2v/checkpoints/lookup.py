@@ -1,5 +1,6 @@
 """Finding training checkpoints and reading how their model was built, on disk or remote (fsspec)."""
 
+import warnings
 from pathlib import PurePath
 from typing import Any
 
@@ -7,26 +8,54 @@ import fsspec
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
-from t2v.checkpoints.storage import MARKER
+from t2v.checkpoints.storage import MARKER, saved_step
 from t2v.errors import UserError
 
 
 def newest_last(folder: str) -> str | None:
-    """Return the newest complete ``last*.ckpt`` of a folder, a file or a sharded checkpoint, or None.
+    """Return the checkpoint of a folder to resume from, a file or a sharded checkpoint, or None if there is none.
+
+    It is the ``last*.ckpt`` with the most optimizer steps. If those are damaged, or missing although there are other
+    checkpoints, it is the ``*.ckpt`` with the most steps, and a warning says so. In a remote folder, whose checkpoints
+    would have to be downloaded for their steps, the newest ``last*.ckpt`` is returned.
 
     Args:
         folder: Path or fsspec URL.
+
+    Raises:
+        UserError: If all checkpoints in the folder are damaged.
     """
     filesystem, root = fsspec.url_to_fs(folder)
-    modified = {}
-    for path in filesystem.glob(f"{root}/last*.ckpt"):
-        written_last = f"{path}/{MARKER}" if filesystem.isdir(path) else path
-        if filesystem.exists(written_last):
-            modified[path] = filesystem.modified(written_last)
-    if not modified:
+    if not filesystem.isdir(root):
         return None
-    newest = max(modified, key=modified.__getitem__)
-    return f"{folder.rstrip('/')}/{PurePath(newest).name}"
+    # The folder is listed, because fsspec takes brackets in its name for a pattern.
+    names = sorted(PurePath(path).name for path in filesystem.ls(root, detail=False))
+    names = [name for name in names if name.endswith(".ckpt") and not name.startswith(".")]
+    last = [name for name in names if name.startswith("last")]
+    if not isinstance(filesystem, LocalFileSystem):
+        newest = max(last, key=lambda name: filesystem.modified(f"{root}/{name}"), default=None)
+        return newest and f"{folder.rstrip('/')}/{newest}"
+    damaged: list[str] = []
+    for group in (last, [name for name in names if name not in last]):
+        steps = {name: saved_step(f"{root}/{name}") for name in group}
+        damaged += [name for name, step in steps.items() if step is None]
+        complete = {name: step for name, step in steps.items() if step is not None}
+        if not complete:
+            continue
+        newest = max(complete, key=lambda name: (complete[name], filesystem.modified(f"{root}/{name}")))
+        if damaged or group is not last:
+            why = f"{' and '.join(damaged)} cannot be read" if damaged else "there is no last.ckpt"
+            warnings.warn(
+                f"In {folder}, {why}; using {newest}, the newest complete checkpoint (step {complete[newest]}).",
+                stacklevel=2,
+            )
+        return f"{folder.rstrip('/')}/{newest}"
+    if damaged:
+        raise UserError(
+            f"No checkpoint in {folder} can be read ({', '.join(damaged)}): the disk was full or the files are "
+            "damaged. Give the path of another to --ckpt_path, or leave it out to start again."
+        )
+    return None
 
 
 def read_model_config(path: str) -> dict[str, Any] | None:

@@ -3,11 +3,15 @@
 - A folder has the format of `torch.distributed.checkpoint`, which any number of ranks can load, plus ``meta.pt`` with
   everything that is not a tensor. That file, the marker, is written last and removed first, so a folder that has it is
   complete.
-- A new checkpoint is written under a temporary name and renamed when it is complete; only then is the old one removed.
+- A new checkpoint is written beside the old one, synced to disk and renamed when it is complete; only then is the old
+  one removed. Nothing is written to another folder, such as TMPDIR.
 - torch reads part of a folder with pickle, unlike a file: use only folders from your own runs.
 """
 
+import math
 import warnings
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.tensor import DTensor
 
 from t2v import files
 from t2v.errors import UserError
@@ -88,6 +93,81 @@ def read_marker(folder: Path) -> dict[str, Any]:
     return content
 
 
+def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint as one file, which appears when it is complete and may replace a file or a folder.
+
+    Raises:
+        OSError: If the folder cannot be written to or the disk is full. An older checkpoint is then unchanged.
+    """
+    partial = partial_path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_checkpoint(partial)  # of a run that was killed
+    try:
+        with partial.open("wb") as file:
+            torch.save(checkpoint, file)
+        files.sync(partial)
+        replace_checkpoint(partial, path)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # torch hides it behind an error of its own
+            raise error.__context__ from None
+        raise
+    finally:
+        files.remove(partial)
+
+
+def saved_step(path: str | Path) -> int | None:
+    """Return the optimizer step at which a checkpoint was saved, or None if it is damaged or incomplete.
+
+    A file is read completely, to compare its checksums; of a folder, the names and sizes of its files are compared.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            _check_parts(path)
+            return int(read_marker(path)["global_step"])
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                return None
+        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    except Exception:  # whatever torch or zipfile raise for the damage
+        return None
+
+
+def check_finite(tensors: Mapping[str, Any], source: str) -> None:
+    """Check that weights are finite.
+
+    Args:
+        tensors: The tensors by name; other values are ignored.
+        source: Where the weights are from, with which the message begins.
+
+    Raises:
+        UserError: If a tensor has a value that is NaN or infinite.
+    """
+    weights = {name: value for name, value in tensors.items() if torch.is_tensor(value) and value.is_floating_point()}
+    # The sum is quick, but that of finite values may overflow.
+    bad = [name for name, value in weights.items() if not math.isfinite(_local(value).detach().float().sum())]
+    bad = [name for name in bad if not _local(weights[name]).isfinite().all()]
+    if bad:
+        raise UserError(
+            f"{source} cannot be used: {len(bad)} of {len(weights)} tensors have values that are NaN or infinite, the "
+            f"first of them {bad[0]}, because its training diverged. Use a checkpoint from before, and train on with a "
+            "lower learning rate."
+        )
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a sharded tensor, or the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _check_parts(folder: Path) -> None:
+    """Raise an error if a file of a sharded checkpoint is missing or too short."""
+    stored = FileSystemReader(folder).read_metadata().storage_data
+    for part in stored.values():
+        if (folder / part.relative_path).stat().st_size < part.offset + part.length:
+            raise ValueError(f"{part.relative_path} is too short")
+
+
 def partial_path(path: Path) -> Path:
     """Return the path to write a checkpoint to before `replace_checkpoint` renames it; the same on all ranks."""
     return path.with_name(f"{path.name}.partial")
@@ -96,23 +176,24 @@ def partial_path(path: Path) -> Path:
 def replace_checkpoint(new: Path, path: Path) -> None:
     """Rename a complete checkpoint to `path`, replacing an older one.
 
-    A folder cannot be renamed over another. The older one is therefore renamed to ``NAME-old.ckpt`` first, and removed
-    last; at any moment, the pattern `last*.ckpt` finds a complete checkpoint.
+    A folder cannot be renamed over another. If one of both is a folder, the older one is therefore renamed to
+    ``NAME-old.ckpt`` first, and removed last; at any moment, the pattern `last*.ckpt` finds a complete checkpoint.
     """
     old = path.with_name(f"{path.stem}-old{path.suffix}")
-    if path.exists():
+    if path.is_dir() or (new.is_dir() and path.exists()):
         remove_checkpoint(old)
         path.replace(old)
     new.replace(path)
+    files.sync_folder(path.parent)
     remove_checkpoint(old)
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint, a file or a folder, if it exists.
+    """Remove a checkpoint, a file, a folder or a symbolic link, if it exists.
 
     A folder's marker is removed first, so that an interrupted removal does not leave a folder that seems complete.
     """
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         (path / MARKER).unlink(missing_ok=True)
     files.remove(path)
 

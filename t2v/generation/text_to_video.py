@@ -13,7 +13,7 @@ from torch import Tensor
 from t2v import __version__
 from t2v.batch import TextEmbedding
 from t2v.checkpoints.config import from_config, to_config
-from t2v.checkpoints.storage import read_checkpoint
+from t2v.checkpoints.storage import check_finite, read_checkpoint
 from t2v.errors import UserError
 from t2v.files import atomic_path
 from t2v.generation.decode import generate_frames
@@ -315,11 +315,9 @@ class TextToVideo:
             guidance, sampler, encoder = (from_config(objects[key], kind) for key, kind in OBJECT_SETTINGS.items())
             with torch.device("meta"):  # takes no time or memory for weights that are replaced
                 transformer = VideoTransformer.from_config({**arguments["model"]["init_args"], "device": None})
-            state = {
-                name.removeprefix("model."): value
-                for name, value in checkpoint["state_dict"].items()
-                if name.startswith("model.")
-            }
+            stored = checkpoint["state_dict"].items()
+            state = {name.removeprefix("model."): value for name, value in stored if name.startswith("model.")}
+            check_finite(state, f"'{path}'")
             transformer.load_state_dict(state, assign=True)
             transformer.requires_grad_(False)
         except UserError:

@@ -34,3 +34,18 @@ class CodebookUsage(Metric):
             "usage": (self.counts > 0).float().mean(),
             "perplexity": torch.exp(torch.special.entr(frequencies).sum()).float(),
         }
+
+    def collapse(self) -> str:
+        """Return a warning if hardly any codes are used, of those that so many tokens could use; else an empty string.
+
+        Hardly any are fewer than 10 %, or a perplexity below 2 %.
+        """
+        size, tokens, used = len(self.counts), int(self.counts.sum()), int((self.counts > 0).sum())
+        possible, perplexity = min(size, tokens), float(self.compute()["perplexity"])
+        if possible < 2 or (used > max(1, 0.1 * possible) and perplexity > 0.02 * possible):
+            return ""
+        return (
+            f"The codebook has collapsed: {tokens} tokens use {used} of {size} codes (perplexity {perplexity:.3g}). "
+            "Lower the learning rate, train longer before model.quantize_from_step, or let the quantizer restart "
+            "unused codes (a higher restart_below of VectorQuantizer); FSQuantizer cannot collapse in this way."
+        )

@@ -7,7 +7,7 @@ Two uses are elsewhere, and the same test covers them: `cli.T2VCLI` overrides `L
 from jsonargparse import ArgumentParser
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
@@ -60,3 +60,10 @@ def skip_average_update(callback: WeightAveraging, step: int) -> None:
 def command_parser(cli: LightningCLI, command: str) -> ArgumentParser:
     """Return the parser of a subcommand."""
     return cli._subcommand_parsers[command]
+
+
+def checkpoint_intervals(callback: ModelCheckpoint) -> tuple[int, int, float | None]:
+    """Return when a callback saves: every so many steps, epochs or seconds; 0 and None stand for never."""
+    interval = callback._train_time_interval
+    seconds = None if interval is None else interval.total_seconds()
+    return callback._every_n_train_steps, callback._every_n_epochs, seconds

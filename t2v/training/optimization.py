@@ -197,6 +197,63 @@ def _split(groups: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dic
     return hidden, [group for group in groups if not group.get("hidden", False)]
 
 
+class Schedule(LambdaLR):
+    """Learning-rate schedule of a run, in which a resumed run keeps the optimizer's arguments of its own config.
+
+    Lightning restores learning rate, weight decay and the other arguments from the checkpoint, and would ignore new
+    ones; only the state of the optimizer and the step of the schedule should come from there.
+
+    Args:
+        optimizer: The optimizer, as it was built from the config.
+        factor: Returns the factor of the learning rate at a step.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float]) -> None:
+        self._configured = [_options(group) for group in optimizer.param_groups]
+        self.changes: list[str] = []
+        """Arguments that differ from those of the checkpoint, such as "lr 0.001 instead of 0.0003"."""
+        super().__init__(optimizer, factor)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state without the arguments, which the optimizer's state has."""
+        return {name: x for name, x in super().state_dict().items() if name not in ("_configured", "changes")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue at the step of a checkpoint, with the arguments that the optimizer was built with."""
+        rates = self.base_lrs
+        super().load_state_dict(state_dict)
+        restored = [_options(group) | {"lr": group.get("initial_lr")} for group in self.optimizer.param_groups]
+        self.changes = _changes(restored, self._configured)
+        self.base_lrs = rates
+        for group, options, rate, factor in zip(
+            self.optimizer.param_groups, self._configured, rates, self.lr_lambdas, strict=True
+        ):
+            group.update(options)
+            group["initial_lr"] = rate
+            group["lr"] = rate * factor(self.last_epoch)
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name not in ("params", "initial_lr")}
+
+
+def _changes(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[str]:
+    """Return the different options of groups as texts, each once."""
+    found = (
+        f"{name} {value:g} instead of {before[name]:g}" if isinstance(value, float) else f"{name} {value}"
+        for before, after in zip(old, new, strict=False)
+        for name, value in after.items()
+        if name in before and _plain(before[name]) != _plain(value)
+    )
+    return list(dict.fromkeys(found))
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as it compares equal after a checkpoint, which may turn tuples into lists."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 def configure_optimization(
     module: LightningModule, network: nn.Module, optimizer: OptimizerCallable, warmup_steps: int
 ) -> OptimizerLRScheduler:
@@ -213,5 +270,5 @@ def configure_optimization(
         # bitsandbytes does so in its first step, so a resumed run, whose weights are channels-last again, would differ.
         network.to(memory_format=torch.contiguous_format)
     total_steps = int(module.trainer.estimated_stepping_batches)
-    schedule = LambdaLR(built, partial(warmup_cosine, warmup_steps=warmup_steps, total_steps=total_steps))
+    schedule = Schedule(built, partial(warmup_cosine, warmup_steps=warmup_steps, total_steps=total_steps))
     return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,6 +1,7 @@
-"""Config files that are based on another one."""
+"""Config files that are based on another one, and those of a run whose folder was moved."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,59 @@ def _with_bases(value: Any, seen: tuple[Path, ...]) -> list[Any]:
     """Return the configs that a config stands for, in the order in which they apply."""
     path = Path(str(value))
     content = _read(path)
-    if content is None or "base" not in content:
+    if content is None:
         return [value]
+    if "base" not in content:
+        return [json.dumps(_moved(content, path.parent))] if _is_moved(content, path) else [value]
     base = path.parent / str(content.pop("base"))
     if not base.is_file():
         raise UserError(f"{path} is based on {base}, which is not there: correct its `base`.")
     if base.resolve() in seen:
         raise UserError(f"{path} is based on {base}, which is based on {path.name} again: remove one `base`.")
     return [*_with_bases(base, (*seen, path.resolve())), json.dumps(content)]
+
+
+def _run_folder(content: dict[str, Any]) -> str:
+    """Return the folder in which a run with this config keeps its own config, or an empty string if it has none."""
+    trainer = content.get("trainer")
+    logger = trainer.get("logger") if isinstance(trainer, dict) else None
+    options = (logger.get("init_args") or {}) if isinstance(logger, dict) else {}
+    parts = [options.get(name) or "" for name in ("save_dir", "name", "version")]
+    return os.path.normpath(Path(*parts)) if all(isinstance(part, str) for part in parts) and any(parts) else ""
+
+
+def _is_moved(content: dict[str, Any], path: Path) -> bool:
+    """Return whether a config is the one that a run saved in its folder, and that folder was moved or copied."""
+    old = _run_folder(content)
+    has_checkpoints = path.name == "config.yaml" and (path.parent / "checkpoints").is_dir()
+    return bool(old) and has_checkpoints and path.parent.resolve() != Path(old).resolve()
+
+
+def _moved(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a run's config with the paths of its folder replaced by those of the folder where it is now.
+
+    If the folder that all stages share was moved too, what is in it is used there.
+    """
+    old, root = _run_folder(content), os.path.normpath(content["trainer"].get("default_root_dir") or ".")
+    inside = os.path.relpath(old, root)
+    new_root = str(folder)[: -len(inside) - 1] if str(folder).endswith(f"/{inside}") else ""
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: replaced(inner) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [replaced(inner) for inner in value]
+        if isinstance(value, str) and (value == old or value.startswith(f"{old}/")):
+            return f"{folder}{value[len(old) :]}"
+        if new_root and isinstance(value, str) and (value == root or value.startswith(f"{root}/")):
+            moved = f"{new_root}{value[len(root) :]}"
+            return moved if Path(moved).exists() or not Path(value).exists() else value
+        return value
+
+    content = replaced(content)
+    options = content["trainer"]["logger"]["init_args"]
+    options |= {"save_dir": str(folder.parent), "name": folder.name, "version": ""}
+    return content
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -8,8 +8,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import torch
 import torch.distributed.checkpoint as dcp
+from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -35,6 +37,7 @@ from t2v.checkpoints.storage import (
     read_marker,
     remove_checkpoint,
     replace_checkpoint,
+    write_checkpoint,
 )
 from t2v.errors import UserError
 from t2v.training.lightning_private import clear_device_mesh, set_data_parallel_size
@@ -165,7 +168,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 class FolderCheckpointIO(TorchCheckpointIO):
-    """Lightning's reading and writing of checkpoints for unsharded models, which reads sharded checkpoints too.
+    """Reading and writing of checkpoints for unsharded models: reads sharded ones too, and writes atomically.
 
     Args:
         optimizers: Whether to read the optimizer state of sharded checkpoints.
@@ -182,15 +185,11 @@ class FolderCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, *args, **kwargs)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write a file, which may replace a folder."""
-        path = Path(path)
-        if not path.is_dir():
+        """Write a file, which appears when it is complete; Lightning would write it to TMPDIR and then copy it."""
+        if isinstance(fsspec.url_to_fs(str(path))[0], LocalFileSystem):
+            write_checkpoint(checkpoint, Path(path))
+        else:
             super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        partial = partial_path(path)
-        remove_checkpoint(partial)
-        super().save_checkpoint(checkpoint, partial, storage_options)
-        replace_checkpoint(partial, path)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint, a folder or a file."""

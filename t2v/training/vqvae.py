@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -132,6 +133,9 @@ class LitVQVAE(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the metrics over the whole epoch."""
         values: dict[str, Tensor] = {}
+        collapse = self.codebook.collapse() if self.codebook.update_called and not self.trainer.sanity_checking else ""
+        if collapse:
+            rank_zero_warn(f"Step {self.global_step}: {collapse}")
         named = {metric.name: metric for metric in self.metrics}
         for name, metric in {**named, "codebook": self.codebook}.items():
             if not metric.update_called:  # the codebook usage, before quantization begins

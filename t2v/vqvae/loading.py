@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from t2v.checkpoints.storage import is_sharded, read_checkpoint
+from t2v.checkpoints.storage import check_finite, is_sharded, read_checkpoint
 from t2v.errors import UserError
 from t2v.vqvae.model import VQVAE
 
@@ -34,6 +34,7 @@ def load_vqvae(path: str) -> VQVAE:
         }
         model = VQVAE.from_config(arguments)
         model.load_state_dict(state)
+        check_finite(state, f"'{path}'")
     except UserError:
         raise
     except Exception as error:

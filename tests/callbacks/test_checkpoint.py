@@ -4,7 +4,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from callbacks import FinalCheckpoint
+from callbacks import LastCheckpoint
 
 
 class LitCounter(LightningModule):
@@ -30,7 +30,7 @@ def fit(folder, max_steps: int, resume: bool = False) -> tuple[int, float]:
         enable_progress_bar=False,
         enable_model_summary=False,
         max_steps=max_steps,
-        callbacks=[FinalCheckpoint(), checkpoint],
+        callbacks=[LastCheckpoint(), checkpoint],
     )
     loader = DataLoader(torch.zeros(4, 1))
     trainer.fit(LitCounter(), loader, ckpt_path=folder / "last.ckpt" if resume else None, weights_only=True)

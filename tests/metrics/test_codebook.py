@@ -34,3 +34,19 @@ def test_no_tokens():
     values = CodebookUsage(4).compute()
     assert values["usage"] == 0
     assert values["perplexity"] == 1
+
+
+@pytest.mark.parametrize(
+    ("tokens", "collapsed"),
+    [
+        (torch.zeros(4000, dtype=torch.long), True),
+        (torch.arange(4000) % 50, True),
+        (torch.cat([torch.arange(1024), torch.zeros(10**6, dtype=torch.long)]), True),
+        (torch.arange(4000) % 300, False),
+        (torch.arange(64), False),  # so few tokens cannot use more codes
+    ],
+)
+def test_a_collapse_is_reported(tokens, collapsed):
+    metric = CodebookUsage(1024)
+    metric.update(tokens)
+    assert metric.collapse().startswith("The codebook has collapsed") == collapsed

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from callbacks import EMA, FinalCheckpoint, NaNGuard
+from callbacks import EMA, LastCheckpoint, NaNGuard
 from t2v import LitVQVAE
 from t2v.batch import VideoBatch
 from t2v.losses import AdversarialLoss, L1Loss, TemporalDifferenceLoss
@@ -65,7 +65,7 @@ def fit(built: LitVQVAE, steps: int, folder, *callbacks, ckpt_path=None) -> Trai
         enable_model_summary=False,
         num_sanity_val_steps=0,
         gradient_clip_val=1.0,
-        callbacks=[*callbacks, ModelCheckpoint(folder, save_last=True), FinalCheckpoint()],
+        callbacks=[*callbacks, ModelCheckpoint(folder, save_last=True), LastCheckpoint()],
     )
     trainer.fit(built, datamodule=Clips(), ckpt_path=ckpt_path, weights_only=True)
     return trainer

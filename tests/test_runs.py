@@ -1,0 +1,262 @@
+"""What a run keeps and says, through the command line: kills, signals, resuming, moved folders and limits."""
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.pipeline import Pipeline
+
+OFTEN = """
+trainer:
+  callbacks:
+    - class_path: ModelCheckpoint
+      init_args: {dirpath: runs/demo/vqvae/checkpoints, save_last: true, OPTIONS}
+"""
+EVERY_2_STEPS = "every_n_train_steps: 2, save_top_k: 0"
+
+
+@pytest.fixture
+def pipeline(copy_pipeline) -> Pipeline:
+    return copy_pipeline()
+
+
+def fit(
+    pipeline: Pipeline, *flags: str, options: str = "every_n_train_steps: 2, save_top_k: 0", resume: bool = True
+) -> int:
+    """Train stage 1 with frequent checkpoints, and return the exit status."""
+    often = pipeline.folder / "often.yaml"
+    often.write_text(OFTEN.replace("OPTIONS", options))
+    last = ["--ckpt_path", "last"] if resume else []
+    return status(pipeline, "fit", *pipeline.config("vqvae"), "-c", str(often), *last, *flags)
+
+
+def status(pipeline: Pipeline, *command: str) -> int:
+    try:
+        pipeline.main(*command)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def in_child(action: Any) -> int:
+    """Run a function in a forked process, and return its status: minus a signal, if one killed it."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            code = action()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killer(step: int, name: str, times: int = 1) -> list[str]:
+    options = {"": "tests.support.killer.Killer", "step": step, "name": name, "times": times}
+    return [f"--trainer.callbacks{f'.{key}' if key else '+'}={value}" for key, value in options.items()]
+
+
+def step(checkpoint: Path) -> int:
+    return int(torch.load(checkpoint, weights_only=True)["global_step"])
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def edit(checkpoint: Path, change: Any) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    change(content)
+    torch.save(content, checkpoint)
+
+
+def test_a_kill_while_saving_keeps_the_old_checkpoint(pipeline, monkeypatch, capfd):
+    checkpoint = pipeline.checkpoint("vqvae")
+    before = checkpoint.read_bytes()
+    monkeypatch.setenv("TMPDIR", "/dev/shm")
+
+    def killed_at_half() -> int:
+        """The limit of the size of files ends the process in the middle of its first save."""
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, resource.RLIM_INFINITY))
+        return fit(pipeline, "--trainer.max_steps=20")
+
+    assert in_child(killed_at_half) == -signal.SIGXFSZ
+    assert checkpoint.read_bytes() == before
+    assert names(checkpoint.parent) == ["last.ckpt", "last.ckpt.partial"]
+    capfd.readouterr()
+    assert fit(pipeline, "--trainer.max_steps=14") == 0
+    assert "last.ckpt at step 12" in capfd.readouterr().out
+    assert names(checkpoint.parent) == ["last.ckpt"]
+
+
+def test_a_monitor_does_not_hold_last_ckpt_back(pipeline):
+    checkpoint = pipeline.checkpoint("vqvae")
+    shutil.rmtree(checkpoint.parent)
+    options = "every_n_train_steps: 2, monitor: val/psnr, mode: min, save_top_k: 1"  # the first is the best
+    assert in_child(lambda: fit(pipeline, *killer(9, "SIGKILL"), options=options)) == -signal.SIGKILL
+    assert step(checkpoint) == 8
+    assert len(names(checkpoint.parent)) == 2
+
+
+def test_ctrl_c_saves_the_step_and_a_second_one_stops_at_once(pipeline, capfd):
+    checkpoint = pipeline.checkpoint("vqvae")
+    assert fit(pipeline, "--trainer.max_steps=40", *killer(14, "SIGINT")) == 130
+    error = capfd.readouterr().err
+    assert "Stopped by Ctrl-C at step 15; the same command with --ckpt_path last resumes the run." in error
+    assert "Traceback" not in error
+    assert step(checkpoint) == 15
+    assert fit(pipeline, "--trainer.max_steps=40", *killer(16, "SIGINT", times=2)) == 130
+    assert "Stopped by Ctrl-C.\n" in capfd.readouterr().err
+    assert step(checkpoint) == 16  # saved at every second step
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "code"), [("validate", "SIGTERM", 143), ("test", "SIGINT", 130), ("predict", "SIGTERM", 143)]
+)
+def test_other_commands_stop_at_once(pipeline, command, name, code, capfd):
+    shutil.rmtree(pipeline.run / "tokens")
+    flags = [*pipeline.config("vqvae"), "--ckpt_path", "last", *killer(0, name)]
+    assert status(pipeline, command, *flags) == code
+    error = capfd.readouterr().err
+    assert f"Stopped by {'Ctrl-C' if name == 'SIGINT' else name}.\n" in error
+    assert "Traceback" not in error
+    assert not (pipeline.run / "tokens/train").exists()
+
+
+def test_values_of_the_command_line_win_on_resume(pipeline, capfd):
+    assert (
+        fit(pipeline, "--trainer.max_steps=14", "--model.optimizer.lr=0.004", "--model.optimizer.weight_decay=0.3") == 0
+    )
+    assert "lr 0.004 instead of 0.01, weight_decay 0.3 instead of 0.0001" in capfd.readouterr().out
+    groups = torch.load(pipeline.checkpoint("vqvae"), weights_only=True)["optimizer_states"][0]["param_groups"]
+    assert {group["initial_lr"] for group in groups} == {0.004}
+    assert {group["weight_decay"] for group in groups} == {0.3, 0.0}  # vectors have none
+    assert (
+        fit(pipeline, "--trainer.max_steps=15", "--model.optimizer.lr=0.004", "--model.optimizer.weight_decay=0.3") == 0
+    )
+    assert "instead of" not in capfd.readouterr().out
+
+
+def test_a_test_run_saves_nothing(pipeline, capfd):
+    before = pipeline.checkpoint("vqvae").read_bytes()
+    assert fit(pipeline, "--trainer.fast_dev_run=true", resume=False) == 0
+    assert pipeline.checkpoint("vqvae").read_bytes() == before
+    assert names(pipeline.checkpoint("vqvae").parent) == ["last.ckpt"]
+    assert "No checkpoints are saved" in capfd.readouterr().out
+
+
+def test_a_new_run_moves_the_checkpoints_of_an_earlier_one(pipeline, capfd):
+    checkpoint = pipeline.checkpoint("vqvae")
+    assert fit(pipeline, "--trainer.max_steps=3", resume=False) == 0
+    assert "of an earlier run to" in capfd.readouterr().out
+    assert (step(checkpoint), step(checkpoint.parent / "earlier-1/last.ckpt")) == (3, 12)
+    assert fit(pipeline, "--trainer.max_steps=4") == 0
+    assert names(checkpoint.parent) == ["earlier-1", "last.ckpt"]
+
+
+def test_a_moved_folder_is_resumed_in_its_new_place(pipeline, capfd):
+    assert fit(pipeline, "--trainer.max_steps=14", options="every_n_train_steps: 2, monitor: val/psnr") == 0
+    shutil.copytree(pipeline.run / "vqvae", pipeline.folder / "copies [1]/vqvae")
+    shutil.rmtree(pipeline.run / "vqvae")
+    capfd.readouterr()
+    moved = pipeline.folder / "copies [1]/vqvae"
+    assert (
+        status(pipeline, "fit", "-c", str(moved / "config.yaml"), "--ckpt_path", "last", "--trainer.max_steps=16") == 0
+    )
+    printed = capfd.readouterr()
+    assert "last.ckpt at step 14" in printed.out
+    assert step(moved / "checkpoints/last.ckpt") == 16
+    assert not (pipeline.run / "vqvae").exists()
+    assert "dirpath has changed" not in printed.err
+    callbacks = torch.load(moved / "checkpoints/last.ckpt", weights_only=True)["callbacks"]
+    saver = next(state for name, state in callbacks.items() if name.startswith("ModelCheckpoint"))
+    assert Path(saver["best_model_path"]).parent == moved / "checkpoints"
+
+
+def test_a_damaged_last_checkpoint_falls_back_to_another(pipeline, capfd):
+    checkpoint = pipeline.checkpoint("vqvae")
+    shutil.copy(checkpoint, checkpoint.with_name("step=12.ckpt"))
+    content = bytearray(checkpoint.read_bytes())
+    content[len(content) // 2] ^= 255
+    checkpoint.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"last\.ckpt cannot be read; using step=12\.ckpt.* \(step 12\)"):
+        assert fit(pipeline, "--trainer.max_steps=13") == 0
+    assert "step=12.ckpt at step 12" in capfd.readouterr().out
+    assert step(checkpoint) == 13
+
+
+def test_time_that_is_up_is_named_and_the_next_command_goes_on(pipeline, capfd):
+    limits = ["--trainer.max_steps=100000", "--trainer.max_time=00:00:00:01"]
+    for said in ("Stopped ", "Not trained "):
+        assert fit(pipeline, *limits) == 0
+        printed = capfd.readouterr().out
+        line = next(line for line in printed.splitlines() if line.startswith(said))
+        assert "trainer.max_time has passed" in line
+        assert printed.splitlines()[-1].endswith("--ckpt_path last --trainer.max_time null")
+
+
+def test_a_second_run_in_the_same_folder_is_refused(pipeline, capfd):
+    lock = pipeline.checkpoint("vqvae").parent / ".lock"
+    script = f"""import fcntl
+file = open({str(lock)!r}, "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print('{{"host": "here", "process": 7, "started": "now"}}', file=file, flush=True)
+print(flush=True)
+input()"""
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert fit(pipeline, "--trainer.max_steps=14") == 2
+        assert "(process 7 on here, since now): wait until it ends" in capfd.readouterr().err
+        other.communicate(b"\n")
+    assert fit(pipeline, "--trainer.max_steps=14") == 0  # the file of the ended process does not matter
+
+
+def test_an_epoch_with_fewer_batches_than_are_accumulated_has_one_full_step(pipeline, capfd):
+    state = []
+    for batches in (8, 3):
+        shutil.rmtree(pipeline.checkpoint("vqvae").parent, ignore_errors=True)
+        assert fit(pipeline, f"--trainer.accumulate_grad_batches={batches}", "--trainer.max_steps=2") == 0
+        assert "24 samples per step, 1 steps per epoch" in capfd.readouterr().out
+        state.append(torch.load(pipeline.checkpoint("vqvae"), weights_only=True)["state_dict"])
+    for name, value in state[0].items():
+        torch.testing.assert_close(value, state[1][name], rtol=1e-3, atol=1e-5)
+    assert fit(pipeline, "--trainer.accumulate_grad_batches=0") == 2
+    assert "accumulate_grad_batches=0 must be at least 1" in capfd.readouterr().err
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_used(pipeline, capfd):
+    checkpoint = pipeline.checkpoint("vqvae")
+
+    def poison(content: dict[str, Any]) -> None:
+        next(iter(content["state_dict"].values())).fill_(float("nan"))
+
+    before = checkpoint.read_bytes()
+    assert fit(pipeline, "--trainer.max_steps=40", "--model.optimizer.lr=1e38") == 2
+    assert "NaN or infinite" in (error := capfd.readouterr().err) or "non-finite" in error
+    assert all(value.isfinite().all() for value in torch.load(checkpoint, weights_only=True)["state_dict"].values())
+    checkpoint.write_bytes(before)
+    edit(checkpoint, poison)
+    shutil.rmtree(pipeline.run / "tokens")
+    for command in ("fit", "validate", "predict"):
+        assert (
+            status(pipeline, command, *pipeline.config("vqvae"), "--ckpt_path", "last", "--trainer.max_steps=40") == 2
+        )
+        assert "last.ckpt cannot be used: 1 of" in capfd.readouterr().err
+    assert not (pipeline.run / "tokens/train").exists()
+
+
+def test_a_tuned_batch_size_is_that_of_the_batches(pipeline):
+    finder = [f"--trainer.callbacks{option}" for option in ("+=BatchSizeFinder", ".max_trials=2", ".steps_per_trial=1")]
+    cli = pipeline.cli("fit", "vqvae", *finder, "--trainer.max_steps=1", "--trainer.limit_val_batches=0")
+    assert cli.datamodule.batch_size == 4
+    assert {len(batch.keys) for batch in cli.trainer.train_dataloader} == {4}
