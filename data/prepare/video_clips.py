@@ -16,10 +16,12 @@ from torch import Tensor
 
 from data.prepare.filters import Filters
 from data.prepare.scenes import find_scenes
-from t2v.video import VideoInfo, read_frames, resize_and_crop, stream_frames
+from t2v.video import VideoInfo, is_plain, resize_and_crop, stream_frames
 
 _TOLERANCE = 1e-6
 """Seconds, for rounding errors when frame times are compared."""
+_OFF_TIME = 0.1
+"""Part of a frame by which the frames of a video may be shown too early or late for a clip of constant rate."""
 
 
 class ClipFormat(NamedTuple):
@@ -82,15 +84,14 @@ def cut_video(path: Path, info: VideoInfo, clip_format: ClipFormat) -> Iterator[
         DecodeError: If the video cannot be decoded.
     """
     if _is_clip(path, info, clip_format):
-        yield VideoClip(0.0, read_frames(path, range(clip_format.frames)), path.read_bytes())
+        yield VideoClip(0.0, torch.stack([frame for _, frame in stream_frames(path)]), path.read_bytes())
         return
     starts = [0.0]
     if clip_format.scene_threshold:
         starts = [start for start, _ in find_scenes(path, clip_format.scene_threshold)]
-    half_frame = 0.5 / info.fps  # the times of frames and cuts are rounded differently
 
     def scene_number(frame: TimedFrame) -> int:
-        return bisect_right(starts, frame.time + half_frame, lo=1) - 1
+        return bisect_right(starts, frame.time + _TOLERANCE, lo=1) - 1
 
     for scene, frames in groupby((TimedFrame(*frame) for frame in stream_frames(path)), scene_number):
         too_short = True
@@ -104,7 +105,11 @@ def cut_video(path: Path, info: VideoInfo, clip_format: ClipFormat) -> Iterator[
 def _is_clip(path: Path, info: VideoInfo, clip_format: ClipFormat) -> bool:
     """Return whether a file already is exactly one clip."""
     fits = (info.frames, info.height, info.width) == (clip_format.frames, *clip_format.size_of(info))
-    return path.suffix.lower() == ".mp4" and fits and abs(info.fps - clip_format.fps) < 1e-3
+    if path.suffix.lower() != ".mp4" or not fits or abs(info.fps - clip_format.fps) >= 1e-3 or not is_plain(path):
+        return False
+    times = [time for time, _ in stream_frames(path)]
+    on_time = (abs(time - number / clip_format.fps) < _OFF_TIME / clip_format.fps for number, time in enumerate(times))
+    return len(times) == clip_format.frames and all(on_time)
 
 
 def _group(frames: Iterable[TimedFrame], clip_format: ClipFormat, size: tuple[int, int]) -> Iterator[VideoClip]:

@@ -3,6 +3,7 @@
 from t2v.video.decoding import MAX_PIXELS, DecodeError
 from t2v.video.reading import (
     VideoInfo,
+    is_plain,
     probe,
     read_at,
     read_clip,
@@ -18,6 +19,7 @@ __all__ = [
     "Mp4Writer",
     "VideoInfo",
     "encode_mp4",
+    "is_plain",
     "probe",
     "read_at",
     "read_clip",

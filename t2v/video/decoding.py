@@ -44,7 +44,10 @@ _FRAME_PER_PACKET = ("av1", "h264", "hevc", "libdav1d", "vp9")
 """Codecs in which each packet gives a frame, if it is not interlaced."""
 _PEEKED = 64
 """Packets at the start that show how the times of a file are to be understood."""
-_BT2020 = 9
+_UNKNOWN, _BT2020 = 2, 9
+"""FFmpeg's numbers of primaries."""
+_PROGRESSIVE = (0, 1)
+"""FFmpeg's numbers of an unknown order of fields, and of frames without fields."""
 
 
 class DecodeError(ValueError):
@@ -90,7 +93,9 @@ class OpenVideo:
     @property
     def is_plain(self) -> bool:
         """Whether the pictures are shown as they are stored."""
-        return self.shape == Shape() and self._ratio == 1
+        codec = self.stream.codec_context
+        is_converted = codec.color_trc in (PQ, HLG) or codec.field_order not in _PROGRESSIVE
+        return self.shape == Shape() and self._ratio == 1 and not is_converted
 
     @property
     def size(self) -> tuple[int, int]:
@@ -147,7 +152,7 @@ class OpenVideo:
         ).to_ndarray()
         picture = converted[rows, columns]
         if is_hdr:
-            picture = tone_map(picture, transfer, frame.color_primaries in (2, _BT2020))
+            picture = tone_map(picture, transfer, frame.color_primaries in (_UNKNOWN, _BT2020))
         matrix: Any = frame.side_data.get("DISPLAYMATRIX")
         return picture if matrix is None else _display(picture, unpack("=9i", bytes(matrix)))
 

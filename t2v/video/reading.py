@@ -62,6 +62,19 @@ def probe(source: Source) -> VideoInfo:
         return VideoInfo(frames, fps, height, width)
 
 
+def is_plain(source: Source) -> bool:
+    """Return whether the frames are shown as stored: not stretched, cropped, turned, tone-mapped or deinterlaced.
+
+    Args:
+        source: The video.
+
+    Raises:
+        DecodeError: If the file is not a video.
+    """
+    with open_video(source) as video:
+        return video.is_plain
+
+
 def read_frames(
     source: Source,
     indices: Sequence[int],
