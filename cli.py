@@ -6,7 +6,7 @@
   override them.
 - ``--ckpt_path last`` is ``last.ckpt`` in the run's checkpoint folder, single-file or sharded; if it is damaged, the
   newest complete checkpoint.
-- A user's mistake is reported in one ``error:`` line, with exit status 2. SIGTERM and SIGUSR1 stop ``fit`` with
+- An expected error is reported in one ``error:`` line, with exit status 2. SIGTERM and SIGUSR1 stop ``fit`` with
   status 75, Ctrl-C with 130; other commands stop at once, with 143 or 130.
 """
 
@@ -27,13 +27,11 @@ import os
 import shlex
 import warnings
 from contextlib import nullcontext
-from pkgutil import resolve_name
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentError, Namespace, set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -51,12 +49,12 @@ from callbacks.signals import StopOnSignal, Stopped, stopping_at_once
 from callbacks.summary import RunSummary, ended_by_time
 from t2v.checkpoints.lookup import newest_last, read_model_config
 from t2v.checkpoints.pretrained import without_weights
-from t2v.errors import UserError, parsing_message
+from t2v.errors import UserError, exit_on_expected_error, shorten_tracebacks
+from t2v.training.arguments import check_same_classes, check_trainer_arguments
 from t2v.training.lightning_private import command_parser, saves_sharded_checkpoints
 from t2v.training.recipe import RecipeFile
 from t2v.training.sharding import FolderCheckpointIO, ShardedStrategy
 
-STAGES = {"t2v.vqvae": "stage 1, the VQ-VAE", "t2v.transformer": "stage 2, the transformer"}
 IGNORED_WARNINGS = (
     "Checkpoint directory .* exists and is not empty",  # run folders are fixed
     "You.re using the WeightAveraging callback with a model that overrides the configure_model",
@@ -164,15 +162,16 @@ class T2VCLI(LightningCLI):
             for command in self.subcommands():
                 command_parser(self, command).set_defaults(model=saved)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*discarding init_args", UserWarning)  # _require_same_class reports it
+            warnings.filterwarnings("ignore", ".*discarding init_args", UserWarning)  # check_same_classes reports it
             self.config = parser.parse_args(args)
         config = self.config[self.config.subcommand]
+        check_trainer_arguments(config)
         if path is None and self.config.subcommand == "predict":
             raise UserError("`predict` needs trained weights: give a checkpoint that `fit` wrote to --ckpt_path.")
         if path != config.get("ckpt_path"):
             config.ckpt_path = path
         if saved:
-            _require_same_class(path, saved["class_path"], config.model.class_path)
+            check_same_classes(path, saved, config.model, training=self.config.subcommand == "fit")
 
     def _resolve_checkpoint(self, parser: LightningArgumentParser, flag: str | None) -> str | None:
         """Return the checkpoint to load if the flag is missing or ``last``: that of the config, or the newest."""
@@ -262,21 +261,6 @@ def _to_list(args: ArgsType) -> list[str]:
     return [command, "--config", json.dumps(config[command], default=str)]
 
 
-def _require_same_class(path: str, saved: str, configured: str) -> None:
-    """Raise an error unless two class paths name the same class."""
-    saved_class, configured_class = resolve_name(saved), resolve_name(configured)
-    if saved_class is not configured_class:
-        raise UserError(
-            f"{path} holds a {_describe(saved_class)}, but this run's config asks for a {_describe(configured_class)}: "
-            "give the checkpoint of that model, or the other config."
-        )
-
-
-def _describe(model: type) -> str:
-    stage = next((text for package, text in STAGES.items() if model.__module__.startswith(package)), None)
-    return f"{model.__name__} ({stage})" if stage else model.__name__
-
-
 def _checkpoint_folder(config: Namespace) -> str:
     """Return the folder of the run's `ModelCheckpoint`."""
     callbacks = config.get("trainer", Namespace()).get("callbacks") or []
@@ -289,21 +273,6 @@ def _checkpoint_folder(config: Namespace) -> str:
     )
 
 
-def _explain(error: BaseException | None) -> str | None:
-    """Return the message of a user's mistake, or None for any other error.
-
-    jsonargparse wraps the error of a class in its own; the error of a DataLoader worker contains its traceback as text.
-    """
-    parsing = parsing_message(error) if isinstance(error, ArgumentError) else None
-    while error is not None:
-        if isinstance(error, (UserError, MisconfigurationException)):
-            return str(error).rsplit(f"{UserError.__name__}: ", 1)[-1].strip()
-        if isinstance(error, RuntimeError) and str(error).startswith("Error(s) in loading state_dict"):
-            return f"The checkpoint does not fit the model that the config describes. {error}"
-        error = error.__cause__
-    return parsing
-
-
 def main(args: ArgsType = None) -> T2VCLI:
     """Run one command.
 
@@ -311,7 +280,7 @@ def main(args: ArgsType = None) -> T2VCLI:
         args: Command line as a list, or a config such as ``{"fit": {...}}``; ``sys.argv`` by default.
 
     Raises:
-        SystemExit: With status 2 after a user's mistake, 75 after a signal stopped ``fit``, 130 after Ctrl-C, 143 after
+        SystemExit: With status 2 after an expected error, 75 after a signal stopped ``fit``, 130 after Ctrl-C, 143 after
             SIGTERM stopped another command.
     """
     for pattern in IGNORED_WARNINGS:
@@ -323,19 +292,14 @@ def main(args: ArgsType = None) -> T2VCLI:
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # recommends kernels for other CPUs
     try:
-        with stopping_at_once():
+        with stopping_at_once(), exit_on_expected_error():
             return T2VCLI(answer(_to_list(args)))
     except Stopped as stop:
         if stop.code:
             sys.stderr.write(f"{stop.message}\n")
         raise
-    except Exception as error:
-        message = _explain(error)
-        if message is None:
-            raise
-    sys.stderr.write(f"error: {message}\n")
-    raise SystemExit(2)
 
 
 if __name__ == "__main__":
+    shorten_tracebacks()
     main()

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from t2v.errors import check_range
 from t2v.torch_private import is_persistent
 from t2v.training.lightning_private import average_of, start_average
 
@@ -24,9 +25,13 @@ class EMA(EMAWeightAveraging):
 
     Args:
         decay: Decay of the average, in (0, 1); it averages over about 1 / (1 − decay) steps.
+
+    Raises:
+        UserError: If the decay is out of range.
     """
 
     def __init__(self, decay: float = 0.999) -> None:
+        check_range(self, "(0, 1)", decay=decay)
         super().__init__(decay=decay, use_buffers=False)
         self._exact: list[tuple[Tensor, Tensor]] = []
 

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from t2v.batch import TokenBatch, VideoBatch
 from t2v.checkpoints.storage import check_finite
-from t2v.errors import UserError
+from t2v.errors import UserError, check_range
 from t2v.training.lightning_private import skip_average_update
 from t2v.training.optimization import split_discriminators
 
@@ -61,11 +61,9 @@ class NaNGuard(Callback):
     """
 
     def __init__(self, budget: int = 10, spike: float = 6.0, warmup: int = 100) -> None:
-        if budget < 0 or warmup < 2 or not spike > 0:
-            raise UserError(
-                f"NaNGuard has budget={budget}, spike={spike} and warmup={warmup}: set budget to at least 0, spike "
-                "above 0 and warmup to at least 2."
-            )
+        check_range(self, "[0, inf)", budget=budget)
+        check_range(self, "(0, inf]", spike=spike)
+        check_range(self, "[2, inf)", warmup=warmup)
         self.budget, self.spike, self.warmup = budget, spike, warmup
         self.skipped = 0
         self.spikes = 0

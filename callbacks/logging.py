@@ -16,6 +16,7 @@ from torch import Tensor
 
 from callbacks.gallery import Shown, update_gallery
 from t2v.batch import PromptBatch, TextEmbedding, TokenBatch, VideoBatch
+from t2v.errors import UserError, check_range
 from t2v.torch_private import add_summary
 from t2v.video import write_mp4
 
@@ -33,6 +34,7 @@ class ValidationLogger(Callback):
     """Title of the videos on the page."""
 
     def __init__(self, every_n_epochs: int, output_dir: str | None) -> None:
+        check_range(self, "[1, inf)", every_n_epochs=every_n_epochs)
         self.every_n_epochs = every_n_epochs
         self.output_dir = None if output_dir is None else Path(output_dir)
 
@@ -100,6 +102,7 @@ class ReconstructionLogger(ValidationLogger):
 
     def __init__(self, clips: int = 4, every_n_epochs: int = 1, output_dir: str | None = None) -> None:
         super().__init__(every_n_epochs, output_dir)
+        check_range(self, "[1, inf)", clips=clips)
         self.clips = clips
 
     def log_videos(self, trainer: Trainer, pl_module: LightningModule, batch: VideoBatch) -> None:
@@ -124,6 +127,8 @@ class GenerationLogger(ValidationLogger):
 
     def __init__(self, prompts: list[str], every_n_epochs: int = 1, output_dir: str | None = None) -> None:
         super().__init__(every_n_epochs, output_dir)
+        if not prompts:
+            raise UserError("GenerationLogger has no prompts, so it would log nothing: give it one, or remove it.")
         self.prompts = prompts
         self._text: TextEmbedding | None = None
 

@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import PassThroughProfiler
 
 from t2v.batch import TokenBatch, VideoBatch
-from t2v.errors import UserError
+from t2v.errors import check_range
 from t2v.training.flops import ModelFlopCounter
 from t2v.training.lightning_private import FETCH_ACTION
 
@@ -65,10 +65,7 @@ class Throughput(Callback):
     """
 
     def __init__(self, peak: float | Literal["measured", "known"] = "measured") -> None:
-        if not isinstance(peak, str) and not peak > 0:
-            raise UserError(
-                f"peak={peak} of Throughput must be greater than 0 TFLOP/s, or `measured` or `known`: correct it."
-            )
+        check_range(self, "(0, inf)", peak=peak)
         self.peak = peak
         self._clock = _FetchClock()
         self._seen: Counter[tuple[int, ...]] = Counter()

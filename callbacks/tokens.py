@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data.shards import ShardWriter
 from t2v.batch import VideoBatch
-from t2v.errors import UserError
+from t2v.errors import UserError, check_range
 from t2v.text import TextEncoder
 
 _BATCH_SIZE = 64
@@ -36,11 +36,15 @@ class TokenShardWriter(BasePredictionWriter):
     Args:
         output_dir: Folder for the folders of the splits, which must not contain shards already.
         text_encoder: Embeds the captions. Embeddings of recent captions are reused.
-        samples_per_shard: Number of clips in one tar file.
+        samples_per_shard: Number of clips in one tar file, at least 1.
+
+    Raises:
+        UserError: If there is no clip in a file.
     """
 
     def __init__(self, output_dir: str, text_encoder: TextEncoder, samples_per_shard: int = 1000) -> None:
         super().__init__(write_interval="batch")
+        check_range(self, "[1, inf)", samples_per_shard=samples_per_shard)
         self.output_dir = Path(output_dir)
         self.partial = self.output_dir / ".partial"
         self.text_encoder = text_encoder

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Real
 from torch.utils.data import DistributedSampler
 
-from t2v.errors import UserError
+from t2v.errors import UserError, check_range
 
 _SHARDS_MIXED = 4
 """Shards whose samples are shuffled together, so that reads stay within these shards for a while."""
@@ -33,6 +33,9 @@ class Bucket:
         height: Height of a clip in pixels, a multiple of the tokenizer's stride; `data.size` by default.
         width: Width of a clip in pixels; `data.size` by default.
         start: Where the window of a longer clip starts: at a random frame, or at the first.
+
+    Raises:
+        UserError: If a size is out of range.
     """
 
     frames: int
@@ -41,6 +44,10 @@ class Bucket:
     height: int | None = None
     width: int | None = None
     start: Literal["random", "first"] = "random"
+
+    def __post_init__(self) -> None:
+        sizes = {"frames": self.frames, "batch_size": self.batch_size, "height": self.height, "width": self.width}
+        check_range("data.buckets", "[1, inf)", **sizes)
 
 
 class Draw(NamedTuple):
@@ -98,7 +105,7 @@ class Plan:
         sources: Sequence[int] = (),
         weights: Sequence[float] = (),
     ) -> None:
-        wrong = [bucket for bucket in buckets if bucket.probability <= 0]
+        wrong = [bucket for bucket in buckets if not 0 < bucket.probability < math.inf]
         if wrong:
             raise UserError(
                 f"A bucket's probability={wrong[0].probability:g} must be greater than 0: leave the bucket out instead."

@@ -10,7 +10,7 @@ from typing import Literal
 
 from jsonargparse import ArgumentParser
 
-from t2v.errors import UserError, exit_on_user_error
+from t2v.errors import UserError, exit_on_expected_error, shorten_tracebacks
 
 
 def generate(
@@ -100,11 +100,12 @@ def main() -> None:
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("generate", generate_parser, help="generate one video from text")
     commands.add_subcommand("export", export_parser, help="write a trained model into one folder")
-    with exit_on_user_error():
+    with exit_on_expected_error():
         arguments = parser.parse_args()
         functions: dict[str, Callable[..., None]] = {"generate": generate, "export": export}
         functions[arguments.command](**arguments[arguments.command].as_dict())
 
 
 if __name__ == "__main__":
+    shorten_tracebacks()
     main()

@@ -13,7 +13,10 @@ from data.loaders import Loader, TrainLoader
 from data.modules.resuming import PlanPosition, progress, resume
 from data.plan import Bucket, OrderedSampler, Plan, TrainSampler
 from data.shards import ShardSet
-from t2v.errors import UserError
+from t2v.errors import UserError, check_range
+
+SEEDS = f"[0, {2**63 - 1}]"
+"""The seeds that random generators accept."""
 
 Paths = str | tuple[str, ...]
 """Where shards are: one path or several."""
@@ -29,20 +32,23 @@ class ShardDataModule(LightningDataModule):
         train: Training shards, at one path or several.
         val: Validation shards, at one path or several.
         weights: Share of each path of `train` in an epoch; with none, every clip occurs once.
+        frames: Length of a clip.
         batch_size: Clips in a batch on each rank.
         num_workers: Processes that load batches, on each rank.
-        seed: Seed of all random choices.
+        seed: Seed of all random choices, from 0 to 2⁶³ − 1.
         buckets: Kinds of training batches; with none, all are of `batch_size` clips.
-        max_skipped_fraction: Fraction of an epoch's samples that cannot be used above which the run stops.
-    """
+        max_skipped_fraction: Fraction of an epoch's samples that cannot be used above which the run stops, in [0, 1].
 
-    frames: int
+    Raises:
+        UserError: If an argument is out of range.
+    """
 
     def __init__(
         self,
         train: list[str] | str,
         val: list[str] | str,
         weights: list[float],
+        frames: int,
         batch_size: int,
         num_workers: int,
         seed: int,
@@ -50,9 +56,14 @@ class ShardDataModule(LightningDataModule):
         max_skipped_fraction: float,
     ) -> None:
         super().__init__()
+        check_range(self, "(0, inf)", **{"data.frames": frames, "data.batch_size": batch_size})
+        check_range(self, "[0, inf)", **{"data.num_workers": num_workers})
+        check_range(self, SEEDS, **{"data.seed": seed})
+        check_range(self, "[0, 1]", **{"data.max_skipped_fraction": max_skipped_fraction})
         self.train, self.val = (path if isinstance(path, str) else tuple(path) for path in (train, val))
         self.weights = weights
-        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.frames, self.batch_size = frames, batch_size
+        self.num_workers, self.seed = num_workers, seed
         self.buckets, self.max_skipped_fraction = buckets, max_skipped_fraction
         self._shards: dict[Paths, ShardSet] = {}
         self._clips: dict[tuple[Paths, bool, int], Clips] = {}
@@ -211,17 +222,3 @@ class ShardDataModule(LightningDataModule):
                 "some clips may occur twice in it and others not at all.",
                 stacklevel=2,
             )
-
-
-def require_positive(**values: int | float) -> None:
-    """Check that arguments of a DataModule are greater than 0.
-
-    Args:
-        values: The arguments by their names.
-
-    Raises:
-        UserError: If any is not; the message names all of them.
-    """
-    wrong = [f"data.{name}={value}" for name, value in values.items() if value <= 0]
-    if wrong:
-        raise UserError(f"{', '.join(wrong)} must be greater than 0.")

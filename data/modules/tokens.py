@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from data.captions import read_metadata
 from data.datasets import TokenClips
-from data.modules.base import ShardDataModule, require_positive
+from data.modules.base import ShardDataModule
 from data.modules.prompts import collate_prompts, number_prompts, read_prompts
 from data.plan import Bucket
 from data.shards import ShardSet
@@ -50,16 +50,15 @@ class TokenDataModule(ShardDataModule):
         max_skipped_fraction: float = 0.01,
         weights: list[float] = [],  # noqa: B006
     ) -> None:
-        super().__init__(train, val, weights, batch_size, num_workers, seed, buckets, max_skipped_fraction)
+        super().__init__(train, val, weights, frames, batch_size, num_workers, seed, buckets, max_skipped_fraction)
         self.save_hyperparameters(logger=False, ignore="buckets")  # checkpoints hold plain values only
-        require_positive(frames=frames, batch_size=batch_size)
         sized = [bucket for bucket in buckets if bucket.height or bucket.width]
         if sized:
             raise UserError(
                 f"data.buckets has height={sized[0].height}, width={sized[0].width}, but tokens keep the size with "
                 "which they were written: remove height and width."
             )
-        self.frames, self.prompts = frames, prompts
+        self.prompts = prompts
 
     def setup(self, stage: str) -> None:
         """Open the shards, or read the prompts."""

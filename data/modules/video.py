@@ -10,10 +10,10 @@ from torch.utils.data import DataLoader
 
 from data.datasets import VideoClips, WholeClips
 from data.loaders import NonEmptyLoader
-from data.modules.base import Paths, ShardDataModule, require_positive
+from data.modules.base import Paths, ShardDataModule
 from data.plan import Bucket
 from data.shards import ShardSet
-from t2v.errors import UserError
+from t2v.errors import check_range
 
 _PREDICT_FACTOR = 8
 """Frames in a batch of `predict` per frame in a training batch: it keeps no activations for a backward pass."""
@@ -68,12 +68,11 @@ class VideoDataModule(ShardDataModule):
         max_skipped_fraction: float = 0.01,
         weights: list[float] = [],  # noqa: B006
     ) -> None:
-        super().__init__(train, val, weights, batch_size, num_workers, seed, buckets, max_skipped_fraction)
+        super().__init__(train, val, weights, frames, batch_size, num_workers, seed, buckets, max_skipped_fraction)
         self.save_hyperparameters(logger=False, ignore="buckets")  # checkpoints hold plain values only
-        require_positive(size=size, frames=frames, fps=fps, batch_size=batch_size, crop=crop)
-        if crop > 1:
-            raise UserError(f"data.crop={crop} is more than 1, the whole shorter side of the picture: lower it.")
-        self.size, self.frames, self.fps = size, frames, fps
+        check_range(self, "(0, inf)", **{"data.size": size, "data.fps": fps})
+        check_range(self, "(0, 1]", **{"data.crop": crop})
+        self.size, self.fps = size, fps
         self.crop, self.flip = crop, flip
 
     def protocol(self, batches: int | float = math.inf) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from t2v.errors import UserError
+from t2v.errors import UserError, check_range
 from t2v.generation.schedules import Schedule, value_at
 
 Logits = Float[Tensor, "b v"]
@@ -77,11 +77,8 @@ class Sampler:
         typical_p: float | None = None,
         min_p: float | None = None,
     ) -> None:
-        if top_k is not None and top_k < 1:
-            raise UserError(f"top_k={top_k} must be at least 1, or null for no limit.")
-        for name, p in (("top_p", top_p), ("typical_p", typical_p), ("min_p", min_p)):
-            if p is not None and not 0 < p <= 1:
-                raise UserError(f"{name}={p} must lie in (0, 1], or be null for no limit.")
+        check_range(self, "[1, inf)", top_k=top_k)
+        check_range(self, "(0, 1]", top_p=top_p, typical_p=typical_p, min_p=min_p)
         self.temperature = temperature
         self.top_k, self.top_p, self.typical_p, self.min_p = top_k, top_p, typical_p, min_p
         if not isinstance(temperature, Schedule):

@@ -7,7 +7,7 @@ Arguments that take a schedule take a plain number too, for a constant. In a con
 import math
 from abc import ABC, abstractmethod
 
-from t2v.errors import UserError
+from t2v.errors import UserError, check_range
 
 
 class Schedule(ABC):
@@ -32,6 +32,7 @@ class Linear(Schedule):
     """
 
     def __init__(self, start: float, stop: float) -> None:
+        check_range(self, "(-inf, inf)", start=start, stop=stop)
         self.start, self.stop = start, stop
 
     def __call__(self, frame: int, frames: int) -> float:
@@ -47,6 +48,7 @@ class Cosine(Schedule):
     """
 
     def __init__(self, start: float, stop: float) -> None:
+        check_range(self, "(-inf, inf)", start=start, stop=stop)
         self.start, self.stop = start, stop
 
     def __call__(self, frame: int, frames: int) -> float:
@@ -72,6 +74,7 @@ class Interval(Schedule):
                 f"first={first} and last={last} are fractions of a video and must satisfy 0 <= first <= last <= 1: "
                 "change them."
             )
+        check_range(self, "(-inf, inf)", value=value, outside=outside)
         self.value, self.first, self.last, self.outside = value, first, last, outside
 
     def __call__(self, frame: int, frames: int) -> float:

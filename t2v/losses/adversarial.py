@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from t2v.batch import Video
+from t2v.errors import check_range
 
 
 class AdversarialLoss(nn.Module):
@@ -27,9 +28,12 @@ class AdversarialLoss(nn.Module):
     Args:
         weight: Norm of the term's gradient at the reconstruction, as a fraction of that of all other terms.
         start_step: First training step that uses the term; before it, the reconstruction should become recognizable.
-        channels: Channels of the discriminators' first layer.
-        layers: Number of layers that halve the size; a patch is about 2^(layers + 3) pixels wide.
-        betas: Decay rates of Adam's moments for the discriminators.
+        channels: Channels of the discriminators' first layer, a multiple of 4.
+        layers: Number of layers that halve the size, at least 1; a patch is about 2^(layers + 3) pixels wide.
+        betas: Decay rates of Adam's moments for the discriminators, in [0, 1).
+
+    Raises:
+        UserError: If an argument is out of range.
     """
 
     def __init__(
@@ -41,6 +45,9 @@ class AdversarialLoss(nn.Module):
         betas: tuple[float, float] = (0.5, 0.9),
     ) -> None:
         super().__init__()
+        check_range(self, "[0, inf)", weight=weight, start_step=start_step)
+        check_range(self, "[1, inf)", channels=channels, layers=layers)
+        check_range(self, "[0, 1)", betas=betas)
         self.weight, self.start_step, self.betas = weight, start_step, betas
         self.frames = PatchDiscriminator(2, channels, layers)
         self.clips = PatchDiscriminator(3, channels, layers)

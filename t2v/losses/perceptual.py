@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from t2v.batch import Video
 from t2v.checkpoints.pretrained import MobileNet, Protocol, load_lpips
+from t2v.errors import check_range
 from t2v.losses.term import LossTerm
 
 CHUNK = 4
@@ -31,6 +32,7 @@ class PerceptualLoss(LossTerm):
         self, weight: float = 1.0, start_step: int = 0, frames: int | None = None, checkpoint_activations: bool = False
     ) -> None:
         super().__init__(weight, start_step)
+        check_range(self, "[1, inf)", frames=frames)
         self.frames = frames
         self.checkpoint_activations = checkpoint_activations
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from t2v.batch import TextEmbedding
+from t2v.errors import check_range
 from t2v.text.encoder import TextEncoder
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class HuggingFaceTextEncoder(TextEncoder):
     """
 
     def __init__(self, max_length: int) -> None:
+        check_range(self, "[1, inf)", max_length=max_length)
         self.max_length = max_length
 
     @abstractmethod

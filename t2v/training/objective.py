@@ -1,13 +1,12 @@
 """The training objective of stage 2: regularization of its inputs, and the options of its loss."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from t2v.errors import UserError
+from t2v.errors import check_range
 from t2v.losses.tokens import TokenLoss, token_loss_
 
 
@@ -34,13 +33,9 @@ class TokenObjective:
     z_loss: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.caption_dropout <= 1:
-            raise UserError(f"objective.caption_dropout={self.caption_dropout} must lie in [0, 1].")
-        for name, value in (("corruption", self.corruption), ("label_smoothing", self.label_smoothing)):
-            if not 0 <= value < 1:
-                raise UserError(f"objective.{name}={value} must lie in [0, 1).")
-        if not 0 <= self.z_loss < math.inf:
-            raise UserError(f"objective.z_loss={self.z_loss} must be a finite weight of at least 0; 1e-4 is usual.")
+        check_range("objective", "[0, 1]", caption_dropout=self.caption_dropout)
+        check_range("objective", "[0, 1)", corruption=self.corruption, label_smoothing=self.label_smoothing)
+        check_range("objective", "[0, inf)", z_loss=self.z_loss)
 
     def dropped_captions(self, clips: int, device: torch.device) -> Bool[Tensor, " b"]:
         """Draw the clips that are trained without their caption.

@@ -11,10 +11,19 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import ParamsT
 
+from t2v.errors import UserError, check_range
 from t2v.losses import AdversarialLoss
+
+_RANGES = {
+    "[0, inf)": ("lr", "weight_decay"),
+    "[0, 1)": ("betas", "momentum", "dampening"),
+    "(0, inf)": ("eps",),
+}
+"""The range of options of optimizers. Those of torch accept NaN, and a momentum above 1, which diverges."""
 
 
 def warmup_cosine(step: int, warmup_steps: int, total_steps: int, floor: float = 0.02) -> float:
@@ -149,6 +158,9 @@ class MuonAdamW(torch.optim.Optimizer):
         weight_decay: Weight decay of the groups that set none.
         embedding_lr: Learning rate of embeddings, in units of `lr`. A step changes only the embeddings of the tokens in
             the batch, so they can take larger ones.
+
+    Raises:
+        UserError: If an argument is out of range.
     """
 
     def __init__(
@@ -160,6 +172,8 @@ class MuonAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.1,
         embedding_lr: float = 1.0,
     ) -> None:
+        check_range(self, "[0, inf)", lr=lr, weight_decay=weight_decay, embedding_lr=embedding_lr)
+        check_range(self, "[0, 1)", betas=betas, momentum=momentum)
         hidden, others = _split(params)
         others = [{**group, "lr": lr * (embedding_lr if group.get("embedding") else 1)} for group in others]
         self.parts: list[torch.optim.Optimizer] = [
@@ -264,11 +278,30 @@ def configure_optimization(
         network: The modules to train.
         optimizer: Builds the optimizer from parameter groups.
         warmup_steps: Steps of linear warm-up.
+
+    Raises:
+        UserError: If an argument of the optimizer is out of range.
     """
-    built = optimizer(parameter_groups(network))
+    built = build_optimizer(optimizer, parameter_groups(network))
     if type(built).__module__.startswith("bitsandbytes"):
         # bitsandbytes does so in its first step, so a resumed run, whose weights are channels-last again, would differ.
         network.to(memory_format=torch.contiguous_format)
     total_steps = int(module.trainer.estimated_stepping_batches)
     schedule = Schedule(built, partial(warmup_cosine, warmup_steps=warmup_steps, total_steps=total_steps))
     return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def build_optimizer(optimizer: OptimizerCallable, groups: list[dict[str, Any]]) -> Optimizer:
+    """Build an optimizer and check the arguments that the optimizers of torch take without a check.
+
+    Raises:
+        UserError: If an argument is out of range.
+    """
+    try:
+        built = optimizer(groups)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model.optimizer cannot be built with these arguments ({error}): change them.") from error
+    for group in built.param_groups:
+        for interval, names in _RANGES.items():
+            check_range(built, interval, **{name: group.get(name) for name in names})
+    return built

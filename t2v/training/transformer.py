@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from t2v.batch import GeneratedVideos, PromptBatch, TextEmbedding, TokenBatch
+from t2v.errors import check_range
 from t2v.generation.quantization import convert
 from t2v.generation.settings import GenerationSettings
 from t2v.generation.text_to_video import TextToVideo, check_parts
@@ -42,6 +43,9 @@ class LitVideoTransformer(LightningModule):
         compiled: Compile the layers for training and validation, which pays off where few shapes occur often.
         optimizer: Builds the optimizer from parameter groups.
         warmup_steps: Steps of linear learning-rate warm-up; a cosine decay follows.
+
+    Raises:
+        UserError: If an argument is out of range.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class LitVideoTransformer(LightningModule):
         warmup_steps: int = 0,
     ) -> None:
         super().__init__()
+        check_range(self, "[0, inf)", warmup_steps=warmup_steps)
         self.model = model
         self.tokenizer_path = tokenizer
         self.text_encoder = text_encoder

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from t2v.batch import VideoBatch
 from t2v.compilation import compile_layer
-from t2v.errors import UserError
+from t2v.errors import UserError, check_range
 from t2v.losses import AdversarialLoss, LossTerm
 from t2v.metrics import PSNR, SSIM, CodebookUsage, Flicker, VideoMetric
 from t2v.training.optimization import configure_optimization, split_discriminators
@@ -37,7 +37,7 @@ class LitVQVAE(LightningModule):
         warmup_steps: Steps of linear learning-rate warm-up; a cosine decay follows.
 
     Raises:
-        UserError: If two metrics have the same name.
+        UserError: If an argument is out of range, there is no loss, or two metrics have the same name.
     """
 
     def __init__(
@@ -52,6 +52,9 @@ class LitVQVAE(LightningModule):
         warmup_steps: int = 0,
     ) -> None:
         super().__init__()
+        check_range(self, "[0, inf)", quantize_from_step=quantize_from_step, warmup_steps=warmup_steps)
+        if not losses:
+            raise UserError("model.losses is empty, so there is nothing to train on: give it t2v.losses.L1Loss.")
         self.model = model
         self.adversarial = adversarial
         # In tuples, so that their frozen networks are not in checkpoints and averages.

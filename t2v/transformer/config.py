@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from t2v.errors import check_range
+
 
 @dataclass(frozen=True)
 class AttentionConfig:
@@ -11,13 +13,21 @@ class AttentionConfig:
         heads: Query heads, in text attention too; must divide the width of the model into even parts.
         kv_heads: Key and value heads, in text attention too; must divide `heads` and the hidden width of SwiGLU.
         window: Frames that a temporal layer attends to, the current one included.
-        rope_theta: Base of the wavelengths of the rotary embedding, which run from 2π to 2π·`rope_theta` positions.
+        rope_theta: Base of the wavelengths of the rotary embedding, which run from 2π to 2π·`rope_theta` positions; at
+            least 1.
+
+    Raises:
+        UserError: If an argument is out of range.
     """
 
     heads: int = 32
     kv_heads: int = 8
     window: int = 16
     rope_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        check_range("attention", "[1, inf)", heads=self.heads, kv_heads=self.kv_heads, window=self.window)
+        check_range("attention", "[1, inf)", rope_theta=self.rope_theta)
 
 
 @dataclass(frozen=True)
@@ -29,8 +39,14 @@ class TextConfig:
         gate: Whether the output of text attention is scaled by a learned function of the number of earlier frames
             in the window.
         pooled: Whether the pooled text embedding is added to every input of the first layer.
+
+    Raises:
+        UserError: If the width is less than 1.
     """
 
     dim: int = 4096
     gate: bool = True
     pooled: bool = True
+
+    def __post_init__(self) -> None:
+        check_range("text", "[1, inf)", dim=self.dim)

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from t2v.batch import TextEmbedding, check_token_range
 from t2v.checkpoints.hub import HubModel
 from t2v.compilation import compile_layer
-from t2v.errors import UserError
+from t2v.errors import UserError, check_range
 from t2v.torch_private import mark_dynamic
 from t2v.transformer.attention import WindowBlocks, window_blocks
 from t2v.transformer.block import Block, recompute
@@ -77,7 +77,7 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
             loaded checkpoint, give them values.
 
     Raises:
-        UserError: If the sizes do not fit each other.
+        UserError: If a size is out of range, or the sizes do not fit each other.
     """
 
     def __init__(
@@ -95,6 +95,10 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
         device: str | None = None,
     ) -> None:
         super().__init__()
+        check_range(self, "[2, inf)", vocab_size=vocab_size)
+        check_range(self, "[1, inf)", grid_size=grid_size, dim=dim, hidden_dim=hidden_dim)
+        check_range(self, "[0, inf)", spatial_layers=spatial_layers, temporal_layers=temporal_layers)
+        check_range(self, "[1, inf)", **{"spatial_layers + temporal_layers": spatial_layers + temporal_layers})
         heads, kv_heads = attention.heads, attention.kv_heads
         if dim % (2 * heads) or heads % kv_heads or hidden_dim % kv_heads:
             raise UserError(

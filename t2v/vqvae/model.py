@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from t2v.batch import Video, check_token_range
 from t2v.checkpoints.config import from_config, to_config
 from t2v.checkpoints.hub import HubModel
-from t2v.errors import UserError
+from t2v.errors import UserError, check_range
 from t2v.vqvae.layers import CausalTemporalBlock, ChannelNorm, Downsample, ResBlock, Upsample
 from t2v.vqvae.quantizer import Quantizer, VectorQuantizer
 
@@ -92,6 +92,19 @@ class VQVAE(
         frames_at_once: int | None = None,
     ) -> None:
         super().__init__()
+        check_range(
+            self,
+            "[1, inf)",
+            image_size=image_size,
+            base_channels=base_channels,
+            channel_multipliers=channel_multipliers,
+            encoder_kernel_size=encoder_kernel_size,
+            patch_size=patch_size,
+            latent_patch_size=latent_patch_size,
+            frames_at_once=frames_at_once,
+        )
+        check_range(self, "[0, inf)", encoder_blocks=encoder_blocks, decoder_blocks=decoder_blocks)
+        check_range(self, "[0, inf)", temporal_blocks=temporal_blocks)
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
         self.image_size = image_size
         self.frames_at_once = frames_at_once

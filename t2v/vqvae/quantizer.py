@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from vector_quantize_pytorch import FSQ, LFQ
 from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
-from t2v.errors import UserError
+from t2v.errors import UserError, check_range
 
 ENTROPY_TEMPERATURE = 100.0
 """Factor on cosine similarities before the softmax of the entropy term."""
@@ -91,13 +91,16 @@ class VectorQuantizer(Quantizer):
     - The complete state is in the checkpoint, including the flag `initialized`.
 
     Args:
-        codebook_size: Number of codes.
+        codebook_size: Number of codes, at least 2.
         dim: Width of a code; 8 to 32 is usual.
         decay: Decay of the moving averages, in (0, 1).
         restart_below: A code is replaced if the number of vectors that choose it (moving average) is below this
-            fraction of the average over all codes.
+            fraction of the average over all codes, in [0, 1); 0 for never.
         commitment_weight: Weight of the mean squared difference between vectors and their codes.
         entropy_weight: Weight of the entropy of the mean code probabilities in a batch, which is maximized.
+
+    Raises:
+        UserError: If an argument is out of range.
     """
 
     codes: Tensor
@@ -115,6 +118,11 @@ class VectorQuantizer(Quantizer):
         entropy_weight: float = 0.0,
     ) -> None:
         super().__init__()
+        check_range(self, "[2, inf)", codebook_size=codebook_size)
+        check_range(self, "[1, inf)", dim=dim)
+        check_range(self, "(0, 1)", decay=decay)
+        check_range(self, "[0, 1)", restart_below=restart_below)
+        check_range(self, "[0, inf)", commitment_weight=commitment_weight, entropy_weight=entropy_weight)
         self.codebook_size, self.dim, self.decay, self.restart_below = codebook_size, dim, decay, restart_below
         self.commitment_weight, self.entropy_weight = commitment_weight, entropy_weight
         self.register_buffer("codes", torch.zeros(codebook_size, dim, dtype=torch.float32))
@@ -261,13 +269,14 @@ class LFQuantizer(Quantizer):
         commitment_weight: Weight of the mean squared difference between vectors and their codes.
 
     Raises:
-        UserError: If the number of codes is not a power of two.
+        UserError: If the number of codes is not a power of two, or a weight is out of range.
     """
 
     def __init__(
         self, codebook_size: int = 16384, entropy_weight: float = 0.1, commitment_weight: float = 0.25
     ) -> None:
         super().__init__()
+        check_range(self, "[0, inf)", entropy_weight=entropy_weight, commitment_weight=commitment_weight)
         bits = round(math.log2(codebook_size)) if codebook_size >= 2 else 0
         if bits == 0 or 2**bits != codebook_size:
             raise UserError(
