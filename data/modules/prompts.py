@@ -1,48 +1,178 @@
-"""Prompts to generate from: read from a list or a text file, and given seeds and file names."""
+"""Prompts to generate from: a list, a text file or a table, each with its seed, file name and options."""
 
+import csv
+import json
 import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
+from data.modules.base import SEEDS
 from t2v.batch import PromptBatch
-from t2v.errors import UserError
+from t2v.errors import UserError, check_range
 
-_HINT = "give a text file with one prompt a line, or a list such as '[\"a red circle moves left\"]'."
+_HINT = (
+    "give a prompt, a list such as '[\"a red circle moves left\"]', a text file with one prompt a line, or a table "
+    "(.csv or .jsonl) with a column prompt."
+)
+_COLUMNS = ("prompt", "negative_prompt", "seed", "start")
+_TABLES = (".csv", ".jsonl")
+_NAME_BYTES = 60
+"""Bytes of a prompt in the name of its file; file systems allow 255 for the whole name."""
 
-PromptJob = tuple[str, int, str]
-"""A prompt, its seed, and the name of its file without suffix."""
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt with its options.
+
+    Attributes:
+        prompt: The text.
+        negative_prompt: What the video should not show; None for the setting of the model.
+        seed: Seed of the first sample; None to count up from the DataModule's.
+        start: Picture or video that the video begins with; None for the setting of the model.
+    """
+
+    prompt: str
+    negative_prompt: str | None = None
+    seed: int | None = None
+    start: str | None = None
 
 
-def read_prompts(source: list[str] | str) -> list[str]:
-    """Return the prompts of a list, or of the lines of a text file, without empty ones.
+@dataclass(frozen=True)
+class PromptJob:
+    """A video to generate."""
+
+    prompt: Prompt
+    seed: int
+    name: str
+    """Name of the file, without suffix."""
+
+
+def read_prompts(source: list[str] | str) -> list[Prompt]:
+    """Return the prompts of a list, of the lines of a text file or of the rows of a table; or a single prompt.
 
     Args:
-        source: The prompts, or the path of a text file in UTF-8.
+        source: A list, in which an empty prompt counts; the path of a file in UTF-8, whose empty lines are left out; or
+            a prompt. A table has the column `prompt`, and may have `negative_prompt`, `seed` and `start`, a path
+            relative to the table.
 
     Raises:
         UserError: If there are no prompts, or the file cannot be read.
     """
-    lines = source
-    if isinstance(lines, str):
-        try:
-            lines = Path(lines).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"No prompts in '{source}' ({error}): as data.prompts {_HINT}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
+    if isinstance(source, str):
+        path = Path(source)
+        prompts = _read_file(path) if _is_path(path) else [Prompt(source.strip())]
+    else:
+        prompts = [Prompt(prompt.strip()) for prompt in source]
+    if not any(each.prompt for each in prompts):
         raise UserError(f"There are no prompts in data.prompts={source!r}: {_HINT}")
     return prompts
 
 
-def number_prompts(prompts: list[str], seed: int) -> list[PromptJob]:
-    """Return the prompts with seeds, counted up from `seed`, and file names of a number and the prompt's words."""
-    return [(prompt, seed + i, f"{i:04d}-{_slug(prompt)}".rstrip("-")) for i, prompt in enumerate(prompts)]
+def number_prompts(prompts: list[Prompt], seed: int, samples: int) -> list[PromptJob]:
+    """Return the videos to generate.
+
+    Args:
+        prompts: The prompts.
+        seed: Seed of the first video; those after it count up.
+        samples: Videos of each prompt.
+    """
+    jobs = []
+    for i, prompt in enumerate(prompts):
+        first = seed + i * samples if prompt.seed is None else prompt.seed
+        name = f"{i:04d}-{_slug(prompt.prompt)}".rstrip("-")
+        for j in range(samples):
+            jobs.append(PromptJob(prompt, first + j, f"{name}-{j:02d}" if samples > 1 else name))
+    return jobs
+
+
+def batch_jobs(jobs: Iterable[PromptJob], batch_size: int) -> list[list[PromptJob]]:
+    """Return batches of successive jobs that all have start frames of their own, or none of which has."""
+    batches = []
+    for _, group in groupby(jobs, key=lambda job: job.prompt.start is not None):
+        same = list(group)
+        batches += [same[i : i + batch_size] for i in range(0, len(same), batch_size)]
+    return batches
 
 
 def collate_prompts(jobs: list[PromptJob]) -> PromptBatch:
     """Return a batch of prompts."""
-    prompts, seeds, names = zip(*jobs, strict=True)
-    return PromptBatch(list(prompts), list(seeds), list(names))
+    prompts = [job.prompt for job in jobs]
+    return PromptBatch(
+        [prompt.prompt for prompt in prompts],
+        [job.seed for job in jobs],
+        [job.name for job in jobs],
+        [prompt.negative_prompt for prompt in prompts],
+        [prompt.start for prompt in prompts],
+    )
+
+
+def _is_path(path: Path) -> bool:
+    """Return whether a string is meant as a file rather than as a prompt."""
+    try:
+        if path.exists():
+            return True
+    except OSError:  # a long prompt is no valid path
+        return False
+    return path.suffix.lower() in (".txt", *_TABLES) or (len(path.parts) > 1 and " " not in str(path))
+
+
+def _read_file(path: Path) -> list[Prompt]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"No prompts in '{path}' ({error}): as data.prompts {_HINT}") from error
+    if path.suffix.lower() in _TABLES:
+        rows = _csv_rows(text) if path.suffix.lower() == ".csv" else _jsonl_rows(text, path)
+        return [_prompt(row, path, f"'{path}', row {number}") for number, row in rows]
+    return [Prompt(line.strip()) for line in text.split("\n") if line.strip()]  # other separators are in prompts
+
+
+def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(text.split("\n"))
+    for row in reader:
+        yield reader.line_num, {str(name).strip(): value for name, value in row.items() if value}
+
+
+def _jsonl_rows(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"'{path}', row {number} is not JSON ({error}): correct it.") from error
+        if not isinstance(row, dict):
+            raise UserError(f'\'{path}\', row {number} must be an object such as {{"prompt": "a red circle"}}.')
+        yield number, {name: value for name, value in row.items() if value is not None}
+
+
+def _prompt(row: dict[str, Any], path: Path, where: str) -> Prompt:
+    """Return the prompt of a table's row, checked."""
+    unknown = sorted(row.keys() - set(_COLUMNS))
+    if unknown or "prompt" not in row:
+        problem = f"has the unknown column {unknown[0]}" if unknown else "has no prompt"
+        raise UserError(f"{where} {problem}: the columns are {', '.join(_COLUMNS)}.")
+    texts = {name: str(row[name]) for name in ("prompt", "negative_prompt", "start") if name in row}
+    prompt = Prompt(**texts)
+    if "seed" in row:
+        try:
+            seed = int(str(row["seed"]))
+        except ValueError as error:
+            raise UserError(f"{where} has seed={row['seed']}, which is not a whole number: correct it.") from error
+        check_range(where, SEEDS, seed=seed)
+        prompt = replace(prompt, seed=seed)
+    if prompt.start is not None:
+        start = path.parent / prompt.start
+        if not start.is_file():
+            raise UserError(f"{where} has start={prompt.start}, but there is no file {start}: correct the path.")
+        prompt = replace(prompt, start=str(start))
+    return prompt
 
 
 def _slug(text: str) -> str:
-    return "-".join(re.findall(r"\w+", text.lower()))[:60].rstrip("-")
+    """Return the words of a prompt as a part of a file name."""
+    words = "-".join(re.findall(r"\w+", text.lower())).encode()
+    return words[:_NAME_BYTES].decode(errors="ignore").rstrip("-")

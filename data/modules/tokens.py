@@ -8,10 +8,10 @@ from torch.utils.data import DataLoader, DistributedSampler
 from data.captions import read_metadata
 from data.datasets import TokenClips
 from data.modules.base import ShardDataModule
-from data.modules.prompts import collate_prompts, number_prompts, read_prompts
+from data.modules.prompts import batch_jobs, collate_prompts, number_prompts, read_prompts
 from data.plan import Bucket
 from data.shards import ShardSet
-from t2v.errors import UserError
+from t2v.errors import UserError, check_range
 
 
 class TokenDataModule(ShardDataModule):
@@ -24,8 +24,11 @@ class TokenDataModule(ShardDataModule):
         frames: Length of a clip. Shorter clips are left out, and of longer ones a random window is taken.
         batch_size: Clips or prompts in a batch on each rank.
         num_workers: Processes that read, on each rank.
-        prompts: Prompts that `predict` generates from: a list, or a text file with one prompt a line.
-        seed: Seed of the order of the clips and the random windows; prompt number i is generated with seed + i.
+        prompts: Prompts that `predict` generates from: one, a list, a text file with one prompt a line, or a table
+            (.csv or .jsonl) with the column `prompt` and, if needed, `negative_prompt`, `seed` and `start` (the path of
+            a picture or a video that the video begins with).
+        samples: Videos that `predict` generates from each prompt.
+        seed: Seed of the order of the clips and the random windows; video number i is generated with seed + i.
         buckets: Train on batches of these kinds instead of `batch_size` clips of `frames` frames. Their height and
             width are those of the tokens, and must not be given.
         max_skipped_fraction: Fraction of an epoch's samples that cannot be used above which the run stops. Each is
@@ -45,6 +48,7 @@ class TokenDataModule(ShardDataModule):
         batch_size: int,
         num_workers: int = 2,
         prompts: list[str] | str = [],  # noqa: B006
+        samples: int = 1,
         seed: int = 0,
         buckets: list[Bucket] = [],  # noqa: B006
         max_skipped_fraction: float = 0.01,
@@ -58,7 +62,8 @@ class TokenDataModule(ShardDataModule):
                 f"data.buckets has height={sized[0].height}, width={sized[0].width}, but tokens keep the size with "
                 "which they were written: remove height and width."
             )
-        self.prompts = prompts
+        check_range(self, "[1, inf)", **{"data.samples": samples})
+        self.prompts, self.samples = prompts, samples
 
     def setup(self, stage: str) -> None:
         """Open the shards, or read the prompts."""
@@ -100,10 +105,12 @@ class TokenDataModule(ShardDataModule):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return the prompts; if ranks cannot share them equally, the first prompts are repeated."""
-        jobs: Any = number_prompts(read_prompts(self.prompts), self.seed)
+        jobs: Any = number_prompts(read_prompts(self.prompts), self.seed, self.samples)
         ranks = self._ranks()
-        sampler: DistributedSampler[Any] = DistributedSampler(jobs, ranks["num_replicas"], ranks["rank"], shuffle=False)
-        return DataLoader(jobs, batch_size=self.batch_size, sampler=sampler, collate_fn=collate_prompts)
+        own = [jobs[i] for i in DistributedSampler(jobs, ranks["num_replicas"], ranks["rank"], shuffle=False)]
+        batches: Any = batch_jobs(own, self.batch_size)
+        sampler: DistributedSampler[Any] = DistributedSampler(batches, 1, 0, shuffle=False)  # not shared out again
+        return DataLoader(batches, batch_size=None, sampler=sampler, collate_fn=collate_prompts)
 
     def _open_clips(self, shards: ShardSet, training: bool) -> TokenClips:
         buckets = [Bucket(self.frames, self.batch_size)]

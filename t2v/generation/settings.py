@@ -1,12 +1,18 @@
 """Settings of generation: sampler, length, guidance scale, start frames, storage of the weights."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
 
 from t2v.errors import UserError
 from t2v.generation.decode import check_schedules
 from t2v.generation.quantization import Weights
 from t2v.generation.sampling import Sampler
 from t2v.generation.schedules import Schedule
+from t2v.video import read_clip
 
 
 @dataclass(frozen=True)
@@ -43,3 +49,19 @@ class GenerationSettings:
                 f"generation.start_frames={self.start_frames} must be at least 1 and less than "
                 f"generation.frames={self.frames}, so that there are frames left to generate."
             )
+
+    def read_start(
+        self, paths: Sequence[str | None] | None, size: int, fps: float
+    ) -> UInt8[Tensor, "b t c height width"] | None:
+        """Read the start frames of a batch, or return None if it has none.
+
+        Args:
+            paths: Pictures or videos of the prompts, all or none of which are None; with none, that of the settings.
+            size: Height and width in pixels.
+            fps: Frames per second.
+
+        Raises:
+            UserError: If a file cannot be read.
+        """
+        own = [path for path in paths or [] if path is not None] or [path for path in [self.start] if path is not None]
+        return torch.stack([read_clip(path, self.start_frames, size, fps) for path in own]) if own else None

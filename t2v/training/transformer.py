@@ -25,7 +25,6 @@ from t2v.training.sharding import shard
 from t2v.training.streaming import in_context, unsharded
 from t2v.training.tensor_parallel import parallelize
 from t2v.transformer.model import VideoTransformer
-from t2v.video import read_clip
 from t2v.vqvae.loading import load_vqvae
 from t2v.vqvae.model import VQVAE
 
@@ -73,7 +72,6 @@ class LitVideoTransformer(LightningModule):
         self.warmup_steps = warmup_steps
         self.fingerprint: dict[str, Any] = {}
         self._tokenizer: list[VQVAE] = []  # in a list, so that no checkpoint of this stage contains it
-        self._start: UInt8[Tensor, "t c height width"] | None = None
         self.loss = WeightedMean()
         self.accuracy = WeightedMean()
 
@@ -145,15 +143,13 @@ class LitVideoTransformer(LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def on_predict_start(self) -> None:
-        """Quantize the weights and read the start frames, so that errors appear before anything is generated."""
+        """Quantize the weights."""
         convert(self.model, self.generation.weights)
-        if self.generation.start is not None:
-            fps = float(self.fingerprint["fps"])
-            self._start = read_clip(self.generation.start, self.generation.start_frames, self.tokenizer.image_size, fps)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> GeneratedVideos:
         """Generate one video for each prompt, beginning with the start frames, if there are any."""
-        return self.generate_videos(batch, start=self._start)
+        start = self.generation.read_start(batch.starts, self.tokenizer.image_size, float(self.fingerprint["fps"]))
+        return self.generate_videos(batch, start=start)
 
     def embed_prompts(self, prompts: list[str]) -> TextEmbedding:
         """Embed prompts for `generate_videos`, once for prompts that are used several times."""
@@ -163,14 +159,14 @@ class LitVideoTransformer(LightningModule):
         self,
         batch: PromptBatch,
         text: TextEmbedding | None = None,
-        start: UInt8[Tensor, "t c height width"] | None = None,
+        start: UInt8[Tensor, "*videos t c height width"] | None = None,
     ) -> GeneratedVideos:
         """Generate one video for each prompt; each frame is generated when it is read from the result's `frames`.
 
         Args:
             batch: Prompts and seeds.
             text: The prompts' embeddings from `embed_prompts`; computed here by default.
-            start: Start frames of every video.
+            start: Start frames of every video, or of each.
         """
         generator = self._text_to_video()
         frames = generator.stream(batch.prompts if text is None else text, seed=batch.seeds, start=start)

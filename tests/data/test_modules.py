@@ -222,7 +222,7 @@ def test_prompts_from_a_file(tmp_path):
     path.write_text("A red circle, moving left!\n\n  two squares \n", encoding="utf-8")
     recorder = Recorder()
     trainer(tmp_path).predict(recorder, token_module(prompts=str(path), seed=7, batch_size=1), return_predictions=False)
-    first, second = (batch for _, batch in recorder.predicted)
+    first, second = (batch[:3] for _, batch in recorder.predicted)
     assert first == (["A red circle, moving left!"], [7], ["0000-a-red-circle-moving-left"])
     assert second == (["two squares"], [8], ["0001-two-squares"])
 
@@ -232,6 +232,67 @@ def test_prompts_from_a_list(tmp_path):
     trainer(tmp_path).predict(recorder, token_module(prompts=["a" * 200, "!?"]), return_predictions=False)
     (_, batch) = recorder.predicted[0]
     assert batch.names == [f"0000-{'a' * 60}", "0001"]
+
+
+def predicted(tmp_path, **arguments) -> list[PromptBatch]:
+    recorder = Recorder()
+    trainer(tmp_path).predict(recorder, token_module(**arguments), return_predictions=False)
+    return [batch for _, batch in recorder.predicted]
+
+
+def test_a_prompt_keeps_its_text_and_its_place(tmp_path):
+    (tmp_path / "prompts.txt").write_text("one\u2028line\n\ntwo\u0085", encoding="utf-8")
+    (batch,) = predicted(tmp_path, prompts=str(tmp_path / "prompts.txt"))
+    assert batch.prompts == ["one\u2028line", "two"]
+    (batch,) = predicted(tmp_path, prompts=["", "a ${price} tag", "𝒶" * 80])
+    assert (batch.prompts[:2], batch.seeds) == (["", "a ${price} tag"], [0, 1, 2])
+    assert batch.names[0] == "0000"
+    assert len(batch.names[2].encode()) < 100
+    assert predicted(tmp_path, prompts="a red circle. A/B")[0].prompts == ["a red circle. A/B"]
+
+
+def test_several_samples_of_a_prompt(tmp_path):
+    (batch,) = predicted(tmp_path, prompts=["a", "b"], samples=2, seed=5)
+    assert batch.prompts == ["a", "a", "b", "b"]
+    assert batch.seeds == [5, 6, 7, 8]
+    assert batch.names == ["0000-a-00", "0000-a-01", "0001-b-00", "0001-b-01"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_table_of_prompts(kind, tmp_path):
+    (tmp_path / "start.png").write_bytes(b"")
+    rows = [
+        {"prompt": "a, b", "seed": "9"},
+        {"prompt": "c", "negative_prompt": "blur", "start": "start.png"},
+        {"prompt": "d", "start": "start.png"},
+    ]
+    path = tmp_path / f"prompts.{kind}"
+    if kind == "csv":
+        lines = ['"a, b",,9,', "c,blur,,start.png", "d,,,start.png"]
+        path.write_text("\n".join(["prompt,negative_prompt,seed,start", *lines]))
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)))
+    plain, started = predicted(tmp_path, prompts=str(path), samples=2, seed=100)
+    assert plain == (["a, b"] * 2, [9, 10], ["0000-a-b-00", "0000-a-b-01"], [None] * 2, [None] * 2)
+    assert started.seeds == [102, 103, 104, 105]
+    assert started.negative_prompts == ["blur", "blur", None, None]
+    assert started.starts == [str(tmp_path / "start.png")] * 4
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("text\na red circle", "row 2 has the unknown column text"),
+        ("prompt,seed\na,1.5", "row 2 has seed=1.5, which is not a whole number"),
+        ("prompt,seed\na,-1", "seed=-1 must lie in"),
+        ("prompt,start\na,gone.png", "there is no file"),
+        ("prompt,seed\n,3", "row 2 has no prompt"),
+    ],
+)
+def test_mistakes_in_a_table_of_prompts(content, message, tmp_path):
+    (tmp_path / "prompts.csv").write_text(content)
+    with pytest.raises(UserError, match=message):
+        predicted(tmp_path, prompts=str(tmp_path / "prompts.csv"))
 
 
 @pytest.mark.parametrize("prompts", [[], [" "], "none.txt"])
