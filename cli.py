@@ -4,8 +4,9 @@
 - ``${...}`` in a config is resolved after all files and flags are read, so that a flag also changes what refers to it.
 - ``--ckpt_path`` makes the hyper-parameters of the checkpoint the defaults of the model: config files and flags
   override them.
+- ``--import MODULE`` imports a module with classes of your own, which checkpoints name.
 - ``--ckpt_path last`` is ``last.ckpt`` in the run's checkpoint folder, single-file or sharded; if it is damaged, the
-  newest complete checkpoint.
+  newest complete checkpoint. ``best`` is the one with the best value of the metric that its `ModelCheckpoint` monitors.
 - An expected error is reported in one ``error:`` line, with exit status 2. SIGTERM and SIGUSR1 stop ``fit`` with
   status 75, Ctrl-C with 130; other commands stop at once, with 143 or 130.
 """
@@ -47,12 +48,13 @@ from callbacks.progress import ProgressLines
 from callbacks.seeding import StepSeed
 from callbacks.signals import StopOnSignal, Stopped, stopping_at_once
 from callbacks.summary import RunSummary, ended_by_time
-from t2v.checkpoints.lookup import newest_last, read_model_config
+from t2v.checkpoints.config import import_modules
+from t2v.checkpoints.lookup import best_checkpoint, newest_last, read_model_config
 from t2v.checkpoints.pretrained import without_weights
 from t2v.errors import UserError, exit_on_expected_error, shorten_tracebacks
 from t2v.training.arguments import check_same_classes, check_trainer_arguments
 from t2v.training.lightning_private import command_parser, saves_sharded_checkpoints
-from t2v.training.recipe import RecipeFile
+from t2v.training.recipe import RecipeFile, escape_arguments
 from t2v.training.sharding import FolderCheckpointIO, ShardedStrategy
 
 IGNORED_WARNINGS = (
@@ -148,15 +150,17 @@ class T2VCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the command line, with the hyper-parameters of the checkpoint as defaults of the model."""
-        args = _to_list(args)
+        given = _to_list(args)
+        args = escape_arguments(import_modules(given))
         # Flags of a model are valid only once its class is known, which may be from the checkpoint alone. So this flag
         # is read first, by a parser that ignores all others.
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         first.add_argument("--ckpt_path")
-        known, self._other_args = first.parse_known_args(args)
+        known, others = first.parse_known_args(args)
+        _, self._other_args = first.parse_known_args(given)
         path = known.ckpt_path
-        if path in (None, "last"):
-            path = self._resolve_checkpoint(parser, path)
+        if path in (None, "last", "best"):
+            path = self._resolve_checkpoint(parser, others, path)
         saved = read_model_config(path) if path else None
         if saved:
             for command in self.subcommands():
@@ -173,15 +177,23 @@ class T2VCLI(LightningCLI):
         if saved:
             check_same_classes(path, saved, config.model, training=self.config.subcommand == "fit")
 
-    def _resolve_checkpoint(self, parser: LightningArgumentParser, flag: str | None) -> str | None:
-        """Return the checkpoint to load if the flag is missing or ``last``: that of the config, or the newest."""
-        args = [arg for arg in self._other_args if not arg.startswith("--print_config")]  # printed by the second parse
+    def _resolve_checkpoint(self, parser: LightningArgumentParser, args: list[str], flag: str | None) -> str | None:
+        """Return the checkpoint to load if the flag is missing, ``last`` or ``best``."""
+        args = [arg for arg in args if not arg.startswith("--print_config")]  # printed by the second parse
         config = parser.parse_args(args, _skip_validation=True)  # required values may be in the checkpoint
         command, config = config.subcommand, config[config.subcommand]
         path = flag or config.get("ckpt_path")
-        if path != "last":
+        if path not in ("last", "best"):
             return path
         folder = _checkpoint_folder(config)
+        if path == "best":
+            best = best_checkpoint(folder)
+            if best is None:
+                raise UserError(
+                    f"There is no best checkpoint in {folder}: train with a metric that the ModelCheckpoint monitors, "
+                    "such as monitor: val/loss, or give `last` to --ckpt_path."
+                )
+            return best
         newest = newest_last(folder)
         if newest is None and command != "fit":
             raise UserError(
@@ -247,6 +259,8 @@ class T2VCLI(LightningCLI):
         if self.trainer.checkpoint_callback is not None and is_overridden("predict_dataloader", self.datamodule):
             command = [*self._other_args, "--ckpt_path", "last"]
             command[command.index("fit")] = "predict"
+            if not getattr(self.datamodule, "prompts", True):
+                command += ["--data.prompts", "a red circle moves left"]
             print(f"Next         python cli.py {shlex.join(command)}")
 
 

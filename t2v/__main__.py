@@ -4,13 +4,17 @@ Training has its own command line, `cli.py` in a checkout of the repository. The
 arguments are checked, since that takes seconds.
 """
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from jsonargparse import ArgumentParser
 
+from t2v.checkpoints.config import import_modules
 from t2v.errors import UserError, exit_on_expected_error, shorten_tracebacks
+
+_DESCRIPTION = "Text-to-video generation. `--import MODULE` imports a module with classes of your own first."
 
 
 def generate(
@@ -96,12 +100,12 @@ def main() -> None:
     generate_parser.add_function_arguments(generate, as_group=False, as_positional=True, skip={"output"})
     export_parser = ArgumentParser(exit_on_error=False, description="Write a trained model into one folder.")
     export_parser.add_function_arguments(export, as_group=False, as_positional=True)
-    parser = ArgumentParser(exit_on_error=False, prog="python -m t2v", description="Text-to-video generation.")
+    parser = ArgumentParser(exit_on_error=False, prog="python -m t2v", description=_DESCRIPTION)
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("generate", generate_parser, help="generate one video from text")
     commands.add_subcommand("export", export_parser, help="write a trained model into one folder")
     with exit_on_expected_error():
-        arguments = parser.parse_args()
+        arguments = parser.parse_args(import_modules(sys.argv[1:]))
         functions: dict[str, Callable[..., None]] = {"generate": generate, "export": export}
         functions[arguments.command](**arguments[arguments.command].as_dict())
 

@@ -1,11 +1,50 @@
 """Objects as JSON: the path of their class and the arguments they were built with."""
 
+import importlib
 import inspect
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_args
 
 from t2v.errors import UserError
+
+
+def import_modules(args: list[str]) -> list[str]:
+    """Import the modules that a command line names by `--import MODULE`, so that their classes are known.
+
+    Checkpoints and exported models name classes of a user's own by their class path. Nothing is imported for a name in
+    a file; this is how a user asks for it.
+
+    Args:
+        args: The command line.
+
+    Returns:
+        The command line without these flags.
+
+    Raises:
+        UserError: If there is no such module.
+    """
+    others, names = [], []
+    given = iter(args)
+    for arg in given:
+        flag, equals, name = arg.partition("=")
+        if flag != "--import":
+            others.append(arg)
+        elif equals or (name := next(given, "")):
+            names.append(name)
+    folder = str(Path.cwd())
+    if names and folder not in sys.path:
+        sys.path.append(folder)
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"--import {name} cannot be imported ({error}): give a module of the working folder or of an installed "
+                "package, such as own.quantizers."
+            ) from error
+    return others
 
 
 def to_config(value: Any) -> Any:
@@ -48,7 +87,7 @@ def from_config(config: Any, base_class: type) -> Any:
         known = sorted({_class_paths(cls)[-1] for cls in classes.values()})
         raise UserError(
             f"class_path={class_path} is not a known {base_class.__name__}: import the module that defines it first, "
-            f"or choose one of {', '.join(known)}."
+            f"on the command line by --import {class_path.rpartition('.')[0]}, or choose one of {', '.join(known)}."
         )
     cls = classes[class_path]
     arguments = dict(config.get("init_args", {}))

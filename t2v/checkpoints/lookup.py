@@ -96,3 +96,25 @@ def read_model_config(path: str) -> dict[str, Any] | None:
     arguments.pop("_instantiator", None)
     class_path = arguments.pop("_class_path", None)
     return {"class_path": class_path, "init_args": arguments} if class_path else None
+
+
+def best_checkpoint(folder: str) -> str | None:
+    """Return the checkpoint with the best monitored metric of a folder, or None if there is none.
+
+    The last checkpoint names it, by a path that need not be right any more: the folder may have been moved.
+
+    Args:
+        folder: Path or fsspec URL.
+    """
+    last = newest_last(folder)
+    if last is None:
+        return None
+    filesystem, inner = fsspec.url_to_fs(last)
+    with filesystem.open(f"{inner}/{MARKER}" if filesystem.isdir(inner) else inner, "rb") as file:
+        callbacks = torch.load(file, map_location="cpu", weights_only=True).get("callbacks", {})
+    for state in callbacks.values():
+        if isinstance(state, dict) and state.get("monitor") and state.get("best_model_path"):
+            path = f"{folder.rstrip('/')}/{PurePath(state['best_model_path']).name}"
+            if filesystem.exists(fsspec.url_to_fs(path)[1]):
+                return path
+    return None

@@ -1,7 +1,8 @@
-"""Config files that are based on another one, and those of a run whose folder was moved."""
+"""Config files: those based on another one, those of a run whose folder was moved, and prompts, in which `${` is text."""
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,43 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from t2v.errors import UserError
+
+_PROMPTS = re.compile(r"--(?:[\w.]+\.)?(?:prompts|negative_prompt)\+?")
+_LITERAL = re.compile(r"(?<!\\)\$\{(?!(?:trainer|model|data|oc)[.:]|ckpt_path\}|seed_everything\})")
+"""The beginning of `${...}` that names no key of the config."""
+
+
+def escape_arguments(args: list[str]) -> list[str]:
+    """Return a command line in whose prompts `${` is text, unless it names a key of the config."""
+    escaped = []
+    is_prompt = False
+    for arg in args:
+        flag, equals, value = arg.partition("=")
+        if is_prompt:
+            escaped.append(_escape_text(arg))
+        else:
+            escaped.append(f"{flag}={_escape_text(value)}" if equals and _PROMPTS.fullmatch(flag) else arg)
+        is_prompt = bool(_PROMPTS.fullmatch(arg))
+    return escaped
+
+
+def _escape_text(text: str) -> str:
+    """Return a prompt, or a list of prompts in YAML, in which `${` is text."""
+    if text.startswith("[") and "${" in text:
+        try:
+            return json.dumps(_escape(yaml.safe_load(text), prompt=True))
+        except yaml.YAMLError:
+            pass
+    return _LITERAL.sub(r"\\${", text)
+
+
+def _escape(content: Any, prompt: bool = False) -> Any:
+    """Return the content of a config in whose prompts `${` is text."""
+    if isinstance(content, dict):
+        return {key: _escape(value, prompt or key in ("prompts", "negative_prompt")) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_escape(value, prompt) for value in content]
+    return _LITERAL.sub(r"\\${", content) if prompt and isinstance(content, str) else content
 
 
 class RecipeFile(ActionConfigFile):
@@ -33,11 +71,14 @@ class RecipeFile(ActionConfigFile):
 def _with_bases(value: Any, seen: tuple[Path, ...]) -> list[Any]:
     """Return the configs that a config stands for, in the order in which they apply."""
     path = Path(str(value))
-    content = _read(path)
-    if content is None:
+    read = _read(str(value))
+    if read is None:
         return [value]
+    content = _escape(read)
     if "base" not in content:
-        return [json.dumps(_moved(content, path.parent))] if _is_moved(content, path) else [value]
+        if _is_moved(content, path):
+            return [json.dumps(_moved(content, path.parent))]
+        return [value if content == read else json.dumps(content)]
     base = path.parent / str(content.pop("base"))
     if not base.is_file():
         raise UserError(f"{path} is based on {base}, which is not there: correct its `base`.")
@@ -89,10 +130,20 @@ def _moved(content: dict[str, Any], folder: Path) -> dict[str, Any]:
     return content
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """Return the content of a YAML file; None for what is no mapping, which jsonargparse reports, or no file."""
+def _read(value: str) -> dict[str, Any] | None:
+    """Return the content of a YAML file or of a config on the command line.
+
+    Returns:
+        None for what is no mapping, which jsonargparse reports, or no file.
+
+    Raises:
+        UserError: If a file is not text.
+    """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = value if value.lstrip().startswith("{") else Path(value).read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{value} is not text in UTF-8 ({error.reason}): give a YAML file.") from error
     except (OSError, ValueError, yaml.YAMLError):
         return None
     return content if isinstance(content, dict) else None

@@ -24,6 +24,7 @@ from t2v.training.optimization import configure_optimization
 from t2v.training.sharding import shard
 from t2v.training.streaming import in_context, unsharded
 from t2v.training.tensor_parallel import parallelize
+from t2v.training.warm_start import warm_start
 from t2v.transformer.model import VideoTransformer
 from t2v.vqvae.loading import load_vqvae
 from t2v.vqvae.model import VQVAE
@@ -42,6 +43,7 @@ class LitVideoTransformer(LightningModule):
         compiled: Compile the layers for training and validation, which pays off where few shapes occur often.
         optimizer: Builds the optimizer from parameter groups.
         warmup_steps: Steps of linear learning-rate warm-up; a cosine decay follows.
+        init_from: Checkpoint whose weights a new run begins with; text encoder and length of the clips may be others.
 
     Raises:
         UserError: If an argument is out of range.
@@ -58,6 +60,7 @@ class LitVideoTransformer(LightningModule):
         compiled: bool = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         warmup_steps: int = 0,
+        init_from: str | None = None,
     ) -> None:
         super().__init__()
         check_range(self, "[0, inf)", warmup_steps=warmup_steps)
@@ -67,13 +70,11 @@ class LitVideoTransformer(LightningModule):
         self.generation = generation
         self.objective = objective
         self._needs_codebook_embeddings = codebook_embeddings
-        self.compiled = compiled
-        self.optimizer = optimizer
-        self.warmup_steps = warmup_steps
+        self.compiled, self.optimizer = compiled, optimizer
+        self.warmup_steps, self.init_from = warmup_steps, init_from
         self.fingerprint: dict[str, Any] = {}
         self._tokenizer: list[VQVAE] = []  # in a list, so that no checkpoint of this stage contains it
-        self.loss = WeightedMean()
-        self.accuracy = WeightedMean()
+        self.loss, self.accuracy = WeightedMean(), WeightedMean()
 
     @property
     def tokenizer(self) -> VQVAE:
@@ -109,6 +110,7 @@ class LitVideoTransformer(LightningModule):
         if self._needs_codebook_embeddings and trainer and trainer.training:  # a checkpoint is loaded after this
             self.model.initialize_embeddings(self.tokenizer.quantizer.codebook())
             self._needs_codebook_embeddings = False
+        warm_start(self, self.init_from)
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Float[Tensor, ""]:
         """Compute the loss of a batch and log its terms under `train/`."""

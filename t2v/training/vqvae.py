@@ -19,6 +19,7 @@ from t2v.losses import AdversarialLoss, LossTerm
 from t2v.metrics import PSNR, SSIM, CodebookUsage, Flicker, VideoMetric
 from t2v.training.optimization import configure_optimization, split_discriminators
 from t2v.training.sharding import shard
+from t2v.training.warm_start import warm_start
 from t2v.vqvae.model import VQVAE, to_model_range, to_uint8
 
 
@@ -35,6 +36,7 @@ class LitVQVAE(LightningModule):
         compiled: Compile the encoder and the decoder; slower on the CPUs where it was measured.
         optimizer: Builds the optimizer from parameter groups.
         warmup_steps: Steps of linear learning-rate warm-up; a cosine decay follows.
+        init_from: Checkpoint whose weights a new run begins with.
 
     Raises:
         UserError: If an argument is out of range, there is no loss, or two metrics have the same name.
@@ -50,6 +52,7 @@ class LitVQVAE(LightningModule):
         compiled: bool = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         warmup_steps: int = 0,
+        init_from: str | None = None,
     ) -> None:
         super().__init__()
         check_range(self, "[0, inf)", quantize_from_step=quantize_from_step, warmup_steps=warmup_steps)
@@ -67,7 +70,7 @@ class LitVQVAE(LightningModule):
         self.quantize_from_step = quantize_from_step
         self.compiled = compiled
         self.optimizer = optimizer
-        self.warmup_steps = warmup_steps
+        self.warmup_steps, self.init_from = warmup_steps, init_from
         self.codebook = CodebookUsage(model.codebook_size)
 
     def configure_model(self) -> None:
@@ -81,6 +84,7 @@ class LitVQVAE(LightningModule):
         if self.compiled:
             compile_layer(self.model.encoder)
             compile_layer(self.model.decoder)
+        warm_start(self, self.init_from)
 
     def _shard(self, mesh: DeviceMesh) -> None:
         if self.adversarial is not None:
