@@ -74,10 +74,7 @@ class ShardedStrategy(ModelParallelStrategy):
             UserError: If the tensor-parallel size does not divide the world size.
         """
         world_size, tp_size = self.num_nodes * self.num_processes, self.tensor_parallel_size
-        if tp_size < 1 or world_size % tp_size:
-            raise UserError(
-                f"trainer.strategy.tensor_parallel_size={tp_size} must divide the number of devices, {world_size}."
-            )
+        check_tensor_parallel_size(tp_size, world_size)
         set_data_parallel_size(self, world_size // tp_size)
         super().setup_environment()
         module = self.lightning_module
@@ -165,6 +162,18 @@ class ShardedStrategy(ModelParallelStrategy):
                 state = _with_parameter_names(state, model, optimizer)
                 set_optimizer_state_dict(model, optimizer, optim_state_dict=state, options=options)
         return checkpoint
+
+
+def check_tensor_parallel_size(tp_size: int, world_size: int) -> None:
+    """Check that the devices can be divided into tensor-parallel groups.
+
+    Raises:
+        UserError: If they cannot.
+    """
+    if tp_size < 1 or world_size % tp_size:
+        raise UserError(
+            f"trainer.strategy.tensor_parallel_size={tp_size} must divide the number of devices, {world_size}."
+        )
 
 
 class FolderCheckpointIO(TorchCheckpointIO):

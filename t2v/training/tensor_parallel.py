@@ -40,6 +40,19 @@ class Replicated(ParallelStyle):
         return output.to_local()
 
 
+def check_heads(model: VideoTransformer, tp_size: int) -> None:
+    """Check that a tensor-parallel size divides the heads of a transformer.
+
+    Raises:
+        UserError: If it does not divide the number of key and value heads.
+    """
+    if model.attention.kv_heads % tp_size:
+        raise UserError(
+            f"trainer.strategy.tensor_parallel_size={tp_size} must divide the transformer's "
+            f"kv_heads={model.attention.kv_heads}, since the heads are divided over the devices."
+        )
+
+
 def parallelize(model: VideoTransformer, mesh: DeviceMesh) -> None:
     """Divide attention and SwiGLU over the devices, in place; a divided model stays unchanged.
 
@@ -52,12 +65,7 @@ def parallelize(model: VideoTransformer, mesh: DeviceMesh) -> None:
     """
     if isinstance(model.start, DTensor):
         return
-    tp_size, kv_heads = mesh.size(), model.attention.kv_heads
-    if kv_heads % tp_size:
-        raise UserError(
-            f"trainer.strategy.tensor_parallel_size={tp_size} must divide the transformer's kv_heads={kv_heads}, since "
-            "the heads are divided over the devices."
-        )
+    check_heads(model, mesh.size())
     parallelize_module(model, mesh, _plan(model))
     for name, parameter in list(model.named_parameters(recurse=False)):
         model.register_parameter(name, nn.Parameter(distribute_tensor(parameter, mesh, [Replicate()])))

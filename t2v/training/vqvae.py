@@ -87,19 +87,22 @@ class LitVQVAE(LightningModule):
         warm_start(self, self.init_from)
 
     def _shard(self, mesh: DeviceMesh) -> None:
+        self.check_sharding(mesh["tensor_parallel"].size())
+        self.model.to(memory_format=torch.contiguous_format)  # FSDP2 shards no channels-last weights
+        shard([self.model.encoder, self.model.decoder], self.model, mesh, self.trainer.precision)
+
+    def check_sharding(self, tp_size: int) -> None:
+        """Refuse what a sharded VQ-VAE cannot be trained with."""
         if self.adversarial is not None:
             raise UserError(
                 "model.adversarial cannot be trained with a sharded model: use configs/cluster/ddp.yaml in place of "
                 "configs/cluster/fsdp.yaml, or remove model.adversarial."
             )
-        tp_size = mesh["tensor_parallel"].size()
         if tp_size > 1:
             raise UserError(
                 f"trainer.strategy.tensor_parallel_size={tp_size} must be 1, since a VQ-VAE has no tensor parallelism: "
                 "remove it."
             )
-        self.model.to(memory_format=torch.contiguous_format)  # FSDP2 shards no channels-last weights
-        shard([self.model.encoder, self.model.decoder], self.model, mesh, self.trainer.precision)
 
     def training_step(self, batch: VideoBatch, batch_idx: int) -> Float[Tensor, ""]:
         """Compute the loss of a batch and log its terms under `train/`."""

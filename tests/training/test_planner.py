@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 from torchao.optim import AdamW8bit as ShardedAdamW8bit
 
+from data import TokenDataModule
 from t2v.batch import TextEmbedding
 from t2v.errors import UserError
 from t2v.generation.sampling import Sampler
@@ -20,6 +21,7 @@ from t2v.text import MiniLMTextEncoder
 from t2v.torch_private import quantized_parts, storage_id
 from t2v.training.optimization import MuonAdamW, parameter_groups
 from t2v.training.planner import report
+from t2v.training.planner import run as planned_run
 from t2v.training.planner.budget import (
     decoding_bytes,
     generation_budget,
@@ -31,6 +33,7 @@ from t2v.training.planner.budget import (
     unsharded_parameters,
     vqvae_step,
 )
+from t2v.training.planner.run import PlannedRun
 from t2v.training.planner.step import Meter
 from t2v.training.transformer import LitVideoTransformer
 from t2v.transformer.decoding import Decoder
@@ -227,6 +230,30 @@ def test_a_report_has_all_sections_and_a_recommendation():
 
 def test_a_report_recommends_more_memory_if_nothing_fits():
     assert "recommended  more devices or memory" in report(lit(), memory=0.001)
+
+
+def test_a_large_batch_is_extrapolated_from_measured_ones(monkeypatch):
+    run = PlannedRun(lit(), None, None, "cuda")
+    expected = run._measure("bf16-mixed", "none", 12, run.frames)
+    long = run._measure("bf16-mixed", "none", 1, 48)
+    monkeypatch.setattr(planned_run, "MEASURED_FRAMES", 24)
+    assert run.step("bf16-mixed", "none", 12) == pytest.approx(expected, rel=0.05)
+    run.frames = 48
+    assert run.step("bf16-mixed", "none", 1) == pytest.approx(long, rel=0.1)
+
+
+def test_a_plan_for_any_number_of_clips_ends():
+    data = TokenDataModule("a", "b", frames=10**6, batch_size=10**6)
+    assert "extrapolated beyond" in report(lit(), data)
+
+
+def test_a_plan_refuses_what_training_refuses(capsys):
+    import cli
+
+    files = [f"--config={ROOT}/configs/{name}.yaml" for name in ("transformer/shapes", "cluster/fsdp")]
+    with pytest.raises(SystemExit):
+        cli.main(["plan", *files, "--trainer.devices=8", "--trainer.strategy.tensor_parallel_size=3"])
+    assert "tensor_parallel_size=3 must divide the number of devices, 8" in capsys.readouterr().err
 
 
 def test_a_plan_for_zero_memory_is_rejected():

@@ -1,5 +1,6 @@
 """The plan of a run as text, which `python cli.py plan` prints."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from t2v.errors import UserError
 from t2v.training.planner.budget import decoding_bytes, generation_budget, parameter_counts
-from t2v.training.planner.run import Layout, PlannedRun, Setting
+from t2v.training.planner.run import MEASURED_FRAMES, Layout, PlannedRun, Setting
 from t2v.training.planner.step import Device
 from t2v.transformer.model import VideoTransformer
 from t2v.vqvae.loading import load_vqvae
@@ -39,7 +40,7 @@ def report(
     Raises:
         UserError: If the model is none of the two stages, or memory or tflops are not above zero.
     """
-    if memory <= 0 or (tflops is not None and tflops <= 0):
+    if not 0 < memory < math.inf or (tflops is not None and not 0 < tflops < math.inf):
         raise UserError(f"memory={memory} and tflops={tflops} must be greater than 0: GB and TFLOP/s of one device.")
     run = PlannedRun(model, datamodule, trainer, device)
     sections = [_head(run), _parameters(run.trained), _memory(run, memory), _work(run, tflops), _settings(run, memory)]
@@ -61,6 +62,8 @@ def _head(run: PlannedRun) -> str:
         f"batch        {run.clips} clips × {run.frames} frames × {grid}×{grid} = {run.tokens:,} tokens per {group}",
         f"step         {run.batches} batches × data-parallel size {setting.dp_size} = {step_tokens:,} tokens",
     ]
+    if run.is_extrapolated:
+        lines.append(f"measured     up to {MEASURED_FRAMES} frames, extrapolated beyond")
     if tp_size > 1:
         lines.append("activations  are an upper bound: those without tensor parallelism")
     return "\n".join(lines)

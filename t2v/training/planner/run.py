@@ -27,9 +27,14 @@ from t2v.training.planner.budget import (
     vqvae_step,
 )
 from t2v.training.planner.step import Device, Step
+from t2v.training.sharding import check_tensor_parallel_size
+from t2v.training.tensor_parallel import check_heads
+from t2v.training.vqvae import LitVQVAE
 from t2v.transformer.model import VideoTransformer
 from t2v.vqvae.model import VQVAE
 
+MEASURED_FRAMES = 256
+"""Frames of the largest batch that is measured: measuring takes time in proportion to them."""
 DEFAULT_TEXT_LENGTH = 256
 """Text tokens of the longest caption, if the text encoder has no limit."""
 
@@ -68,7 +73,7 @@ class PlannedRun:
         device: The kind of device to plan for.
 
     Raises:
-        UserError: If the model is none of the two stages.
+        UserError: If the model is none of the two stages, or the strategy cannot train it.
     """
 
     def __init__(
@@ -110,6 +115,8 @@ class PlannedRun:
             self.frames_at_once: int = model.frames_at_once or self.frames
         precision = str(trainer.precision) if trainer else "32-true"
         self.setting = Setting(precision, level, next(iter(self.optimizers)), _layout(trainer))
+        if self.setting.layout.strategy == "FSDP2":
+            self._check_sharding()
         self.step = cache(self._step)
         self.optimizer = cache(self._optimizer)
 
@@ -156,13 +163,39 @@ class PlannedRun:
         own, *others = self.optimizers
         return [own, *(name for name in others if not name.startswith("torchao"))]
 
-    def _step(self, precision: str, checkpointing: str, clips: int) -> Step:
+    @property
+    def is_extrapolated(self) -> bool:
+        """Whether the run's batch has more frames than are measured."""
+        return self.clips * self.frames > MEASURED_FRAMES
+
+    def _check_sharding(self) -> None:
+        _, world_size, tp_size = self.setting.layout
+        check_tensor_parallel_size(tp_size, world_size)
         if isinstance(self.model, VideoTransformer):
-            return transformer_step(
-                self.model, clips, self.frames, self.text_length, precision, checkpointing, self.device
-            )
+            check_heads(self.model, tp_size)
+        elif isinstance(self.module, LitVQVAE):
+            self.module.check_sharding(tp_size)
+
+    def _step(self, precision: str, checkpointing: str, clips: int) -> Step:
+        """Measure a training step; that of a large batch is extrapolated from two smaller ones, since it is linear."""
+        most = MEASURED_FRAMES
+        if checkpointing == "frames":  # linear from 16 groups of frames on
+            most = max(most, 32 * self.frames_at_once)
+        if clips * self.frames <= most:
+            return self._measure(precision, checkpointing, clips, self.frames)
+        half = most // 2
+        # Whole clips if two different numbers of them can be measured, else one clip of two lengths.
+        shapes = [(size // self.frames, self.frames) if self.frames <= half else (1, size) for size in (half, most)]
+        small, large = (self._measure(precision, checkpointing, *shape) for shape in shapes)
+        first, last = (clips * frames for clips, frames in shapes)
+        beyond = clips * self.frames - last
+        return Step(*(b + (b - a) * beyond // (last - first) for a, b in zip(small, large, strict=True)))
+
+    def _measure(self, precision: str, checkpointing: str, clips: int, frames: int) -> Step:
+        if isinstance(self.model, VideoTransformer):
+            return transformer_step(self.model, clips, frames, self.text_length, precision, checkpointing, self.device)
         frames_at_once = None if checkpointing == "none" else self.frames_at_once
-        return vqvae_step(self.model, clips, self.frames, precision, frames_at_once, self.device)
+        return vqvae_step(self.model, clips, frames, precision, frames_at_once, self.device)
 
     def _optimizer(self, name: str, precision: str) -> OptimizerBytes:
         return optimizer_bytes(self.trained, self.optimizers[name], precision, self.device)
