@@ -4,6 +4,7 @@
 - ``${...}`` in a config is resolved after all files and flags are read, so that a flag also changes what refers to it.
 - ``--ckpt_path`` makes the hyper-parameters of the checkpoint the defaults of the model: config files and flags
   override them.
+- ``--model.losses.0.weight 2`` sets an argument of an item of a list.
 - ``--import MODULE`` imports a module with classes of your own, which checkpoints name.
 - ``--ckpt_path last`` is ``last.ckpt`` in the run's checkpoint folder, single-file or sharded; if it is damaged, the
   newest complete checkpoint. ``best`` is the one with the best value of the metric that its `ModelCheckpoint` monitors.
@@ -54,6 +55,7 @@ from t2v.checkpoints.pretrained import without_weights
 from t2v.errors import UserError, exit_on_expected_error, shorten_tracebacks
 from t2v.training.arguments import check_same_classes, check_trainer_arguments
 from t2v.training.lightning_private import command_parser, saves_sharded_checkpoints
+from t2v.training.list_items import set_items, split_items
 from t2v.training.recipe import RecipeFile, escape_arguments
 from t2v.training.sharding import FolderCheckpointIO, ShardedStrategy
 
@@ -151,7 +153,7 @@ class T2VCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the command line, with the hyper-parameters of the checkpoint as defaults of the model."""
         given = _to_list(args)
-        args = escape_arguments(import_modules(given))
+        args, items = split_items(escape_arguments(import_modules(given)))
         # Flags of a model are valid only once its class is known, which may be from the checkpoint alone. So this flag
         # is read first, by a parser that ignores all others.
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -167,6 +169,9 @@ class T2VCLI(LightningCLI):
                 command_parser(self, command).set_defaults(model=saved)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*discarding init_args", UserWarning)  # check_same_classes reports it
+            if items:
+                config = parser.parse_args(args, _skip_validation=True)
+                args += set_items(config[config.subcommand], items)
             self.config = parser.parse_args(args)
         config = self.config[self.config.subcommand]
         check_trainer_arguments(config)

@@ -27,7 +27,7 @@ class ValidationLogger(Callback):
     Args:
         every_n_epochs: Log in every n-th epoch that validates.
         output_dir: Folder for the videos as mp4 files, in `samples`, and for the page `index.html` that shows the
-            newest; by default there is neither.
+            newest. By default there is neither with TensorBoard; with other loggers it is their folder.
     """
 
     title: str
@@ -39,12 +39,21 @@ class ValidationLogger(Callback):
         self.output_dir = None if output_dir is None else Path(output_dir)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Warn if there is no place to log to."""
-        if stage in ("fit", "validate") and not self._has_target(trainer):
+        """Choose a folder if the logger shows no videos, and say where they are."""
+        if stage not in ("fit", "validate") or self._has_target(trainer):
+            return
+        name = type(self).__name__
+        if not trainer.loggers or stage == "validate":
             rank_zero_warn(
-                f"{type(self).__name__} logs nothing: trainer.logger is not a TensorBoardLogger, and output_dir is not "
-                "set."
+                f"{name} logs nothing: trainer.logger is not a TensorBoardLogger, and output_dir is not set."
             )
+            return
+        self.output_dir = Path(trainer.log_dir or trainer.default_root_dir)
+        loggers = " and ".join(type(logger).__name__ for logger in trainer.loggers)
+        rank_zero_warn(
+            f"{name} logs nothing to {loggers}, which shows no videos: they are on the page "
+            f"{self.output_dir / 'index.html'}; set the callback's output_dir for another folder."
+        )
 
     def on_validation_batch_end(
         self,

@@ -42,6 +42,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def allow_by_umask(path: Path) -> None:
+    """Give a file the permissions that a new file has."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
 def remove(path: Path) -> None:
     """Remove a file or a folder with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():

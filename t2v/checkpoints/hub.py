@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from t2v.errors import UserError
+from t2v.files import allow_by_umask
 
 
 class HubModel(PyTorchModelHubMixin):
@@ -17,6 +18,12 @@ class HubModel(PyTorchModelHubMixin):
 
     Loading reads no pickles, and refuses missing or unexpected weights.
     """
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Write the weights, readable for whom the umask allows; safetensors allows the user alone."""
+        super()._save_pretrained(save_directory)
+        for path in save_directory.glob("*.safetensors"):
+            allow_by_umask(path)
 
     @classmethod
     def _from_pretrained(

@@ -2,8 +2,8 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -13,11 +13,12 @@ from torch import Tensor
 from t2v import __version__
 from t2v.batch import TextEmbedding
 from t2v.checkpoints.config import from_config, to_config
-from t2v.checkpoints.storage import check_finite, read_checkpoint
+from t2v.checkpoints.storage import check_finite
 from t2v.errors import UserError
 from t2v.files import atomic_path
 from t2v.generation.decode import generate_frames
 from t2v.generation.devices import find_device, find_dtype
+from t2v.generation.loading import load_checkpoint, reason_of
 from t2v.generation.quantization import Weights, convert
 from t2v.generation.sampling import Sampler
 from t2v.generation.schedules import Schedule
@@ -79,11 +80,18 @@ class TextToVideo:
         """Device of the models."""
         return next(self.transformer.parameters()).device
 
-    def to(self, device: torch.device | str) -> "TextToVideo":
-        """Move models and text encoder to a device, and return self."""
-        self.transformer.to(device)
-        self.vqvae.to(device)
-        self.text_encoder.to(device)
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "TextToVideo":
+        """Move models and text encoder to a device, or change the type of their weights, and return self.
+
+        Raises:
+            UserError: If the device does not exist; nothing is changed then.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        device = self.device if device is None else find_device(device)
+        self.transformer.to(device, dtype)
+        self.vqvae.to(device, dtype)
+        self.text_encoder.to(device, dtype)
         return self
 
     def generate(
@@ -134,7 +142,7 @@ class TextToVideo:
             text,
             self.frames if frames is None else frames,
             sampler or self.sampler,
-            [seed + i for i in range(batch)] if isinstance(seed, int) else seed,
+            [int(seed) + i for i in range(batch)] if isinstance(seed, Integral) else list(map(int, seed)),
             self.guidance if guidance is None else guidance,
             start_tokens,
             self.compiled,
@@ -276,7 +284,7 @@ class TextToVideo:
             raise
         except Exception as error:
             raise UserError(
-                f"'{folder / part}' is damaged, or not written by `python -m t2v export` ({_reason(error)}): export "
+                f"'{folder / part}' is damaged, or not written by `python -m t2v export` ({reason_of(error)}): export "
                 "the model again."
             ) from error
         convert(transformer, weights, device)
@@ -305,7 +313,7 @@ class TextToVideo:
             UserError: If a file is missing, tokenizer or text encoder are not those of the training run, or `weights`
                 is not known.
         """
-        checkpoint = _load_checkpoint(Path(path))
+        checkpoint = load_checkpoint(Path(path))
         try:
             arguments, fingerprint = checkpoint["hyper_parameters"], checkpoint["fingerprint"]
             tokenizer = tokenizer or arguments["tokenizer"]
@@ -325,7 +333,7 @@ class TextToVideo:
         except Exception as error:
             raise UserError(
                 f"'{path}' is not a checkpoint of stage 2, the transformer, that this version can read "
-                f"({_reason(error)}): give the path of one."
+                f"({reason_of(error)}): give the path of one."
             ) from error
         if not Path(tokenizer).exists():
             raise UserError(
@@ -375,24 +383,3 @@ def check_target(folder: Path) -> None:
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"'{folder}' exists already and is not an empty folder: give another, or remove it.")
-
-
-def _load_checkpoint(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise UserError(
-            f"There is no checkpoint at '{path}': give the path of a .ckpt file that `fit` of stage 2 wrote."
-        )
-    try:
-        return read_checkpoint(path)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"'{path}' is not a checkpoint, or it is damaged ({_reason(error)}): give the path of a .ckpt file that "
-            "`fit` of stage 2 wrote."
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    """Return type and message of an error on one line."""
-    return shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")

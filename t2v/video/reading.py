@@ -200,7 +200,10 @@ def _read_picture(path: str | Path) -> UInt8[Tensor, "1 c height width"] | None:
     """Return a picture as an upright clip of one frame, or None if the file is not a picture."""
     try:
         with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file).convert("RGB")
+            picture = ImageOps.exif_transpose(file)
+            if picture.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+                picture = Image.fromarray((np.asarray(picture).astype(np.uint32) >> 8).astype(np.uint8))
+            picture = picture.convert("RGB")
     except UnidentifiedImageError:
         return None
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]

@@ -6,6 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 import data
 from data.plan import Bucket
+from t2v.batch import PromptBatch
 from t2v.errors import UserError
 from t2v.video import encode_mp4
 from tests.support.corpus import corrupted_corpus

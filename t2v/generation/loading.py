@@ -1,0 +1,34 @@
+"""Reading a checkpoint to generate with."""
+
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+from t2v.checkpoints.storage import read_checkpoint
+from t2v.errors import UserError
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of stage 2.
+
+    Raises:
+        UserError: If it does not exist or is damaged.
+    """
+    if not path.exists():
+        raise UserError(
+            f"There is no checkpoint at '{path}': give the path of a .ckpt file that `fit` of stage 2 wrote."
+        )
+    try:
+        return read_checkpoint(path)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"'{path}' is not a checkpoint, or it is damaged ({reason_of(error)}): give the path of a .ckpt file that "
+            "`fit` of stage 2 wrote."
+        ) from error
+
+
+def reason_of(error: Exception) -> str:
+    """Return type and message of an error on one line."""
+    return shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")
