@@ -299,8 +299,8 @@ def main(args: ArgsType = None) -> T2VCLI:
         args: Command line as a list, or a config such as ``{"fit": {...}}``; ``sys.argv`` by default.
 
     Raises:
-        SystemExit: With status 2 after an expected error, 75 after a signal stopped ``fit``, 130 after Ctrl-C, 143 after
-            SIGTERM stopped another command.
+        SystemExit: With status 2 after an expected error, 75 after a signal stopped ``fit``, 130 after Ctrl-C, 143
+            after SIGTERM stopped another command.
     """
     for pattern in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", pattern)

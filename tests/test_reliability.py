@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 LAST = ("--ckpt_path", "last")
 
@@ -190,3 +191,11 @@ def test_classes_of_ones_own_are_imported_when_asked_for(fails, copy_pipeline, m
     cli = pipeline.cli("predict", "transformer", *flags, "--import", "own_quantizers")
     assert type(cli.model.tokenizer.quantizer).__name__ == "OwnQuantizer"
     assert "--import gone" in fails(pipeline, "predict", "transformer", *flags, "--import=gone")
+
+
+def test_a_flag_sets_an_argument_of_a_lists_item(trained_pipeline, capsys):
+    with pytest.raises(SystemExit):
+        trained_pipeline.cli("fit", "vqvae", "--model.losses.1.weight=7", "--print_config")
+    losses = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["losses"]
+    assert losses[1]["init_args"]["weight"] == 7.0
+    assert losses[0]["init_args"]["weight"] != 7.0

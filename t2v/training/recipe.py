@@ -1,4 +1,4 @@
-"""Config files: those based on another one, those of a run whose folder was moved, and prompts, in which `${` is text."""
+"""Config files: based on another one, of a run whose folder was moved, or with prompts, in which `${` is text."""
 
 import json
 import os
