@@ -161,6 +161,8 @@ def explain(error: BaseException) -> str | None:
     found: str | None = None
     each: BaseException | None = error
     while each is not None:
+        if isinstance(each, ImportError) and (each.name or "").partition(".")[0] in _OWN:
+            return None
         message = _explain_one(each)
         if found is None or isinstance(each, UserError):
             found = message or found
@@ -186,7 +188,7 @@ def _explain_one(error: BaseException) -> str | None:
         )
     if isinstance(error, OSError):
         return _explain_system(error)
-    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] not in _OWN:
+    if isinstance(error, ImportError):
         return f"A package that this command needs is not installed ({_one_line(text)}): install it, or do without it."
     if isinstance(error, MemoryError) or kind.__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return (
