@@ -170,8 +170,7 @@ class T2VCLI(LightningCLI):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*discarding init_args", UserWarning)  # check_same_classes reports it
             if items:
-                config = parser.parse_args(args, _skip_validation=True)
-                args += set_items(config[config.subcommand], items)
+                args = [*args, *set_items(_parse_first(parser, args)[1], items)]
             self.config = parser.parse_args(args)
         config = self.config[self.config.subcommand]
         check_trainer_arguments(config)
@@ -184,9 +183,7 @@ class T2VCLI(LightningCLI):
 
     def _resolve_checkpoint(self, parser: LightningArgumentParser, args: list[str], flag: str | None) -> str | None:
         """Return the checkpoint to load if the flag is missing, ``last`` or ``best``."""
-        args = [arg for arg in args if not arg.startswith("--print_config")]  # printed by the second parse
-        config = parser.parse_args(args, _skip_validation=True)  # required values may be in the checkpoint
-        command, config = config.subcommand, config[config.subcommand]
+        command, config = _parse_first(parser, args)
         path = flag or config.get("ckpt_path")
         if path not in ("last", "best"):
             return path
@@ -278,6 +275,13 @@ def _to_list(args: ArgsType) -> list[str]:
     config = args.as_dict() if isinstance(args, Namespace) else dict(args)
     command = config.get("subcommand") or next(iter(config))
     return [command, "--config", json.dumps(config[command], default=str)]
+
+
+def _parse_first(parser: LightningArgumentParser, args: list[str]) -> tuple[str, Namespace]:
+    """Return a command and its config before all of it is known: required values may be in a checkpoint."""
+    others = [arg for arg in args if not arg.startswith("--print_config")]  # printed by the second parse
+    config = parser.parse_args(others, _skip_validation=True)
+    return config.subcommand, config[config.subcommand]
 
 
 def _checkpoint_folder(config: Namespace) -> str:

@@ -55,8 +55,6 @@ class PromptBatch(NamedTuple):
     """One seed for each sample, so that a video does not depend on the other samples of its batch."""
     names: list[str]
     """File name, without suffix, to which each video is written."""
-    negative_prompts: list[str | None] | None = None
-    """What each video should not show; None for the model's setting."""
     starts: list[str | None] | None = None
     """Picture or video that each video begins with, for all or for none; None for the model's setting."""
 

@@ -152,8 +152,9 @@ def test_generation_goes_on_after_a_kill(copy_pipeline, capsys):
     assert [path.read_bytes() for path in videos] == written
 
 
-def test_a_prompt_on_the_command_line_with_a_dollar(trained_pipeline, tmp_path):
-    flags = (*LAST, "--data.prompts", "a ${price} tag", "--model.generation.frames=2", "--trainer.callbacks=null")
+def test_a_prompt_on_the_command_line_with_a_dollar(trained_pipeline):
+    checkpoint = ("--ckpt_path", str(trained_pipeline.checkpoint("transformer")), "--trainer.callbacks=null")
+    flags = (*checkpoint, "--data.prompts", "a ${price} tag", "--model.generation.frames=2")
     cli = trained_pipeline.cli("predict", "transformer", *flags)
     assert cli.datamodule.prompts == "a ${price} tag"
 
@@ -183,7 +184,8 @@ def test_classes_of_ones_own_are_imported_when_asked_for(fails, copy_pipeline, m
     checkpoint = torch.load(pipeline.checkpoint("vqvae"), weights_only=True)
     checkpoint["hyper_parameters"]["model"]["init_args"]["quantizer"]["class_path"] = "own_quantizers.OwnQuantizer"
     torch.save(checkpoint, pipeline.checkpoint("vqvae"))
-    flags = (*LAST, "--data.prompts=a red circle", "--model.generation.frames=2", "--trainer.callbacks=null")
+    last = ("--ckpt_path", str(pipeline.checkpoint("transformer")), "--trainer.callbacks=null")
+    flags = (*last, "--data.prompts=a red circle", "--model.generation.frames=2")
     message = fails(pipeline, "predict", "transformer", *flags)
     assert "own_quantizers.OwnQuantizer is not a known Quantizer" in message
     assert "--import own_quantizers" in message

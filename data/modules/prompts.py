@@ -17,7 +17,7 @@ _HINT = (
     "give a prompt, a list such as '[\"a red circle moves left\"]', a text file with one prompt a line, or a table "
     "(.csv or .jsonl) with a column prompt."
 )
-_COLUMNS = ("prompt", "negative_prompt", "seed", "start")
+_COLUMNS = ("prompt", "seed", "start")
 _TABLES = (".csv", ".jsonl")
 _NAME_BYTES = 60
 """Bytes of a prompt in the name of its file; file systems allow 255 for the whole name."""
@@ -29,13 +29,11 @@ class Prompt:
 
     Attributes:
         prompt: The text.
-        negative_prompt: What the video should not show; None for the setting of the model.
         seed: Seed of the first sample; None to count up from the DataModule's.
         start: Picture or video that the video begins with; None for the setting of the model.
     """
 
     prompt: str
-    negative_prompt: str | None = None
     seed: int | None = None
     start: str | None = None
 
@@ -55,8 +53,7 @@ def read_prompts(source: list[str] | str) -> list[Prompt]:
 
     Args:
         source: A list, in which an empty prompt counts; the path of a file in UTF-8, whose empty lines are left out; or
-            a prompt. A table has the column `prompt`, and may have `negative_prompt`, `seed` and `start`, a path
-            relative to the table.
+            a prompt. A table has the column `prompt`, and may have `seed` and `start`, a path relative to the table.
 
     Raises:
         UserError: If there are no prompts, or the file cannot be read.
@@ -104,7 +101,6 @@ def collate_prompts(jobs: list[PromptJob]) -> PromptBatch:
         [prompt.prompt for prompt in prompts],
         [job.seed for job in jobs],
         [job.name for job in jobs],
-        [prompt.negative_prompt for prompt in prompts],
         [prompt.start for prompt in prompts],
     )
 
@@ -155,8 +151,7 @@ def _prompt(row: dict[str, Any], path: Path, where: str) -> Prompt:
     if unknown or "prompt" not in row:
         problem = f"has the unknown column {unknown[0]}" if unknown else "has no prompt"
         raise UserError(f"{where} {problem}: the columns are {', '.join(_COLUMNS)}.")
-    texts = {name: str(row[name]) for name in ("prompt", "negative_prompt", "start") if name in row}
-    prompt = Prompt(**texts)
+    prompt = Prompt(str(row["prompt"]), start=str(row["start"]) if "start" in row else None)
     if "seed" in row:
         try:
             seed = int(str(row["seed"]))

@@ -25,8 +25,8 @@ class TokenDataModule(ShardDataModule):
         batch_size: Clips or prompts in a batch on each rank.
         num_workers: Processes that read, on each rank.
         prompts: Prompts that `predict` generates from: one, a list, a text file with one prompt a line, or a table
-            (.csv or .jsonl) with the column `prompt` and, if needed, `negative_prompt`, `seed` and `start` (the path of
-            a picture or a video that the video begins with).
+            (.csv or .jsonl) with the column `prompt` and, if needed, `seed` and `start` (the path of a picture or a
+            video that the video begins with).
         samples: Videos that `predict` generates from each prompt.
         seed: Seed of the order of the clips and the random windows; video number i is generated with seed + i.
         buckets: Train on batches of these kinds instead of `batch_size` clips of `frames` frames. Their height and
@@ -107,7 +107,8 @@ class TokenDataModule(ShardDataModule):
         """Return the prompts; if ranks cannot share them equally, the first prompts are repeated."""
         jobs: Any = number_prompts(read_prompts(self.prompts), self.seed, self.samples)
         ranks = self._ranks()
-        own = [jobs[i] for i in DistributedSampler(jobs, ranks["num_replicas"], ranks["rank"], shuffle=False)]
+        shared: DistributedSampler[Any] = DistributedSampler(jobs, ranks["num_replicas"], ranks["rank"], shuffle=False)
+        own = [jobs[i] for i in shared]
         batches: Any = batch_jobs(own, self.batch_size)
         sampler: DistributedSampler[Any] = DistributedSampler(batches, 1, 0, shuffle=False)  # not shared out again
         return DataLoader(batches, batch_size=None, sampler=sampler, collate_fn=collate_prompts)

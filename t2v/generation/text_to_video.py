@@ -142,7 +142,7 @@ class TextToVideo:
             text,
             self.frames if frames is None else frames,
             sampler or self.sampler,
-            [int(seed) + i for i in range(batch)] if isinstance(seed, Integral) else list(map(int, seed)),
+            [int(seed) + i for i in range(batch)] if isinstance(seed, int | Integral) else [int(each) for each in seed],
             self.guidance if guidance is None else guidance,
             start_tokens,
             self.compiled,

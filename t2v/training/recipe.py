@@ -11,7 +11,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from t2v.errors import UserError
 
-_PROMPTS = re.compile(r"--(?:[\w.]+\.)?(?:prompts|negative_prompt)\+?")
+_PROMPTS = re.compile(r"--(?:[\w.]+\.)?prompts\+?")
 _LITERAL = re.compile(r"(?<!\\)\$\{(?!(?:trainer|model|data|oc)[.:]|ckpt_path\}|seed_everything\})")
 """The beginning of `${...}` that names no key of the config."""
 
@@ -43,7 +43,7 @@ def _escape_text(text: str) -> str:
 def _escape(content: Any, prompt: bool = False) -> Any:
     """Return the content of a config in whose prompts `${` is text."""
     if isinstance(content, dict):
-        return {key: _escape(value, prompt or key in ("prompts", "negative_prompt")) for key, value in content.items()}
+        return {key: _escape(value, prompt or key == "prompts") for key, value in content.items()}
     if isinstance(content, list):
         return [_escape(value, prompt) for value in content]
     return _LITERAL.sub(r"\\${", content) if prompt and isinstance(content, str) else content

@@ -237,7 +237,7 @@ def test_prompts_from_a_list(tmp_path):
 
 def predicted(tmp_path, **arguments) -> list[PromptBatch]:
     recorder = Recorder()
-    trainer(tmp_path).predict(recorder, token_module(**arguments), return_predictions=False)
+    trainer(tmp_path).predict(recorder, token_module(batch_size=8, **arguments), return_predictions=False)
     return [batch for _, batch in recorder.predicted]
 
 
@@ -264,19 +264,18 @@ def test_a_table_of_prompts(kind, tmp_path):
     (tmp_path / "start.png").write_bytes(b"")
     rows = [
         {"prompt": "a, b", "seed": "9"},
-        {"prompt": "c", "negative_prompt": "blur", "start": "start.png"},
+        {"prompt": "c", "start": "start.png"},
         {"prompt": "d", "start": "start.png"},
     ]
     path = tmp_path / f"prompts.{kind}"
     if kind == "csv":
-        lines = ['"a, b",,9,', "c,blur,,start.png", "d,,,start.png"]
-        path.write_text("\n".join(["prompt,negative_prompt,seed,start", *lines]))
+        lines = ['"a, b",9,', "c,,start.png", "d,,start.png"]
+        path.write_text("\n".join(["prompt,seed,start", *lines]))
     else:
         path.write_text("\n".join(map(json.dumps, rows)))
     plain, started = predicted(tmp_path, prompts=str(path), samples=2, seed=100)
-    assert plain == (["a, b"] * 2, [9, 10], ["0000-a-b-00", "0000-a-b-01"], [None] * 2, [None] * 2)
+    assert plain == (["a, b"] * 2, [9, 10], ["0000-a-b-00", "0000-a-b-01"], [None] * 2)
     assert started.seeds == [102, 103, 104, 105]
-    assert started.negative_prompts == ["blur", "blur", None, None]
     assert started.starts == [str(tmp_path / "start.png")] * 4
 
 
