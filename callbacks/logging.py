@@ -15,7 +15,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 
 from callbacks.gallery import Shown, update_gallery
-from t2v.batch import PromptBatch, TextEmbedding, TokenBatch, VideoBatch
+from t2v.batch import PromptBatch, TextEmbedding, TokenBatch, VideoBatch, unescape
 from t2v.errors import UserError, check_range
 from t2v.torch_private import add_summary
 from t2v.video import write_mp4
@@ -138,7 +138,7 @@ class GenerationLogger(ValidationLogger):
         super().__init__(every_n_epochs, output_dir)
         if not prompts:
             raise UserError("GenerationLogger has no prompts, so it would log nothing: give it one, or remove it.")
-        self.prompts = prompts
+        self.prompts = [unescape(prompt) for prompt in prompts]
         self._text: TextEmbedding | None = None
 
     def log_videos(self, trainer: Trainer, pl_module: LightningModule, batch: object) -> None:

@@ -47,6 +47,15 @@ class TokenBatch(NamedTuple):
     keys: list[str]
 
 
+ESCAPED = "$\u2060{"
+"""What stands for `${` in the prompts of a config, in which `${` begins the name of another value."""
+
+
+def unescape(prompt: str) -> str:
+    """Return a prompt of a config as the user wrote it."""
+    return prompt.replace(ESCAPED, "${")
+
+
 class PromptBatch(NamedTuple):
     """Prompts to generate videos from."""
 

@@ -170,7 +170,7 @@ def test_a_full_disk_is_one_sentence(fails, trained_pipeline, monkeypatch):
 
 
 OWN = """
-from t2v.vqvae import VectorQuantizer
+from t2v.vqvae.quantizer import VectorQuantizer
 
 
 class OwnQuantizer(VectorQuantizer):

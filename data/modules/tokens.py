@@ -11,6 +11,7 @@ from data.modules.base import ShardDataModule
 from data.modules.prompts import batch_jobs, collate_prompts, number_prompts, read_prompts
 from data.plan import Bucket
 from data.shards import ShardSet
+from t2v.batch import unescape
 from t2v.errors import UserError, check_range
 
 
@@ -63,7 +64,8 @@ class TokenDataModule(ShardDataModule):
                 "which they were written: remove height and width."
             )
         check_range(self, "[1, inf)", **{"data.samples": samples})
-        self.prompts, self.samples = prompts, samples
+        self.prompts = unescape(prompts) if isinstance(prompts, str) else [unescape(prompt) for prompt in prompts]
+        self.samples = samples
 
     def setup(self, stage: str) -> None:
         """Open the shards, or read the prompts."""

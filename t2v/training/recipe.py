@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
+from t2v.batch import ESCAPED
 from t2v.errors import UserError
 
 _PROMPTS = re.compile(r"--(?:[\w.]+\.)?prompts\+?")
@@ -31,13 +32,7 @@ def escape_arguments(args: list[str]) -> list[str]:
 
 
 def _escape_text(text: str) -> str:
-    """Return a prompt, or a list of prompts in YAML, in which `${` is text."""
-    if text.startswith("[") and "${" in text:
-        try:
-            return json.dumps(_escape(yaml.safe_load(text), prompt=True))
-        except yaml.YAMLError:
-            pass
-    return _LITERAL.sub(r"\\${", text)
+    return _LITERAL.sub(ESCAPED, text)
 
 
 def _escape(content: Any, prompt: bool = False) -> Any:
@@ -46,7 +41,7 @@ def _escape(content: Any, prompt: bool = False) -> Any:
         return {key: _escape(value, prompt or key == "prompts") for key, value in content.items()}
     if isinstance(content, list):
         return [_escape(value, prompt) for value in content]
-    return _LITERAL.sub(r"\\${", content) if prompt and isinstance(content, str) else content
+    return _escape_text(content) if prompt and isinstance(content, str) else content
 
 
 class RecipeFile(ActionConfigFile):
