@@ -169,7 +169,7 @@ def _continuable(partial: Path) -> Iterator[None]:
             f"place. {_what_remains(partial)}."
         ) from error
     except KeyboardInterrupt:
-        sys.stderr.write(f"error: Interrupted. {_what_remains(partial)}.\n")
+        sys.stderr.write(f"\nerror: Interrupted. {_what_remains(partial)}.\n")
         raise SystemExit(130) from None
 
 

@@ -146,11 +146,10 @@ def test_ctrl_c_prints_one_line(source, tmp_path, make):
     write_mp4(tmp_path / "long.mp4", make.numbered(31).repeat(40, 1, 1, 1), 8.0)
     command = [sys.executable, "-m", "data.prepare", tmp_path, tmp_path / "out", "--captions=none", "--frames=4"]
     process = subprocess.Popen([*command, "--size=512"], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    while "cutting" not in process.stderr.read(7):
-        pass
+    while not list((tmp_path / "out.partial").glob("clips/*.current")):  # until the first video is being cut
+        assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    *_, last = process.communicate()[1].splitlines()
+    *_, last = process.communicate(timeout=60)[1].splitlines()
     assert process.returncode == 130
     assert last.startswith("error: Interrupted. What is finished stays in ")
     assert Path(tmp_path / "out.partial").is_dir()
