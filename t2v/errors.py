@@ -96,15 +96,19 @@ def run_tool(commands: Callable[..., Any] | dict[str, Callable[..., Any]]) -> No
             line.
 
     Raises:
-        SystemExit: With status 2, after one line on stderr, after an expected error.
+        SystemExit: With status 2, after one line on stderr, after an expected error; with 130 after Ctrl-C.
     """
     from jsonargparse import auto_cli
 
     module = sys.modules["__main__"].__spec__  # None if a file is run
     program = f"python -m {module.name.removesuffix('.__main__')}" if module else None
     shorten_tracebacks()
-    with exit_on_expected_error():
-        auto_cli(commands, exit_on_error=False, prog=program)  # type: ignore[arg-type]  # a dict may hold plain functions
+    try:
+        with exit_on_expected_error():
+            auto_cli(commands, exit_on_error=False, prog=program)  # type: ignore[arg-type]  # a dict may hold functions
+    except KeyboardInterrupt:
+        sys.stderr.write("\nerror: Interrupted.\n")
+        raise SystemExit(130) from None
 
 
 @contextmanager
