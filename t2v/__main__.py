@@ -1,4 +1,4 @@
-"""The library's command line: `python -m t2v {generate,export}`.
+"""The library's command line: `python -m t2v {generate,export,app}`.
 
 Training has its own command line, `cli.py` in a checkout of the repository. The models are imported only after the
 arguments are checked, since that takes seconds.
@@ -82,6 +82,44 @@ def export(checkpoint: str, folder: str, tokenizer: str | None = None) -> None:
     print(f'Wrote        {folder}; load it with t2v.TextToVideo.from_pretrained("{folder}")')
 
 
+def app(
+    folder: str,
+    port: int = 7860,
+    browser: bool = False,
+    weights: Literal["full", "fp8", "int8", "nf4"] = "full",
+    compiled: bool = False,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    device: str | None = None,
+    text_device: str | None = None,
+) -> None:
+    """Serve a page on this computer, on which to generate videos in a browser.
+
+    Args:
+        folder: An exported model, as `python -m t2v export` writes it.
+        port: Port of 127.0.0.1.
+        browser: Open the page in the default browser.
+        weights: Storage of the transformer's weights: unchanged, or quantized to 8 or 4 bits.
+        compiled: Compile the transformer's decoding step, which takes a minute or more and pays off for long videos.
+        dtype: Type of the weights that are not quantized; auto is that of the exported model, but float32 on CPUs
+            without bfloat16 units.
+        device: Device of the models, such as cpu or cuda:0; the first GPU if there is one, else the CPU.
+        text_device: Device of the text encoder; that of the models if not given.
+
+    Raises:
+        UserError: If Gradio is not installed, the model cannot be loaded, or the port is in use.
+    """
+    try:
+        from t2v.app import serve
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise UserError('The page needs Gradio, which is not installed: pip install -e ".[app]".') from error
+    from t2v.generation.text_to_video import TextToVideo
+
+    model = TextToVideo.from_pretrained(folder, weights, compiled, dtype, device, text_device)
+    serve(model, Path(folder).resolve().name, [], port, browser)
+
+
 def _check_output(output: Path) -> None:
     if output.suffix.lower() != ".mp4" or not output.absolute().parent.is_dir() or output.is_dir():
         raise UserError(f"output={output} must be a .mp4 file in a folder that exists: change --output.")
@@ -100,13 +138,16 @@ def main() -> None:
     generate_parser.add_function_arguments(generate, as_group=False, as_positional=True, skip={"output"})
     export_parser = ArgumentParser(exit_on_error=False, description="Write a trained model into one folder.")
     export_parser.add_function_arguments(export, as_group=False, as_positional=True)
+    app_parser = ArgumentParser(exit_on_error=False, description="Generate videos in a browser.")
+    app_parser.add_function_arguments(app, as_group=False, as_positional=True)
     parser = ArgumentParser(exit_on_error=False, prog="python -m t2v", description=_DESCRIPTION)
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("generate", generate_parser, help="generate one video from text")
     commands.add_subcommand("export", export_parser, help="write a trained model into one folder")
+    commands.add_subcommand("app", app_parser, help="generate videos in a browser")
     with exit_on_expected_error():
         arguments = parser.parse_args(import_modules(sys.argv[1:]))
-        functions: dict[str, Callable[..., None]] = {"generate": generate, "export": export}
+        functions: dict[str, Callable[..., None]] = {"generate": generate, "export": export, "app": app}
         functions[arguments.command](**arguments[arguments.command].as_dict())
 
 
