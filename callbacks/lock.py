@@ -31,7 +31,7 @@ class RunLock(Callback):
     """
 
     def __init__(self) -> None:
-        self._files: list[TextIOWrapper] = []
+        self._held: list[tuple[Path, TextIOWrapper]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Lock the folders of all checkpoints.
@@ -51,7 +51,7 @@ class RunLock(Callback):
             raise UserError(refused)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Release the locks."""
+        """Release the locks, and remove their files."""
         self._release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -61,9 +61,13 @@ class RunLock(Callback):
     def _lock(self, folder: Path) -> str:
         """Lock a folder and return an empty string, or return the message if another process holds the lock."""
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / NAME).open("a+", encoding="utf-8")
+        path = folder / NAME
+        file = path.open("a+", encoding="utf-8")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:  # just removed by its holder
+                file.close()
+                return self._lock(folder)
         except (BlockingIOError, PermissionError):
             file.seek(0)
             holder = file.read().strip() or "{}"
@@ -77,12 +81,14 @@ class RunLock(Callback):
         started = datetime.now().astimezone().isoformat(timespec="seconds")
         file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "started": started}))
         file.flush()
-        self._files.append(file)
+        self._held.append((path, file))
         return ""
 
     def _release(self) -> None:
-        while self._files:
-            self._files.pop().close()
+        while self._held:
+            path, file = self._held.pop()
+            path.unlink(missing_ok=True)
+            file.close()
 
 
 def _describe(folder: Path, holder: str) -> str:

@@ -219,6 +219,7 @@ input()"""
         assert "(process 7 on here, since now): wait until it ends" in capfd.readouterr().err
         other.communicate(b"\n")
     assert fit(pipeline, "--trainer.max_steps=14") == 0  # the file of the ended process does not matter
+    assert not lock.exists()
 
 
 def test_an_epoch_with_fewer_batches_than_are_accumulated_has_one_full_step(pipeline, capfd):

@@ -8,7 +8,7 @@ import fsspec
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
-from t2v.checkpoints.storage import MARKER, saved_step
+from t2v.checkpoints.storage import MARKER, is_complete, saved_step
 from t2v.errors import UserError
 
 
@@ -35,15 +35,16 @@ def newest_last(folder: str) -> str | None:
     if not isinstance(filesystem, LocalFileSystem):
         newest = max(last, key=lambda name: filesystem.modified(f"{root}/{name}"), default=None)
         return newest and f"{folder.rstrip('/')}/{newest}"
+    names = [name for name in names if is_complete(f"{root}/{name}")]  # others are of an interrupted save
     damaged: list[str] = []
-    for group in (last, [name for name in names if name not in last]):
+    for group in ([name for name in names if name in last], [name for name in names if name not in last]):
         steps = {name: saved_step(f"{root}/{name}") for name in group}
         damaged += [name for name, step in steps.items() if step is None]
         complete = {name: step for name, step in steps.items() if step is not None}
         if not complete:
             continue
         newest = max(complete, key=lambda name: (complete[name], filesystem.modified(f"{root}/{name}")))
-        if damaged or group is not last:
+        if damaged or newest not in last:
             why = f"{' and '.join(damaged)} cannot be read" if damaged else "there is no last.ckpt"
             warnings.warn(
                 f"In {folder}, {why}; using {newest}, the newest complete checkpoint (step {complete[newest]}).",

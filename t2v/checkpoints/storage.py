@@ -123,7 +123,8 @@ def saved_step(path: str | Path) -> int | None:
     path = Path(path)
     try:
         if path.is_dir():
-            _check_parts(path)
+            if (path / ".metadata").is_file():
+                _check_parts(path)
             return int(read_marker(path)["global_step"])
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
