@@ -3,6 +3,7 @@
 from callbacks.accumulation import AccumulationScale
 from callbacks.averaging import EMA
 from callbacks.checkpoint import LastCheckpoint
+from callbacks.evaluation import GenerationEvaluation
 from callbacks.guard import NaNGuard
 from callbacks.lock import RunLock
 from callbacks.logging import GenerationLogger, ReconstructionLogger
@@ -17,6 +18,7 @@ from callbacks.videos import VideoGalleryWriter
 __all__ = [
     "EMA",
     "AccumulationScale",
+    "GenerationEvaluation",
     "GenerationLogger",
     "LastCheckpoint",
     "MetricsReport",

@@ -1,0 +1,41 @@
+"""``test`` of stage 2: videos for held-out captions, beside reconstructions and real clips."""
+
+import json
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from callbacks import GenerationEvaluation
+from t2v.errors import UserError
+
+
+@pytest.mark.slow
+def test_test_generates_and_reports_distances_accuracies_and_speed(copy_pipeline):
+    pipeline = copy_pipeline()
+    flags = ["--trainer.callbacks.frames=9", "--trainer.callbacks.clips=3", "--trainer.callbacks.batch_size=2"]
+    pipeline.cli("test", "transformer", "--ckpt_path", "last", "--model.generation.frames=12", *flags)
+    report = json.loads((pipeline.run / "transformer/test.json").read_text())
+    metrics, evaluation = report["metrics"], report["evaluation"]
+    for name in ("fvd", "kvd"):
+        for kind in ("", "_reconstruction", "_training", "_last_window"):
+            assert isinstance(metrics[f"test/{name}{kind}"], float)
+    assert 0 < metrics["test/nll_fraction"] < 1.5
+    assert metrics["test/nll"] == pytest.approx(metrics["val/loss"])
+    assert metrics["test/passes_per_frame"] == 4 * 4  # one for each token
+    assert metrics["test/videos_per_second"] > 0
+    for name in ("colour", "shape", "direction", "all"):
+        for kind in ("", "_reconstruction", "_real", "_last_window"):
+            accuracy = evaluation["accuracies"][f"probe_{name}{kind}"]
+            assert accuracy["total"] == 3
+            assert accuracy["low"] <= accuracy["value"] == metrics[f"test/probe_{name}{kind}"] <= accuracy["high"]
+    assert evaluation["remark"].startswith("3 clips a side are fewer than 2 × 400 dimensions")
+    assert (evaluation["clips"], evaluation["frames"], evaluation["fps"], evaluation["seed"]) == (3, 9, 8.0, 0)
+    assert len(evaluation["sha256"]) == 64
+    logged = EventAccumulator(str(pipeline.run / "transformer")).Reload().Tags()
+    assert "test/fvd" in logged["scalars"]
+    assert "test: real, reconstructed, generated" in logged["images"]
+
+
+def test_settings_that_measure_nothing_are_refused():
+    with pytest.raises(UserError, match="clips=1 at least 2"):
+        GenerationEvaluation("test.json", "train", "val", clips=1)
