@@ -41,13 +41,15 @@ class DigitsJudge(ClipJudge):
     """
 
     def __init__(
-        self, weights: str, digits: Literal[1, 2] = 1, handwriting: str | None = None, steps: int = 1500
+        self, weights: str, digits: Literal[1, 2] = 1, handwriting: str | None = None, steps: int = 3000
     ) -> None:
         if steps < 1:
             raise UserError(f"steps={steps} of the judge must be at least 1.")
         self.weights, self.digits, self.steps = Path(weights), digits, steps
         self.handwriting = None if handwriting is None else Path(handwriting)
-        self._detector = _build()
+        with torch.random.fork_rng(devices=[]):  # the judge takes no random numbers of the run
+            torch.manual_seed(0)
+            self._detector = _build()
 
     def prepare(self) -> None:
         """Read the detector's weights, or train it on real frames.
@@ -83,9 +85,8 @@ class DigitsJudge(ClipJudge):
 
     def _train(self) -> None:
         """Train the detector by binary cross-entropy to Gaussians around the centres of the digits."""
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.inference_mode(mode=False):
-            torch.manual_seed(0)
-            self._detector = _build().train()
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            self._detector.train()
             optimizer = torch.optim.AdamW(self._detector.parameters(), lr=2e-3)
             schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=self.steps)
             for frames, targets in _frames(self.steps, self.handwriting):
@@ -152,7 +153,7 @@ def _name(parts: list[tuple[int, str]]) -> dict[str, str]:
 
 
 def print_accuracy(
-    clips: Path, digits: Literal[1, 2] = 1, weights: Path = Path("runs/digits/judge.safetensors"), steps: int = 1500
+    clips: Path, digits: Literal[1, 2] = 1, weights: Path = Path("runs/digits/judge.safetensors"), steps: int = 3000
 ) -> None:
     """Print the accuracy of the judge on a folder of real clips, with its interval of 95 % confidence.
 
