@@ -22,7 +22,7 @@ from data.examples.judge import ClipJudge
 from data.plan import Bucket
 from data.shards import ShardSet
 from t2v.batch import PromptBatch
-from t2v.errors import UserError
+from t2v.errors import UserError, check_range
 from t2v.metrics import I3D, LinearProbe, frechet_distance, kernel_distance
 from t2v.metrics.distances import clips_protocol, missing_from_report
 from t2v.metrics.probe import Accuracy, Attributes, accuracies
@@ -88,8 +88,9 @@ class GenerationEvaluation(MetricsReport):
         frames: int = 16,
     ) -> None:
         super().__init__(path)
-        if batch_size < 1 or (clips is not None and clips < 2):
-            raise UserError(f"batch_size={batch_size} must be at least 1, and clips={clips} at least 2.")
+        check_range(self, "[1, inf)", batch_size=batch_size)
+        check_range(self, "[2, inf)", clips=clips)
+        check_range(self, "[9, inf)", frames=frames)
         self.train, self.val, self.attributes, self.judge = train, val, attributes, judge
         self.clips, self.batch_size, self.frames = clips, batch_size, frames
         self._passes = 0
