@@ -73,7 +73,7 @@ class VideoGalleryWriter(BasePredictionWriter):
             for number, frames in enumerate(prediction.frames, 1):
                 for file, frame in zip(files, frames, strict=True):
                     file.write(frame)
-                progress.update(number, prediction.length)
+                progress.update(number, prediction.length, prediction.speed)
         self._note(records)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -29,6 +29,7 @@ def generate(
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     device: str | None = None,
     text_device: str | None = None,
+    parallel: int | Literal["auto"] = "auto",
 ) -> None:
     """Generate one video from text and write it as an mp4.
 
@@ -40,11 +41,13 @@ def generate(
         seed: The same prompt, seed and length give the same video on the same kind of device.
         guidance: Guidance scale (classifier-free guidance), 1 is no guidance; the model's default if not given.
         weights: Storage of the transformer's weights: unchanged, or quantized to 8 or 4 bits.
-        compiled: Compile the transformer's decoding step, which takes a minute or more and pays off for long videos.
+        compiled: Compile the transformer's decoding pass, which takes a minute or more and pays off for long videos.
         dtype: Type of the weights that are not quantized; auto is that of the exported model, but float32 on CPUs
             without bfloat16 units.
         device: Device of the models, such as cpu or cuda:0; the first GPU if there is one, else the CPU.
         text_device: Device of the text encoder; that of the models if not given.
+        parallel: Tokens that a pass of the transformer computes; 1 is one after the other, auto as many as are worth it
+            on this kind of device. The video is the same with any number, up to rounding.
 
     Raises:
         UserError: If an argument is invalid, the model cannot be loaded, or the video cannot be written.
@@ -54,7 +57,7 @@ def generate(
     from t2v.video import Mp4Writer
 
     model = TextToVideo.from_pretrained(folder, weights, compiled, dtype, device, text_device)
-    stream = model.stream(prompt, frames, seed, guidance=guidance)
+    stream = model.stream(prompt, frames, seed, guidance=guidance, parallel=parallel)
     try:
         with Mp4Writer(output, model.fps) as file:
             for frame in stream:

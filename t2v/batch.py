@@ -3,7 +3,7 @@
 Axis letters: b batch, t frames, c channels, h w grid, l text length, d width; height and width are in pixels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -78,6 +78,8 @@ class GeneratedVideos(NamedTuple):
     prompts: list[str]
     names: list[str]
     fps: float
+    speed: Callable[[], dict[str, float]] = dict
+    """Returns how fast they are generated, by name."""
 
 
 def check_token_range(tokens: Int[Tensor, "*shape"], size: int, cause: str) -> None:

@@ -1,18 +1,38 @@
-"""The generation loop: tokens of a video, frame by frame."""
+"""The generation loop: tokens of a video, frame by frame, one or several in each pass of the transformer.
+
+The token at a place is the argmax of the filtered log-probabilities plus Gumbel noise, and the noise depends only on
+the seed, the frame and the place. So a video is a function of its noise, and can be computed by fixed-point iteration
+(Jacobi iteration, https://arxiv.org/abs/2002.09928, https://arxiv.org/abs/2410.01699): a pass takes drafts of the next
+tokens, and returns for each the token that follows those before it. Up to the first draft that differs, all are final,
+and equal to those that decoding one after the other draws; the others are the drafts of the next pass.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
 from t2v.batch import TextEmbedding, check_token_range
 from t2v.errors import UserError
-from t2v.generation.sampling import Sampler
+from t2v.generation.sampling import GumbelNoise, Sampler, wide
 from t2v.generation.schedules import Schedule, value_at
 from t2v.transformer.decoding import Decoder
 from t2v.transformer.model import VideoTransformer
+
+Parallel = int | Literal["auto"]
+
+_PLACES = 256
+"""Places of all videos, both branches of guidance counted, that a GPU computes in about the time of one."""
+_COMPILED_PLACES = 64
+"""The same for compiled passes on a CPU, whose number of places cannot follow the drafts."""
+_ADAPTATION = 0.2
+"""Weight of the last pass in the average of right drafts."""
+_LEAD = 16
+"""Frames by which a video may be ahead of the slowest one of its batch."""
 
 
 def generate_frames(
@@ -24,8 +44,9 @@ def generate_frames(
     guidance: float | Schedule = 1.0,
     start: Int[Tensor, "b t h w"] | None = None,
     compiled: bool = False,
-) -> Iterator[Int[Tensor, "b 1 h w"]]:
-    """Generate videos and yield the tokens of each frame as soon as they are drawn.
+    parallel: Parallel = 1,
+) -> "FrameStream":
+    """Generate videos and yield the tokens of each frame as soon as they are final in all videos.
 
     Time and memory per frame are constant, however long the video is. Arguments are checked before the first token.
 
@@ -39,14 +60,17 @@ def generate_frames(
             over the frames; 1 is no guidance, larger values follow the text more closely. Other values than 1 double
             the batch.
         start: Tokens of the start frames of every video, fewer than `frames`.
-        compiled: Whether to compile the decoding step, see `Decoder`.
+        compiled: Whether to compile the decoding pass, see `Decoder`.
+        parallel: Tokens of each video that a pass of the transformer computes: 1 is one after the other; "auto" is as
+            many as a pass computes in about the time of one on this kind of device. It does not change the video, up
+            to rounding.
 
     Returns:
         The frames in order, from the first after the start frames.
 
     Raises:
-        UserError: If `frames`, a seed, the guidance scale, the temperature or the start frames are invalid; while
-            generating, if logits are not finite.
+        UserError: If `frames`, a seed, the guidance scale, the temperature, the start frames or `parallel` are invalid;
+            while generating, if logits are not finite.
     """
     batch = len(text.pooled)
     if frames < 1:
@@ -55,62 +79,216 @@ def generate_frames(
         raise UserError(f"There are {len(seeds)} seeds for {batch} texts: give one seed per text.")
     if start is not None:
         _check_start(model, start, batch, frames)
-    scales = check_schedules(sampler, guidance, frames)[0 if start is None else start.shape[1] :]
-    return _generate(model, text, frames, sampler, seeds, scales, start, compiled)
+    check_parallel(parallel)
+    schedules = check_schedules(sampler, guidance, frames)
+    return FrameStream(model, text, sampler, seeds, schedules, start, compiled, parallel)
 
 
-def check_schedules(sampler: Sampler, guidance: float | Schedule, frames: int) -> list[float]:
-    """Evaluate the schedules of temperature and guidance scale, and return the guidance scale at each frame.
+class Schedules(NamedTuple):
+    """Values at each frame of a video, the start frames included."""
+
+    guidance: list[float]
+    temperature: list[float]
+
+
+def check_schedules(sampler: Sampler, guidance: float | Schedule, frames: int) -> Schedules:
+    """Evaluate the schedules of guidance scale and temperature.
 
     Raises:
         UserError: If the temperature or the guidance scale of a frame is invalid.
     """
-    for frame in range(frames):
-        sampler.temperature_at(frame, frames)
+    temperatures = [sampler.temperature_at(frame, frames) for frame in range(frames)]
     scales = [value_at(guidance, frame, frames) for frame in range(frames)]
     for scale in scales:
         if not math.isfinite(scale):
             raise UserError(f"guidance={scale} must be a finite number; 1 is no guidance, and 2 to 8 are usual.")
-    return scales
+    return Schedules(scales, temperatures)
 
 
-@torch.inference_mode()
-def _generate(
-    model: VideoTransformer,
-    text: TextEmbedding,
-    frames: int,
-    sampler: Sampler,
-    seeds: Sequence[int],
-    scales: Sequence[float],
-    start: Int[Tensor, "b t h w"] | None,
-    compiled: bool,
-) -> Iterator[Int[Tensor, "b 1 h w"]]:
-    """Run the loop of `generate_frames`; `scales` holds the guidance scale of each frame to generate."""
-    batch, grid, device = len(text.pooled), model.grid_size, text.pooled.device
-    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-    guided = any(scale != 1.0 for scale in scales)
-    branches = 2 if guided else 1  # with text, and without
-    drop = torch.arange(2 * batch, device=device) >= batch if guided else None
-    decoder = Decoder(model, _repeat_text(text, branches), drop, compiled)
-    token = None
-    if start is not None:
-        start = start.to(device).repeat(branches, 1, 1, 1)
-        decoder.prefill(start)
-        token = start[:, -1, -1, -1]
+def check_parallel(parallel: Parallel, argument: str = "parallel") -> None:
+    """Check the number of tokens per pass.
 
-    for frame, scale in enumerate(scales, start=frames - len(scales)):
-        drawn, largest = [], []
-        for _ in range(grid * grid):  # nothing here waits for the device
-            logits = decoder.step(token)
-            if guided:
-                with_text, without_text = logits.float().chunk(2)
-                logits = without_text.lerp(with_text, scale)  # without_text + scale · (with_text − without_text)
-            largest.append(logits.amax())  # NaN if any is
-            drawn.append(sampler(logits, generators, frame, frames))
-            token = drawn[-1].repeat(branches)
-        if not torch.stack(largest).isfinite().all():
-            raise UserError(_not_finite(model, frame))
-        yield torch.stack(drawn, dim=1).view(batch, 1, grid, grid)
+    Raises:
+        UserError: If it is neither "auto" nor at least 1.
+    """
+    if parallel != "auto" and (isinstance(parallel, str) or parallel < 1):
+        raise UserError(f"{argument}={parallel} must be at least 1 (one token after the other), or auto.")
+
+
+class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
+    """The frames of `generate_frames`; each is generated when it is read.
+
+    Attributes:
+        passes: Passes of the transformer so far.
+        frame_size: Tokens of a frame.
+        videos: Number of videos.
+    """
+
+    def __init__(
+        self,
+        model: VideoTransformer,
+        text: TextEmbedding,
+        sampler: Sampler,
+        seeds: Sequence[int],
+        schedules: Schedules,
+        start: Int[Tensor, "b t h w"] | None,
+        compiled: bool,
+        parallel: Parallel,
+    ) -> None:
+        self._model, self._text, self._sampler, self._seeds = model, text, sampler, seeds
+        self._schedules, self._start, self._compiled = schedules, start, compiled
+        self._frames, self.frame_size, self.videos = len(schedules.guidance), model.grid_size**2, len(seeds)
+        self._emitted = self._first = 0 if start is None else start.shape[1]
+        guided = [frame for frame, scale in enumerate(schedules.guidance) if scale != 1.0 and frame >= self._first]
+        self._guided_frames = guided[-1] + 1 if guided else 0
+        """Frames up to the last that is guided."""
+        on_cpu = text.pooled.device.type == "cpu"
+        self._adaptive = parallel == "auto" and not compiled and on_cpu
+        most = _COMPILED_PLACES if compiled and on_cpu else _PLACES
+        branches = 2 if self._guided_frames else 1  # with text, and without
+        places = max(most // (branches * self.videos), 1) if parallel == "auto" else parallel
+        self._most = min(places, self.frame_size * (self._frames - self._first))
+        self._places = self._most
+        self._streak = 4.0
+        """Average number of drafts at the beginning of a pass that turned out to be right."""
+        self._begun = False
+        self.passes = 0
+
+    @torch.inference_mode()
+    def __next__(self) -> Int[Tensor, "b 1 h w"]:
+        if self._emitted == self._frames:
+            raise StopIteration
+        if not self._begun:
+            self._begin()
+        while min(self._done) < self.frame_size * (self._emitted + 1):
+            self._pass()
+        if self._most == 1:
+            self._check(bool(self._failed == self._frames))
+        slot = self.frame_size * self._emitted % self._tokens.shape[1]
+        self._emitted += 1
+        codes = self._tokens[:, slot : slot + self.frame_size].clone()
+        return codes.view(-1, 1, self._model.grid_size, self._model.grid_size)
+
+    def _begin(self) -> None:
+        """Put everything that passes need on the device; the host keeps the progress of each video."""
+        model, device, places, size = self._model, self._text.pooled.device, self._most, self.frame_size
+        batch = self.videos
+        self._branches = 2 if self._guided_frames else 1  # with text, and without
+        drop = torch.arange(2 * batch, device=device) >= batch if self._guided_frames else None
+        self._decoder = Decoder(model, _repeat_text(self._text, self._branches), drop, self._compiled, places)
+        self._noise = GumbelNoise(self._seeds, size, model.vocab_size, places, device)
+        self._guidance, self._temperature = (torch.tensor(values, device=device) for values in self._schedules)
+        reach = -(-(places - 1) // size)
+        self._tokens = torch.zeros(batch, size * (_LEAD + 2 + reach), dtype=torch.long, device=device)
+        if self._start is not None:
+            start = self._start.to(device)
+            self._decoder.prefill(start.repeat(self._branches, 1, 1, 1))
+            slot = size * (self._first - 1) % self._tokens.shape[1]
+            self._tokens[:, slot : slot + size] = start[:, -1].flatten(1)
+        self._rows, self._all_rows = torch.arange(batch, device=device), list(range(batch))
+        self._done = [size * self._first] * batch
+        """Tokens of each video that are final, start frames included."""
+        self._position = self._drafted = torch.full((batch,), size * self._first, device=device)
+        """The same on the device, and the tokens of each video that are at least drafted, both of the rows computed."""
+        self._failed = torch.full((), self._frames, device=device)
+        """The first frame with logits that are not finite; the number of frames if there is none."""
+        self._begun = True
+
+    def _pass(self) -> None:
+        """Compute the next places of each video, and keep the tokens that are final."""
+        self._leave()
+        size, ring, places = self.frame_size, self._tokens.shape[1], self._next_places()
+        rows = self._all_rows
+        for number, row in enumerate(rows):
+            last = self._done[row] + places - 1
+            self._noise.reach(number, self._done[row] // size, min(last // size + 1, self._frames))
+        at = self._position[:, None] + torch.arange(places, device=self._position.device)
+        frame = (at // size).clamp(max=self._frames - 1)
+        tokens = self._tokens[self._rows]
+        draft = _draft(tokens, at, self._drafted[:, None], self._model.grid_size)
+        tokens.scatter_(1, at % ring, draft)
+
+        inputs = tokens.repeat(self._branches, 1), self._position.repeat(self._branches)
+        logits = self._decoder.logits(*inputs, places, max(self._done[row] for row in rows) + places)
+        if self._branches == 2:
+            with_text, without_text = wide(logits).chunk(2)
+            logits = without_text.lerp(with_text, self._guidance[frame][..., None].to(with_text.dtype))
+        noise, temperature = self._noise.at(at), self._temperature[frame][..., None]
+        drawn = self._sampler(*(each.flatten(0, 1) for each in (logits, noise, temperature))).view_as(draft)
+
+        right = (drawn == draft).cumprod(dim=1)
+        final = F.pad(right[:, :-1], (1, 0), value=1)  # the token at a place is final if the drafts before it are right
+        failed = final.bool() & ~logits.amax(dim=-1).isfinite()
+        self._failed = torch.minimum(self._failed, torch.where(failed, frame, self._frames).amin())
+        self._tokens[self._rows] = tokens.scatter_(1, at % ring, drawn)
+        limit = size * min(self._frames, self._emitted + _LEAD)
+        self._position = (self._position + final.sum(dim=1)).clamp(max=limit)
+        self._drafted = torch.maximum(self._drafted, at[:, -1] + 1)
+        self.passes += 1
+        if self._most == 1:  # the host knows the progress and need not wait for the device
+            self._done = [done + 1 for done in self._done]
+            return
+        totals = torch.stack([self._failed == self._frames, right.sum()])
+        *done, finite, total = torch.cat([self._position, totals]).tolist()  # the one read of a pass
+        self._check(bool(finite))
+        self._streak += _ADAPTATION * (total / len(rows) - self._streak)
+        for row, final_tokens in zip(rows, done, strict=True):  # each pass makes at least one more token final
+            self._done[row] = min(max(final_tokens, self._done[row] + 1), limit)
+
+    def _next_places(self) -> int:
+        """Return the number of places of the next pass.
+
+        On the CPU, where each place costs time, a pass computes about three times as many places as there were right
+        drafts in the last passes, and only one if drafts are hardly ever right. It does not depend on measured times,
+        so that a video is the same in every run.
+        """
+        if not self._adaptive:
+            return self._most
+        return min(self._most, 1 << round(math.log2(1 + 3 * self._streak)))
+
+    def _leave(self) -> None:
+        """Let finished videos leave the batch, and all of them the branch without text after the last guided frame.
+
+        Compiled passes keep their shapes.
+        """
+        if self._compiled:
+            return
+        kept = [number for number, row in enumerate(self._all_rows) if self._done[row] < self.frame_size * self._frames]
+        rows = len(self._all_rows)
+        unguided = self._branches == 2 and min(self._done) >= self.frame_size * self._guided_frames
+        if len(kept) == rows and not unguided:
+            return
+        self._branches = 1 if unguided else self._branches
+        device = self._position.device
+        index = torch.arange(rows, device=device) if len(kept) == rows else torch.tensor(kept, device=device)
+        self._decoder.select(torch.cat([index + branch * rows for branch in range(self._branches)]))
+        self._noise.select(kept, index)
+        self._rows, self._position, self._drafted = (
+            each[index] for each in (self._rows, self._position, self._drafted)
+        )
+        self._all_rows = [self._all_rows[number] for number in kept]
+
+    def _check(self, finite: bool) -> None:
+        if not finite:
+            raise UserError(_not_finite(self._model, int(self._failed)))
+
+
+def _draft(
+    tokens: Int[Tensor, "b ring"], at: Int[Tensor, "b n"], drafted: Int[Tensor, "b 1"], grid: int
+) -> Int[Tensor, "b n"]:
+    """Return the guesses of the tokens at places: those of the last pass, else those of the frame before.
+
+    Args:
+        tokens: Ring buffer of tokens, final and drafted.
+        at: Raster positions.
+        drafted: Position up to which there are tokens.
+        grid: Height and width of a frame; in the first frame the row above is repeated.
+    """
+    size = grid * grid
+    period = torch.where(drafted < size, grid, size)
+    newest = at - ((at - drafted) // period + 1) * period  # the last drafted position at the same place
+    source = torch.where(at < drafted, at, newest.clamp(min=0))
+    return tokens.gather(1, source % tokens.shape[1])
 
 
 def _not_finite(model: VideoTransformer, frame: int) -> str:

@@ -8,7 +8,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from t2v.errors import UserError
-from t2v.generation.decode import check_schedules
+from t2v.generation.decode import Parallel, check_parallel, check_schedules
 from t2v.generation.quantization import Weights
 from t2v.generation.sampling import Sampler
 from t2v.generation.schedules import Schedule
@@ -26,7 +26,9 @@ class GenerationSettings:
         start: Path of a picture or video from which the start frames of every video are taken; none by default.
         start_frames: Number of start frames, at least 1 and fewer than `frames`.
         weights: How the weights of the large layers are stored: unchanged ("full"), or quantized to 8 or 4 bits.
-        compiled: Whether to compile the transformer's decoding step, which takes a minute or more at the first frame.
+        compiled: Whether to compile the transformer's decoding pass, which takes a minute or more at the first frame.
+        parallel: Tokens of each video that a pass of the transformer computes; 1 is one after the other. "auto" is as
+            many as are worth it on this kind of device. The videos are the same with any number, up to rounding.
 
     Raises:
         UserError: If a value is out of its range.
@@ -39,10 +41,12 @@ class GenerationSettings:
     start_frames: int = 1
     weights: Weights = "full"
     compiled: bool = False
+    parallel: Parallel = "auto"
 
     def __post_init__(self) -> None:
         if self.frames < 1:
             raise UserError(f"generation.frames={self.frames} must be at least 1.")
+        check_parallel(self.parallel, "generation.parallel")
         check_schedules(self.sampler, self.guidance, self.frames)
         if self.start is not None and not 0 < self.start_frames < self.frames:
             raise UserError(

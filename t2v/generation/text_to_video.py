@@ -1,7 +1,7 @@
 """From text to video: transformer, VQ-VAE and text encoder together, with the settings of generation."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,17 @@ from t2v.checkpoints.config import from_config, to_config
 from t2v.checkpoints.storage import check_finite
 from t2v.errors import UserError
 from t2v.files import atomic_path
-from t2v.generation.decode import generate_frames
+from t2v.generation.decode import Parallel, generate_frames
 from t2v.generation.devices import find_device, find_dtype
 from t2v.generation.loading import load_checkpoint, reason_of
 from t2v.generation.quantization import Weights, convert
 from t2v.generation.sampling import Sampler
 from t2v.generation.schedules import Schedule
+from t2v.generation.stream import VideoStream
 from t2v.text import TextEncoder
 from t2v.transformer.model import VideoTransformer
 from t2v.vqvae.loading import load_vqvae
-from t2v.vqvae.model import VQVAE, to_model_range, to_uint8
+from t2v.vqvae.model import VQVAE, to_model_range
 
 FORMAT = 4
 """Version of the exported folder; raised by changes that older code cannot read."""
@@ -52,7 +53,7 @@ class TextToVideo:
         sampler: Draws the tokens; by default from the unchanged probabilities.
         guidance: Guidance scale (classifier-free guidance), a number or a schedule over the frames; 1 is no guidance.
         frames: Default length of a video.
-        compiled: Whether to compile the transformer's decoding step, which takes a minute or more at the first frame.
+        compiled: Whether to compile the transformer's decoding pass, which takes a minute or more at the first frame.
 
     Raises:
         UserError: If the parts do not fit each other.
@@ -102,9 +103,10 @@ class TextToVideo:
         start: Shaped[Tensor, "*shape"] | None = None,
         guidance: float | Schedule | None = None,
         sampler: Sampler | None = None,
+        parallel: Parallel = "auto",
     ) -> UInt8[Tensor, "b t c height width"]:
         """Generate one whole video per prompt; the arguments are those of `stream`."""
-        return torch.cat(list(self.stream(prompts, frames, seed, start, guidance, sampler)), dim=1)
+        return torch.cat(list(self.stream(prompts, frames, seed, start, guidance, sampler, parallel)), dim=1)
 
     def stream(
         self,
@@ -114,7 +116,8 @@ class TextToVideo:
         start: Shaped[Tensor, "*shape"] | None = None,
         guidance: float | Schedule | None = None,
         sampler: Sampler | None = None,
-    ) -> Iterator[UInt8[Tensor, "b 1 c height width"]]:
+        parallel: Parallel = "auto",
+    ) -> VideoStream:
         """Generate one video per prompt and yield frame after frame, in constant memory for any length.
 
         Args:
@@ -127,6 +130,8 @@ class TextToVideo:
                 reconstructions by the VQ-VAE, so that the generated frames look alike.
             guidance: Guidance scale; `self.guidance` by default.
             sampler: Draws the tokens; `self.sampler` by default.
+            parallel: Tokens of each video that a pass of the transformer computes; 1 is one after the other. "auto" is
+                as many as are worth it on this kind of device. The video is the same with any number, up to rounding.
 
         Returns:
             The frames in order, start frames included.
@@ -146,8 +151,9 @@ class TextToVideo:
             self.guidance if guidance is None else guidance,
             start_tokens,
             self.compiled,
+            parallel,
         )
-        return self._decode(tokens, start_tokens)
+        return VideoStream(self.vqvae, tokens, start_tokens)
 
     def embed(self, prompts: str | Sequence[str]) -> TextEmbedding:
         """Embed prompts by the text encoder, without autocast, as captions were embedded for training.
@@ -188,19 +194,6 @@ class TextToVideo:
         if clips.shape[1] == 0:
             raise UserError("start has no frames: give at least one, or leave start out.")
         return self.vqvae.encode(to_model_range(clips)).expand(batch, -1, -1, -1)
-
-    @torch.inference_mode()
-    def _decode(
-        self, tokens: Iterator[Int[Tensor, "b 1 h w"]], start: Int[Tensor, "b t h w"] | None
-    ) -> Iterator[UInt8[Tensor, "b 1 c height width"]]:
-        """Decode the start frames, then the generated ones."""
-        state = None
-        for frame in () if start is None else torch.split(start, 1, dim=1):
-            video, state = self.vqvae.decode_stream(frame, state)
-            yield to_uint8(video)
-        for frame in tokens:
-            video, state = self.vqvae.decode_stream(frame, state)
-            yield to_uint8(video)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write everything into a folder of safetensors and JSON, which appears complete or not at all.
@@ -246,7 +239,7 @@ class TextToVideo:
         Args:
             folder: Path of the folder.
             weights: Storage of the transformer's weights: unchanged, or quantized (see `t2v.generation.quantization`).
-            compiled: Whether to compile the decoding step.
+            compiled: Whether to compile the decoding pass.
             dtype: Type of the text encoder and of weights that are not quantized: "float32", "bfloat16", or "auto", the
                 type in the folder, but float32 on CPUs without bfloat16 units.
             device: Device of the models; the first GPU if there is one, else the CPU.
@@ -307,7 +300,7 @@ class TextToVideo:
                 training kept one.
             tokenizer: Checkpoint or exported folder of the VQ-VAE; by default the path used in training.
             weights: Storage of the transformer's weights, as in `from_pretrained`.
-            compiled: Whether to compile the decoding step.
+            compiled: Whether to compile the decoding pass.
 
         Raises:
             UserError: If a file is missing, tokenizer or text encoder are not those of the training run, or `weights`

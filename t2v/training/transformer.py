@@ -171,10 +171,10 @@ class LitVideoTransformer(LightningModule):
             start: Start frames of every video, or of each.
         """
         generator = self._text_to_video()
-        frames = generator.stream(batch.prompts if text is None else text, seed=batch.seeds, start=start)
-        frames = in_context(self.trainer.precision_plugin.forward_context, frames)
-        frames = unsharded(self.model, frames)
-        return GeneratedVideos(frames, self.generation.frames, batch.prompts, batch.names, generator.fps)
+        prompts, parallel = batch.prompts if text is None else text, self.generation.parallel
+        stream = generator.stream(prompts, seed=batch.seeds, start=start, parallel=parallel)
+        frames = unsharded(self.model, in_context(self.trainer.precision_plugin.forward_context, stream))
+        return GeneratedVideos(frames, self.generation.frames, batch.prompts, batch.names, generator.fps, stream.speed)
 
     def _text_to_video(self) -> TextToVideo:
         self.text_encoder.to(self.device)

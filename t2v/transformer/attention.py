@@ -29,14 +29,14 @@ positions, 2× at 256). In bfloat16, chunks of this many queries beat it at any 
 
 
 class CacheSlots(NamedTuple):
-    """Slots of a `KVCache` that a decoding step writes and reads."""
+    """Slots of a `KVCache` that a decoding pass writes and reads."""
 
-    write: Int[Tensor, " n"]
-    """Slots for the new positions."""
+    write: Int[Tensor, "b n"]
+    """Slots for the new positions of each row."""
     read: int
     """Number of slots to read, from the first."""
-    mask: Bool[Tensor, "n m"] | None
-    """Slots to attend to among those read; None for all."""
+    mask: Bool[Tensor, "b 1 n m"]
+    """Slots to attend to among those read."""
 
 
 BlockList = tuple[Int[Tensor, "1 1 rows"], Int[Tensor, "1 1 rows columns"]]
@@ -73,10 +73,15 @@ class KVCache:
         self.keys = like.new_zeros(*like.shape[:2], size, like.shape[3])
         self.values = torch.zeros_like(self.keys)
 
-    def write(self, slots: Int[Tensor, " m"], keys: Keys, values: Keys) -> None:
-        """Overwrite slots, which hold the oldest positions."""
-        self.keys.index_copy_(2, slots, keys)
-        self.values.index_copy_(2, slots, values)
+    def write(self, slots: Int[Tensor, "b m"], keys: Keys, values: Keys) -> None:
+        """Overwrite slots of each row, which hold the oldest positions."""
+        index = slots[:, None, :, None].expand_as(keys)
+        self.keys.scatter_(2, index, keys)
+        self.values.scatter_(2, index, values)
+
+    def select(self, rows: Int[Tensor, " rows"]) -> None:
+        """Keep some rows of the batch."""
+        self.keys, self.values = self.keys[rows], self.values[rows]
 
     def read_before(self, position: int) -> tuple[Keys, Keys]:
         """Return the keys and values of the cached positions before `position`, oldest first."""
@@ -111,33 +116,34 @@ class SelfAttention(nn.Module):
         return self._merge_heads(causal_attention(q, k, v, window, blocks))
 
     def step(
-        self, x: Float[Tensor, "b 1 d"], rotate: Rotation, cache: KVCache, slots: CacheSlots
-    ) -> Float[Tensor, "b 1 d"]:
-        """Attend from one position to itself and the positions in the cache; add it to the cache."""
+        self, x: Float[Tensor, "b n d"], rotate: Rotation, cache: KVCache, slots: CacheSlots
+    ) -> Float[Tensor, "b n d"]:
+        """Add the positions to the cache, and attend from them to those in the cache that the mask allows."""
         q, k, v = self._project(x, rotate)
         cache.write(slots.write, k, v)
         keys, values = cache.keys[:, :, : slots.read], cache.values[:, :, : slots.read]
         return self._merge_heads(grouped_query_attention(q, keys, values, slots.mask))
 
     def extend(
-        self, x: Float[Tensor, "b n d"], rotate: Rotation, cache: KVCache, position: int
+        self, x: Float[Tensor, "b n d"], rotate: Rotation, cache: KVCache, position: int, window: int
     ) -> Float[Tensor, "b n d"]:
         """Attend from the positions of one frame to themselves and the cache; add them to the cache.
 
         Args:
             x: Inputs of the frame.
             rotate: Rotation of its positions.
-            cache: A cache of at least one frame; its size is a multiple of a frame.
+            cache: A cache of at least `window` positions; its size is a multiple of a frame.
             position: Raster position at which the frame begins.
+            window: Positions that a query attends to, its own included.
         """
         q, k, v = self._project(x, rotate)
         cached_keys, cached_values = cache.read_before(position)
         keys, values = torch.cat([cached_keys, k], dim=2), torch.cat([cached_values, v], dim=2)
         n, known = x.shape[1], cached_keys.shape[2]
         query, key = torch.arange(known, known + n, device=x.device), torch.arange(known + n, device=x.device)
-        y = grouped_query_attention(q, keys, values, _window_mask(query, key, cache.size))
+        y = grouped_query_attention(q, keys, values, _window_mask(query, key, window))
         first = position % cache.size
-        cache.write(torch.arange(first, first + n, device=x.device), k, v)
+        cache.write(torch.arange(first, first + n, device=x.device).expand(len(x), -1), k, v)
         return self._merge_heads(y)
 
     def _project(
@@ -188,16 +194,19 @@ class CrossAttention(nn.Module):
         """Attend to the text.
 
         Args:
-            x: Inputs of t whole frames, or of one position (t = 1).
+            x: Inputs of t whole frames, or of any n positions.
             text: Result of `project_text`.
             mask: True for text tokens, False for padding; None where there is no padding.
-            gate: Scale of each head in each frame; None for 1.
+            gate: Scale of each head in each frame, or at each position of each row (t = b·n); None for 1.
         """
         q = self.query_norm(rearrange(self.query(x), "b n (heads d) -> b heads n d", d=self.head_dim))
         y = grouped_query_attention(q, *text, mask=None if mask is None else mask[:, None, None])
         y = rearrange(y, "b heads n d -> b n heads d")
         if gate is not None:
-            y = y * gate.to(y.dtype).repeat_interleave(x.shape[1] // len(gate), dim=0)[..., None]
+            scale = gate.to(y.dtype)
+            of_rows = len(scale) > y.shape[1]
+            scale = scale.unflatten(0, y.shape[:2]) if of_rows else scale.repeat_interleave(y.shape[1] // len(scale), 0)
+            y = y * scale[..., None]
         merged: Tensor = self.out(y.flatten(2))
         return merged
 
@@ -206,7 +215,7 @@ def grouped_query_attention(
     q: Queries,
     k: Keys,
     v: Keys,
-    mask: Bool[Tensor, "n m"] | Bool[Tensor, "b 1 1 m"] | None = None,
+    mask: Bool[Tensor, "n m"] | Bool[Tensor, "b 1 #n m"] | None = None,
     causal: bool = False,
 ) -> Queries:
     """Return scaled dot-product attention in which groups of query heads share a key head.

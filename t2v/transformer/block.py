@@ -113,15 +113,15 @@ class Block(nn.Module):
 
     def step(
         self,
-        x: Float[Tensor, "b 1 d"],
+        x: Float[Tensor, "b n d"],
         text: TextKeysValues,
         mask: Bool[Tensor, "b l"] | None,
-        gate: Float[Tensor, "1 heads"] | None,
+        gate: Float[Tensor, "positions heads"] | None,
         rotate: Rotation,
         cache: KVCache,
         slots: CacheSlots,
-    ) -> Float[Tensor, "b 1 d"]:
-        """Compute the layer for one position, with the earlier positions in the cache."""
+    ) -> Float[Tensor, "b n d"]:
+        """Compute the layer for n successive positions of each row, with the earlier positions in the cache."""
         x = x + self.attention.step(self.attention_norm(x), rotate, cache, slots)
         x = x + self.text_attention(self.text_norm(x), text, mask, gate)
         return self._feed_forward(x)
@@ -135,14 +135,16 @@ class Block(nn.Module):
         rotate: Rotation,
         cache: KVCache,
         position: int,
+        window: int,
     ) -> Float[Tensor, "b n d"]:
         """Compute the layer for one frame that begins at raster position `position`.
 
-        A temporal layer adds the frame to its cache. A spatial layer does not need it for the following frames.
+        A temporal layer attends to the last `window` frames and adds the frame to its cache. A spatial layer does not
+        need it for the following frames.
         """
         h = self.attention_norm(x)
         if self.temporal:
-            x = x + self.attention.extend(h, rotate, cache, position)
+            x = x + self.attention.extend(h, rotate, cache, position, window * x.shape[1])
         else:
             x = x + self.attention(h, rotate, x.shape[1])
         x = x + self.text_attention(self.text_norm(x), text, mask, gate)

@@ -1,8 +1,13 @@
-"""Incremental decoding: one token per step, with key and value caches.
+"""Incremental decoding with key and value caches: a pass computes the logits of one or more successive positions.
 
-- A spatial layer caches the current frame, a temporal layer the last `window` frames, so that time and memory per token
-  are constant however long the video is.
-- The text is projected once, the previous frame and the gates once per frame.
+- Each video of a batch is at its own position, and a pass computes a fixed number of positions from there on. All of it
+  is computed on the device from the tensor of positions, with fixed shapes, so that nothing waits for the device and
+  one compiled graph (or CUDA graph) serves the whole video.
+- The caches are ring buffers. A spatial layer caches the current frame, a temporal layer the last `window` frames, and
+  both the frames into which a pass may reach. Time and memory per pass are constant however long the video is.
+- A pass may be given tokens that turn out to be wrong: the positions up to the first wrong one are right, and later
+  passes overwrite the keys and values of the others before they are read.
+- The text is projected once.
 """
 
 from collections.abc import Callable
@@ -16,30 +21,32 @@ from torch import Tensor
 
 from t2v.batch import TextEmbedding
 from t2v.errors import UserError
+from t2v.torch_private import mark_static
 from t2v.transformer.attention import CacheSlots, KVCache, TextKeysValues
 from t2v.transformer.block import Block
 from t2v.transformer.layers import local_tensor, prepare_compilation
 from t2v.transformer.model import VideoTransformer
-from t2v.transformer.rope import Rotation
+from t2v.transformer.rope import Rotation, rotation_at
 
-_SHORTEST_TEXT = 32
-"""Text tokens to which shorter prompts are padded in compiled decoding; longer ones to a power of two."""
-_COMPILED_STEPS = 1024
-"""Number of input shapes for which steps are compiled before they would run uncompiled."""
+_TEXT_LENGTH = 128
+"""Text tokens to which prompts are padded in compiled decoding; longer ones to a power of two."""
+_COMPILED_PASSES = 64
+"""Number of input shapes for which passes are compiled before they would run uncompiled."""
 
 
 class Decoder:
-    """Decoder of one video per text; `step` returns the logits of one position after the other.
+    """Decoder of one video per text.
 
     Args:
         model: The transformer, in eval mode. It is not changed.
         text: Text embeddings of the prompts.
         drop_text: True for videos whose prompt is replaced by "no text".
-        compiled: Whether to run the layers by `torch.compile`. It takes a minute or more in the first steps, once per
-            model, batch size and (for long prompts) power of two of the number of text tokens.
+        compiled: Whether to run passes by `torch.compile`, on GPUs as CUDA graphs. It takes a minute or more in the
+            first pass, once per model, batch size and number of positions.
+        places: Most positions that a pass computes.
 
     Attributes:
-        position: Raster position of the next token.
+        position: Raster position of the next `step`.
         caches: Cache of each layer.
         text: Keys and values of the text for each layer.
     """
@@ -50,54 +57,66 @@ class Decoder:
         text: TextEmbedding,
         drop_text: Bool[Tensor, " b"] | None = None,
         compiled: bool = False,
+        places: int = 1,
     ) -> None:
         tokens, mask, self._pooled = model.project_text(text, drop_text)
         if compiled:
             tokens, mask = _pad_text(tokens, mask)
         self._model, self._compiled = model, compiled
-        self._run_layers = _compiled_layers(model) if compiled else run_layers
+        self._run = _compiled_pass(model) if compiled else decode_pass
         self._blocks = cast("list[Block]", model.blocks)
         self._mask = None if not compiled and mask.all() else mask
         self._device = self._pooled.device
-        grid = model.grid_size
-        self._frame_size = grid * grid
-        self._recent = torch.zeros(len(self._pooled), grid, grid, dtype=torch.long, device=self._device)
-        self._previous: Float[Tensor, "b n d"] | None = None
-        self._slot_numbers = torch.arange(self._frame_size * model.attention.window, device=self._device)
+        self._frame_size = model.grid_size**2
+        self._gates = model.gates(torch.arange(model.attention.window, device=self._device))
         self.position = 0
+        self._recent: Int[Tensor, "b two_frames"] | None = None
         self.text = [block.text_attention.project_text(tokens) for block in self._blocks]
+        reach = -(-(places - 1) // self._frame_size)  # frames after the current one
         self.caches = [
-            KVCache(self._frame_size * (model.attention.window if block.temporal else 1), like=values)
+            KVCache(self._frame_size * ((model.attention.window if block.temporal else 1) + reach), like=values)
             for block, (_, values) in zip(self._blocks, self.text, strict=True)
         ]
+        if compiled and self._device.type == "cuda":
+            for cache in self.caches:
+                mark_static(cache.keys)
+                mark_static(cache.values)
+
+    def logits(
+        self, tokens: Int[Tensor, "b ring"], position: Int[Tensor, " b"], places: int = 1, stop: int | None = None
+    ) -> Float[Tensor, "b {places} v"]:
+        """Run a pass, and return the logits of the tokens at `places` positions of each video.
+
+        Args:
+            tokens: Tokens of the last frames as a ring buffer: that of raster position p is at p modulo its length, a
+                multiple of a frame. They are read from the frame before `position` up to the last position but one of
+                the pass; the logits at a position are those of the model if all tokens before it are right.
+            position: The first position of each video.
+            places: Number of positions, at most that of the decoder.
+            stop: No video's pass reaches beyond this position; slots of the caches after it are not read. Compiled
+                passes always read whole caches.
+        """
+        stop = None if self._compiled else stop
+        inputs = tokens, position, self._pooled, self.text, self._mask, self._gates
+        return self._run(self._model, *inputs, self.caches, places, stop)
 
     def step(self, tokens: Int[Tensor, " b"] | None) -> Float[Tensor, "b v"]:
-        """Return the logits of the next token.
+        """Return the logits of the next token, one position after the other.
 
         Args:
             tokens: The token before it in each video; None for the first step of a video without start frames.
         """
-        model = self._model
-        frame, offset = divmod(self.position, self._frame_size)
-        if tokens is None:
-            x = local_tensor(model.start) + self._pooled
-        else:
-            self._recent.flatten(1)[:, offset - 1] = tokens
-            x = model.token_embedding(tokens) + self._pooled
-        if offset == 0:
-            self._begin_frame(frame)
-        if self._previous is not None:
-            x = x + self._previous[:, offset]
-        rotate = self._rotation.at(slice(offset, offset + 1))
-        spatial = self._slots(offset, self._frame_size)
-        temporal = self._slots(self.position, self._frame_size * model.attention.window)
+        rows, ring = len(self._pooled), 2 * self._frame_size
+        if self._recent is None:
+            self._recent = torch.zeros(rows, ring, dtype=torch.long, device=self._device)
+        if tokens is not None:
+            self._recent[:, (self.position - 1) % ring] = tokens
+        position = torch.full((rows,), self.position, device=self._device)
         self.position += 1
-        return self._run_layers(
-            model, x[:, None], self.text, self._mask, self._gates, rotate, self.caches, spatial, temporal
-        )[:, 0]
+        return self.logits(self._recent, position, stop=self.position)[:, 0]
 
     def prefill(self, tokens: Int[Tensor, "b t h w"]) -> None:
-        """Add start frames, a frame at a time, before the first step; the next `step` takes their last token.
+        """Add start frames, a frame at a time, before the first pass; the next `step` takes their last token.
 
         Args:
             tokens: Tokens of the frames.
@@ -105,94 +124,149 @@ class Decoder:
         Raises:
             UserError: If a token is out of range, or the grid is not the model's.
         """
-        model = self._model
+        model, grid = self._model, self._model.grid_size
         model.check_tokens(tokens)
-        if tokens.shape[2:] != (model.grid_size, model.grid_size):
+        if tokens.shape[2:] != (grid, grid):
             raise UserError(
                 f"The start frames have {tokens.shape[2]}×{tokens.shape[3]} tokens, but the transformer's grid is "
-                f"{model.grid_size}×{model.grid_size}: tokenize them with the VQ-VAE it was trained with, at its size."
+                f"{grid}×{grid}: tokenize them with the VQ-VAE it was trained with, at its size."
             )
-        last: Tensor | None = None
-        for frame, codes in enumerate(tokens.flatten(2).unbind(1)):
-            self._begin_frame(frame)
-            first = local_tensor(model.start).expand(len(codes), -1) if last is None else model.token_embedding(last)
-            x = torch.cat([first[:, None], model.token_embedding(codes[:, :-1])], dim=1) + self._pooled[:, None]
-            if self._previous is not None:
-                x = x + self._previous
-            for block, cache, text, gate in zip(self._blocks, self.caches, self.text, self._gates, strict=True):
-                x = block.extend(x, text, self._mask, gate, self._rotation, cache, self.position)
-            last = codes[:, -1]
-            self._recent = codes.reshape(self._recent.shape).clone()
+        before: Tensor | None = None
+        for frame, codes in enumerate(tokens.unbind(1)):
+            embedded = model.token_embedding(codes.flatten(1))
+            if before is None:
+                first = local_tensor(model.start).expand(len(codes), -1)
+            else:
+                first = model.token_embedding(before[:, -1, -1])
+            x = torch.cat([first[:, None], embedded[:, :-1]], dim=1) + self._pooled[:, None]
+            if before is not None:
+                x = x + model.previous_frame(before[:, None])[:, 0]
+            rotate = model.rotation(self.position, self.position + self._frame_size, grid, grid)
+            gates = model.gates(torch.full((1,), frame, device=self._device))
+            for block, cache, text, gate in zip(self._blocks, self.caches, self.text, gates, strict=True):
+                x = block.extend(x, text, self._mask, gate, rotate, cache, self.position, model.attention.window)
+            before = codes
             self.position += self._frame_size
+        self._recent = tokens[:, -2:].flatten(1).roll((len(tokens[0]) % 2) * self._frame_size, 1)
+        if tokens.shape[1] == 1:
+            self._recent = torch.cat([self._recent, torch.zeros_like(self._recent)], dim=1)
 
-    def _begin_frame(self, frame: int) -> None:
-        """Compute what all positions of a frame share: rotation, gates, features of the previous frame."""
-        model, start = self._model, frame * self._frame_size
-        self._rotation: Rotation = model.rotation(start, start + self._frame_size, model.grid_size, model.grid_size)
-        self._gates = model.gates(torch.full((1,), frame, device=self._device))
-        if frame > 0:
-            self._previous = model.previous_frame(self._recent[:, None])[:, 0]
-
-    def _slots(self, position: int, size: int) -> CacheSlots:
-        """Return the slot that a position takes in a cache of `size`, and the slots it attends to.
-
-        A compiled step reads 1, 4, 16, … frames with a mask, so that few shapes are compiled.
-        """
-        write = self._slot_numbers[position % size, None]
-        filled = min(position + 1, size)
-        if not self._compiled:
-            return CacheSlots(write, filled, None)
-        read = self._frame_size
-        while read < filled:
-            read *= 4
-        read = min(read, size)
-        return CacheSlots(write, read, (torch.arange(read, device=self._device) <= position)[None])
+    def select(self, rows: Int[Tensor, " rows"]) -> None:
+        """Keep some videos of the batch and forget the others."""
+        self._pooled = self._pooled[rows]
+        self._mask = None if self._mask is None else self._mask[rows]
+        self.text = [(keys[rows], values[rows]) for keys, values in self.text]
+        for cache in self.caches:
+            cache.select(rows)
 
 
 def _pad_text(
     tokens: Float[Tensor, "b l text_dim"], mask: Bool[Tensor, "b l"]
 ) -> tuple[Float[Tensor, "b padded text_dim"], Bool[Tensor, "b padded"]]:
-    """Pad text to a power of two, so that prompts of different lengths run the same compiled code."""
-    length = _SHORTEST_TEXT
+    """Pad text to one length, so that prompts of different lengths run the same compiled code."""
+    length = _TEXT_LENGTH
     while length < mask.shape[1]:
         length *= 2
     padding = length - mask.shape[1]
     return F.pad(tokens, (0, 0, 0, padding)), F.pad(mask, (0, padding))
 
 
-def run_layers(
+def decode_pass(
     model: VideoTransformer,
-    x: Float[Tensor, "b 1 d"],
+    tokens: Int[Tensor, "b ring"],
+    position: Int[Tensor, " b"],
+    pooled: Float[Tensor, "b d"],
     text: list[TextKeysValues],
     mask: Bool[Tensor, "b l"] | None,
-    gates: list[Float[Tensor, "1 heads"]] | list[None],
-    rotate: Rotation,
+    gates: list[Float[Tensor, "window heads"]] | list[None],
     caches: list[KVCache],
-    spatial: CacheSlots,
-    temporal: CacheSlots,
-) -> Float[Tensor, "b 1 v"]:
-    """Return the logits at one position: all layers and the output projection, which is what a step compiles."""
+    places: int,
+    stop: int | None,
+) -> Float[Tensor, "b {places} v"]:
+    """Compute one pass, which is what is compiled; see `Decoder.logits`.
+
+    Args:
+        model: The transformer.
+        tokens: Ring buffer of tokens.
+        position: First position of each row.
+        pooled: Addition to every input.
+        text: Keys and values of the text for each layer.
+        mask: True for text tokens; None where there is no padding.
+        gates: Scales of text attention of each layer by frame; the last is that of all later frames.
+        caches: Cache of each layer.
+        places: Number of positions.
+        stop: Position before which all end; None if it is not known.
+    """
+    grid, window = model.grid_size, model.attention.window
+    frame_size, ring = grid * grid, tokens.shape[1]
+    at = position[:, None] + torch.arange(places, device=position.device)
+    frame, place = at // frame_size, at % frame_size
+    axes = torch.stack([frame, place // grid, place % grid], dim=-1)
+
+    x = model.token_embedding(tokens.gather(1, (at - 1) % ring))
+    x = torch.where((at == 0)[..., None], local_tensor(model.start).to(x.dtype), x) + pooled[:, None]
+    x = x + _previous_frame(model, tokens, axes)
+
+    cos, sin = rotation_at(axes, model.rope_dims, model.attention.rope_theta)
+    rotate = Rotation(cos[:, None], sin[:, None])
     blocks = cast("list[Block]", model.blocks)
+    sizes = {block.temporal: cache.size for block, cache in zip(blocks, caches, strict=True)}
+    slots = {
+        temporal: _slots(at, frame_size, window if temporal else None, size, stop) for temporal, size in sizes.items()
+    }
+    context = frame.clamp(max=window - 1).flatten()
     for block, keys_values, gate, cache in zip(blocks, text, gates, caches, strict=True):
-        slots = temporal if block.temporal else spatial
-        x = block.step(x, keys_values, mask, gate, rotate, cache, slots)
+        scale = None if gate is None else gate[context]
+        x = block.step(x, keys_values, mask, scale, rotate, cache, slots[block.temporal])
     return model.logits(x)
 
 
+def _previous_frame(
+    model: VideoTransformer, tokens: Int[Tensor, "b ring"], axes: Int[Tensor, "b n 3"]
+) -> Float[Tensor, "b n d"]:
+    """Return the features of the previous frame around positions, zero in the first frame."""
+    grid, (frame, row, column) = model.grid_size, axes[..., None].unbind(2)
+    near = torch.arange(9, device=axes.device)
+    row, column = row + near // 3 - 1, column + near % 3 - 1
+    inside = (frame > 0) & (row >= 0) & (row < grid) & (column >= 0) & (column < grid)
+    slots = ((frame - 1) * grid**2 + row * grid + column) % tokens.shape[1]
+    return model.previous_frame.at(tokens.gather(1, slots.flatten(1)).view_as(slots), inside)
+
+
+def _slots(at: Int[Tensor, "b n"], frame_size: int, window: int | None, size: int, stop: int | None) -> CacheSlots:
+    """Return the slots of a cache that positions take, and those that they attend to.
+
+    Args:
+        at: Successive positions of each row.
+        frame_size: Positions of a frame.
+        window: Frames that a temporal layer attends to; None for a spatial layer.
+        size: Size of the cache.
+        stop: Position before which all end; None if it is not known.
+    """
+    read = size if stop is None else min(size, -(-stop // frame_size) * frame_size)
+    last = at[:, -1:]
+    held = last - (last - torch.arange(read, device=at.device)) % size  # the position that each slot holds
+    query, key = at[:, :, None], held[:, None]
+    near = query // frame_size == key // frame_size if window is None else query - key < window * frame_size
+    return CacheSlots(at % size, read, ((key >= 0) & (key <= query) & near)[:, None])
+
+
 _COMPILED: WeakKeyDictionary[VideoTransformer, Callable[..., Any]] = WeakKeyDictionary()
-"""`run_layers`, compiled for each model."""
+"""`decode_pass`, compiled for each model."""
 
 
-def _compiled_layers(model: VideoTransformer) -> Callable[..., Any]:
-    """Return `run_layers` compiled for a model, whose modules must not change from then on.
+def _compiled_pass(model: VideoTransformer) -> Callable[..., Any]:
+    """Return `decode_pass` compiled for a model, whose modules must not change from then on.
 
-    Guards on modules would be checked in every step (0.4 ms for ten layers on a CPU) and are left out. Without them a
+    Guards on modules would be checked in every pass (0.4 ms for ten layers on a CPU) and are left out. Without them a
     model could run the code of another, therefore the code of each model is isolated.
     """
-    prepare_compilation(_COMPILED_STEPS)
+    prepare_compilation(_COMPILED_PASSES)
     if model not in _COMPILED:
         options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        if model.start.is_cuda:
+            options["triton.cudagraphs"] = True
         _COMPILED[model] = torch.compile(  # type: ignore[call-overload]  # the overloads lack isolate_recompiles
-            run_layers, dynamic=False, isolate_recompiles=True, options=options
+            decode_pass, dynamic=False, isolate_recompiles=True, options=options
         )
     return _COMPILED[model]

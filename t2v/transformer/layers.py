@@ -6,7 +6,7 @@ Shapes: b batch, t frames, h w grid, n positions in raster order, d width.
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -119,6 +119,19 @@ class PreviousFrame(nn.Module):
         x = rearrange(self.embedding(tokens), "b t h w d -> (b t) d h w")
         y: Tensor = rearrange(self.mix(x), "(b t) d h w -> b t (h w) d", b=len(tokens))
         return y
+
+    def at(self, tokens: Int[Tensor, "b n 9"], inside: Bool[Tensor, "b n 9"]) -> Float[Tensor, "b n d"]:
+        """Return the features of single positions.
+
+        Args:
+            tokens: The 3×3 tokens of the previous frame around each position, row by row.
+            inside: False beyond the edge of the frame.
+        """
+        weight = local_tensor(self.mix.weight).flatten(1).t()
+        x = self.embedding(tokens)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        y: Tensor = (x.to(exact) * weight.to(exact) * inside[..., None]).sum(dim=2)
+        return y.to(x.dtype)
 
 
 class TextGate(nn.Module):

@@ -14,8 +14,8 @@ from torch import Tensor
 class Rotation(NamedTuple):
     """Cosines and sines that rotate queries and keys, a row per position; dimensions i and i + d/2 are a pair."""
 
-    cos: Float[Tensor, "n d"]
-    sin: Float[Tensor, "n d"]
+    cos: Float[Tensor, "*b n d"]
+    sin: Float[Tensor, "*b n d"]
     """Negative in the first half, so that a rotation is one product and one fused multiply-add."""
 
     def at(self, positions: slice) -> "Rotation":
@@ -40,7 +40,7 @@ def raster_positions(start: int, stop: int, height: int, width: int, device: tor
     return torch.stack([n // (height * width), n % (height * width) // width, n % width], dim=-1)
 
 
-def rotation_at(positions: Int[Tensor, "n 3"], dims: tuple[int, int, int], theta: float) -> Rotation:
+def rotation_at(positions: Int[Tensor, "*b n 3"], dims: tuple[int, int, int], theta: float) -> Rotation:
     """Return the rotation at each position.
 
     Args:
@@ -51,7 +51,7 @@ def rotation_at(positions: Int[Tensor, "n 3"], dims: tuple[int, int, int], theta
     angles = []
     for axis, dim in enumerate(dims):
         frequencies = theta ** -(torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / max(dim, 1))
-        angles.append(positions[:, axis, None] * frequencies)
+        angles.append(positions[..., axis, None] * frequencies)
     angle = torch.cat(angles, dim=-1)
     cos, sin = angle.cos(), angle.sin()
     return Rotation(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))

@@ -15,7 +15,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from t2v.batch import TextEmbedding
 from t2v.errors import run_tool
-from t2v.generation.sampling import Sampler
+from t2v.generation.sampling import GumbelNoise, Sampler
 from t2v.transformer.block import Block
 from t2v.transformer.decoding import Decoder
 from t2v.transformer.model import VideoTransformer
@@ -67,12 +67,14 @@ def generate(tokens: int = 4) -> None:
         torch.ones(1, 16, dtype=torch.bool),
         torch.randn(1, model.text.dim, dtype=torch.bfloat16),
     )
-    sampler, generator, token, drawn, times = Sampler(), torch.Generator().manual_seed(0), None, [], []
+    sampler, token, drawn, times = Sampler(), None, [], []
+    noise = GumbelNoise([0], model.grid_size**2, model.vocab_size, 1, torch.device("cpu"))
+    noise.reach(0, 0, 1)
     with torch.inference_mode():
         decoder = Decoder(model, text)
-        for _ in range(tokens):
+        for place in range(tokens):
             start = time.perf_counter()
-            token = sampler(decoder.step(token), [generator])
+            token = sampler(decoder.step(token), noise.at(torch.tensor([[place]]))[:, 0])
             times.append(time.perf_counter() - start)
             drawn.append(int(token))
     print(f"tokens {drawn}; seconds per token {[round(each, 2) for each in times]}; peak {peak():.2f} GiB")

@@ -8,19 +8,22 @@ import torch
 from t2v.batch import TextEmbedding
 from t2v.errors import UserError
 from t2v.generation import Linear, Sampler
-from t2v.generation.decode import generate_frames
+from t2v.generation.decode import Parallel, generate_frames
 from t2v.generation.text_to_video import TextToVideo
 from tests.cuda_policy.toys import CODES, TEXT_DIM, PromptEncoder, transformer, vqvae
 from tests.support.cuda_policy import fake_cuda, to_fake_cuda
 
 
-def reads_by_frame(grid: int, frames: int) -> list[int]:
-    """The number of reads by the host for each frame; the first includes those at the start of the video."""
+def reads_by_frame(grid: int, frames: int, parallel: Parallel = 1) -> list[int]:
+    """The number of reads by the host for each frame; the first includes those at the start of the video.
+
+    What is read has no data, so that a parallel pass makes one token final.
+    """
     network, tokenizer = (build(grid).eval().requires_grad_(False) for build in (transformer, vqvae))
     with fake_cuda() as reads:
         model = TextToVideo(to_fake_cuda(network), to_fake_cuda(tokenizer), PromptEncoder(), fps=8.0)
         model.text_encoder.to("cuda")
-        stream = model.stream("a red ball", frames, guidance=Linear(3.0, 1.0), sampler=Sampler(top_p=0.9, top_k=8))
+        stream = model.stream("a red ball", frames, 3, None, Linear(3.0, 1.0), Sampler(top_p=0.9, top_k=8), parallel)
         counts = [0]
         for _ in stream:
             counts.append(len(reads.places))
@@ -33,6 +36,11 @@ def test_reads_by_the_host_do_not_depend_on_the_number_of_tokens_or_frames():
     assert set(two_by_two[1:] + four_by_four[1:]) == {two_by_two[-1]}
     assert two_by_two[-1] <= 2
     assert two_by_two[0] == four_by_four[0]
+
+
+def test_the_host_reads_once_in_each_parallel_pass():
+    sequential, parallel = (reads_by_frame(grid=2, frames=4, parallel=each) for each in (1, "auto"))
+    assert parallel[1:] == [each - 1 + 4 for each in sequential[1:]]  # progress and logits are checked together
 
 
 @pytest.mark.parametrize("embedded", [False, True], ids=["prompt", "embedding"])
@@ -76,5 +84,5 @@ def test_an_overflow_stops_generation_with_the_frame():
 
 def test_a_token_drawn_from_nan_is_in_range():
     logits = torch.full((2, CODES), torch.nan)
-    tokens = Sampler(top_p=0.5)(logits, [torch.Generator() for _ in range(2)])
+    tokens = Sampler(top_p=0.5)(logits, torch.zeros(2, CODES))
     assert tokens.max() < CODES

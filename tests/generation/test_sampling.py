@@ -8,6 +8,7 @@ from transformers.generation import logits_process as reference
 
 from t2v.errors import UserError
 from t2v.generation import Interval, Linear, Sampler
+from t2v.generation.sampling import GumbelNoise
 
 WARPERS = {
     "temperature": (1.3, reference.TemperatureLogitsWarper),
@@ -59,8 +60,9 @@ def test_a_total_probability_of_1_filters_nothing(name):
 
 def test_draws_follow_the_probabilities():
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    generator = [torch.Generator().manual_seed(0)]
-    draws = torch.stack([Sampler()(probabilities.log()[None], generator) for _ in range(4000)]).flatten()
+    noise = GumbelNoise([0], 4000, 4, 1, torch.device("cpu"))
+    noise.reach(0, 0, 1)
+    draws = Sampler()(probabilities.log().expand(4000, 4), noise.at(torch.arange(4000)[None])[0])
     frequencies = torch.bincount(draws, minlength=4) / 4000
     torch.testing.assert_close(frequencies, probabilities, atol=0.025, rtol=0)
 

@@ -1,0 +1,156 @@
+"""Parallel decoding beside sequential decoding: `python -m tests.benchmarks.generate CHECKPOINT TOKENIZER PROMPTS`.
+
+With a checkpoint of stage 2, float32, all cores, the sampler and the guidance of the checkpoint. Three tables:
+
+- passes of the transformer per frame, one video at a time, for several numbers of places in a pass and for other
+  drafts than those that are used, and how many videos equal sequential decoding's;
+- time of a batch of 1 and of 16 videos, sequential and parallel in every round, medians;
+- time and memory per frame far into a long video.
+"""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+import psutil
+import torch
+from torch import Tensor
+
+from t2v.errors import run_tool
+from t2v.generation import decode
+from t2v.generation.compilation import compile_error
+from t2v.generation.decode import Parallel, generate_frames
+from t2v.generation.text_to_video import TextToVideo
+
+Video = tuple[Tensor, list[int]]
+"""Tokens, and passes until each frame."""
+
+
+def row_above(tokens: Tensor, at: Tensor, drafted: Tensor, grid: int) -> Tensor:
+    """Draft a new place by the token above it."""
+    source = torch.where(at < drafted, at, (at - ((at - drafted) // grid + 1) * grid).clamp(min=0))
+    return tokens.gather(1, source % tokens.shape[1])
+
+
+def constant(tokens: Tensor, at: Tensor, drafted: Tensor, grid: int) -> Tensor:
+    """Draft a new place by token 0."""
+    return torch.where(at < drafted, tokens.gather(1, at % tokens.shape[1]), 0)
+
+
+DRAFTS = {"the frame before": decode._draft, "the row above": row_above, "token 0": constant}
+"""Drafts of places that no pass has computed; others have the token of the last pass."""
+
+
+def generate(
+    model: TextToVideo, prompts: list[str], seed: int, parallel: Parallel, frames: int | None = None, **options: bool
+) -> Video:
+    """Generate the tokens of videos."""
+    frames = frames or model.frames
+    seeds = range(seed, seed + len(prompts))
+    arguments = model.transformer, model.embed(prompts), frames, model.sampler, seeds, model.guidance
+    stream = generate_frames(*arguments, parallel=parallel, **options)
+    drawn, passes = [], []
+    for frame in stream:
+        drawn.append(frame)
+        passes.append(stream.passes)
+    return torch.cat(drawn, dim=1), passes
+
+
+def passes_per_frame(model: TextToVideo, prompts: list[str]) -> None:
+    """Print the first table."""
+    size = model.transformer.grid_size**2
+    sequential = [generate(model, [prompt], seed, 1)[0] for seed, prompt in enumerate(prompts)]
+    rows: list[tuple[Parallel, str]] = [
+        (8, "the frame before"),
+        (size, "the frame before"),
+        ("auto", "the frame before"),
+    ]
+    rows += [(2 * size, drafts) for drafts in DRAFTS]
+    print(f"\n{len(prompts)} videos of {model.frames} frames of {size} tokens, one at a time\n")
+    print("| places | drafts | passes per video | fewer | passes until frame 1, 2, … | equal videos |")
+    print("|---|---|---|---|---|---|")
+    for places, drafts in rows:
+        with patch.object(decode, "_draft", DRAFTS[drafts]):
+            videos = [generate(model, [prompt], seed, places) for seed, prompt in enumerate(prompts)]
+        equal = sum(torch.equal(found, expected) for (found, _), expected in zip(videos, sequential, strict=True))
+        mean = torch.tensor([passes for _, passes in videos]).double().mean(0).tolist()
+        until = ", ".join(f"{each:.1f}" for each in mean)
+        print(f"| {places} | {drafts} | {mean[-1]:.1f} | {size * model.frames / mean[-1]:.1f}× | {until} | {equal} |")
+
+
+def times(model: TextToVideo, prompts: list[str], rounds: int) -> None:
+    """Print the second table."""
+    print("\n| videos | decoding | seconds | relative to sequential | passes |\n|---|---|---|---|---|")
+    for batch in (1, 16):
+        texts = (prompts * batch)[:batch]
+        jobs: dict[str, Callable[[], Video]] = {
+            "sequential": lambda texts=texts: generate(model, texts, 0, 1),
+            "parallel": lambda texts=texts: generate(model, texts, 0, "auto"),
+        }
+        if batch == 1 and compile_error() is None:
+            jobs["sequential, compiled"] = lambda texts=texts: generate(model, texts, 0, 1, compiled=True)
+            jobs["parallel, compiled"] = lambda texts=texts: generate(model, texts, 0, "auto", compiled=True)
+        seconds: dict[str, list[float]] = {name: [] for name in jobs}
+        passes = {}
+        for each in range(rounds + 1):
+            for name, job in jobs.items():
+                start = time.perf_counter()
+                passes[name] = job()[1][-1]
+                if each:  # the first round warms up
+                    seconds[name].append(time.perf_counter() - start)
+        first = statistics.median(seconds["sequential"])
+        for name, measured in seconds.items():
+            median = statistics.median(measured)
+            print(f"| {batch} | {name} | {median:.2f} | {first / median:.2f}× | {passes[name]} |", flush=True)
+
+
+def long_video(model: TextToVideo, prompt: str, frames: int = 300, near: int = 8) -> None:
+    """Print the third table."""
+    arguments = model.transformer, model.embed([prompt]), frames, model.sampler, [0], model.guidance
+    process, spent, memory, passes = psutil.Process(), [], [], []
+    stream = generate_frames(*arguments, parallel="auto")
+    start = time.perf_counter()
+    for _ in stream:
+        spent.append(time.perf_counter() - start)
+        memory.append(process.memory_info().rss / 2**20)
+        passes.append(stream.passes)
+        start = time.perf_counter()
+    print(f"\n| frame | ms per frame, mean of {2 * near + 1} around it | passes per frame | resident memory |")
+    print("|---|---|---|---|")
+    for frame in (24, 64, 150, frames - near):
+        around = slice(frame - 1 - near, frame + near)
+        mean = 1000 * statistics.mean(spent[around])
+        per_frame = (passes[frame + near - 1] - passes[frame - 2 - near]) / (2 * near + 1)
+        print(f"| {frame} | {mean:.1f} | {per_frame:.2f} | {memory[frame - 1]:.1f} MiB |")
+    print(f"\nFrom frame 17 to frame {frames} memory grew by {memory[-1] - memory[16]:.2f} MiB.")
+
+
+def main(
+    checkpoint: Path, tokenizer: Path, prompts: Path, videos: int = 16, rounds: int = 3, timed: bool = True
+) -> None:
+    """Print the tables.
+
+    Args:
+        checkpoint: Of stage 2.
+        tokenizer: Of stage 1.
+        prompts: Text file with one prompt per line.
+        videos: Number of prompts of the first table.
+        rounds: Rounds of the second table, after one that warms up.
+        timed: Whether to print the second and third table too.
+    """
+    torch.set_num_threads(psutil.cpu_count(logical=True) or 1)
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"instructions: {torch.backends.cpu.get_cpu_capability()}")
+    model = TextToVideo.from_checkpoint(checkpoint, tokenizer)
+    texts = [line for line in prompts.read_text().splitlines() if line.strip()]
+    if timed:
+        times(model, texts, rounds)
+        long_video(model, texts[0])
+    passes_per_frame(model, texts[:videos])
+
+
+if __name__ == "__main__":
+    run_tool(main)
