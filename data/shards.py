@@ -6,6 +6,7 @@ A sample is a run of tar members with one key: `KEY.mp4`, `KEY.txt`, `KEY.json`,
 
 import glob
 import os
+import tarfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ from braceexpand import braceexpand
 from fsspec import AbstractFileSystem
 from tqdm import tqdm
 
-from data.index import COMPRESSIONS, load_index, make_index, read_range, unpack, with_retries
+from data.index import COMPRESSIONS, check_header, load_index, make_index, read_range, unpack, with_retries
 from data.members import find_video
 from t2v.errors import UserError
 from t2v.files import atomic_path
@@ -140,16 +141,21 @@ class ShardSet:
 
         Raises:
             OSError: If the shard cannot be read.
+            ValueError: If another tar is in its place.
         """
         ranges = {extension: sample.members[extension] for extension in extensions if extension in sample.members}
         if not ranges:
             return {}
-        start = min(offset for offset, _ in ranges.values())
+        start = min(offset for offset, _ in ranges.values()) - tarfile.BLOCKSIZE  # with the header
         stop = max(offset + size for offset, size in ranges.values())
-        if stop - start > sum(size for _, size in ranges.values()) + _MAX_GAP:
-            return {name: self._read(sample.shard, offset, offset + size) for name, (offset, size) in ranges.items()}
+        if stop - start > sum(size + tarfile.BLOCKSIZE for _, size in ranges.values()) + _MAX_GAP:
+            return {name: self.read(sample, name)[name] for name in ranges}
         content = self._read(sample.shard, start, stop)
-        return {name: content[offset - start : offset - start + size] for name, (offset, size) in ranges.items()}
+        members = {}
+        for name, (offset, size) in ranges.items():
+            check_header(content[offset - start - tarfile.BLOCKSIZE : offset - start], sample.key, size)
+            members[name] = content[offset - start : offset - start + size]
+        return members
 
     def address(self, sample: Sample) -> str:
         """Return the path of a sample's shard on this machine, or its address with protocol."""

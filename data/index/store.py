@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
 
-from data.index.remote import RemoteFile, with_retries
+from data.index.remote import RemoteFile, read_at, with_retries
 from data.index.tar import scan_tar
 from t2v.errors import UserError
 from t2v.files import atomic_path
 
-_VERSION = 4
+_VERSION = 5
 _BLOCK = 2**16
 """Bytes of one request while a tar is scanned: a header, the head of the clip and the small members behind it."""
 _DATES = {"mtime", "created", "lastmodified", "last_modified", "updated", "etag"}
@@ -45,13 +46,9 @@ def load_index(filesystem: AbstractFileSystem, shard: str) -> dict[str, Any] | N
     path = _index_path(shard)
     try:
         cached = _cache_path(filesystem, info)
-        if cached.exists():
-            index = json.loads(cached.read_text())
-            outdated = False
-        else:
-            index = json.loads(filesystem.cat_file(path))
-            outdated = _is_older(filesystem, path, shard)
-        valid = index["version"] == _VERSION and index["tar_size"] == info["size"] and not outdated
+        index = json.loads(cached.read_text() if cached.exists() else filesystem.cat_file(path))
+        is_current = index["version"] == _VERSION and index["tar_size"] == info["size"]
+        valid = is_current and _has_headers(filesystem, info, shard, index)
     except Exception:  # each file system has its own errors, and after any of them a new index can be made
         return None
     return index if valid else None
@@ -77,9 +74,13 @@ def make_index(filesystem: AbstractFileSystem, shard: str) -> dict[str, Any]:
             f"The server of '{shard}' does not report the file's size, which reading by offset needs: copy the shards "
             "to another server or to a disk."
         )
-    file = io.BufferedReader(RemoteFile(filesystem, shard, info["size"]), _BLOCK)
+    index: dict[str, Any] = {"version": _VERSION, "tar_size": info["size"], "stamp": _stamp(info)}
     try:
-        index = {"version": _VERSION, "tar_size": info["size"], **scan_tar(file, info["size"])}
+        with _open(filesystem, info, shard, _BLOCK) as file:
+            index |= scan_tar(file, info["size"])
+            places = _header_places(index)
+            index["ends"] = _hash_headers(file, [places[0], places[-1]])
+            index["headers"] = _hash_headers(file, places) if isinstance(filesystem, LocalFileSystem) else ""
     except tarfile.TarError as error:
         raise UserError(f"'{shard}' is not a tar file ({error}): make or copy it again.") from error
     content = json.dumps(index).encode()
@@ -113,11 +114,47 @@ def dates(info: dict[str, Any]) -> dict[str, str]:
     return {name: str(info[name]) for name in sorted(info) if name.lower().replace("-", "") in _DATES}
 
 
-def _is_older(filesystem: AbstractFileSystem, path: str, shard: str) -> bool:
-    try:
-        return bool(filesystem.modified(path) < filesystem.modified(shard))
-    except NotImplementedError:  # a file system without dates
-        return False
+def _open(filesystem: AbstractFileSystem, info: dict[str, Any], shard: str, block: int) -> io.BufferedReader:
+    """Open a tar for reading in blocks of a number of bytes."""
+    if isinstance(filesystem, LocalFileSystem):
+        return io.BufferedReader(io.FileIO(info["name"]), block)
+    return io.BufferedReader(RemoteFile(filesystem, shard, info["size"]), block)
+
+
+def _stamp(info: dict[str, Any]) -> dict[str, str]:
+    """Return what changes if a file is replaced or written again: its inode and dates, but not that of its metadata."""
+    if "ino" in info:
+        return {"ino": str(info["ino"]), "mtime": str(info["mtime"])}
+    return dates(info)
+
+
+def _has_headers(filesystem: AbstractFileSystem, info: dict[str, Any], shard: str, index: dict[str, Any]) -> bool:
+    """Return whether a tar has the headers that its index was made from.
+
+    A local tar is always compared in its first and last header, and in all of them if it has another stamp, such as a
+    copy. A remote tar is compared in its first and last header if it has another stamp.
+    """
+    is_local, same_stamp = isinstance(filesystem, LocalFileSystem), index["stamp"] == _stamp(info)
+    if same_stamp and not is_local:
+        return True
+    places = _header_places(index)
+    with _open(filesystem, info, shard, tarfile.BLOCKSIZE) as file:
+        if is_local and not same_stamp and index["headers"]:
+            return bool(index["headers"] == _hash_headers(file, places))
+        return bool(index["ends"] == _hash_headers(file, [places[0], places[-1]]))
+
+
+def _header_places(index: dict[str, Any]) -> list[int]:
+    """Return where the headers of the members begin, in bytes, in order; the first block is always one of them."""
+    members = (member for sample in index["samples"].values() for member in sample["members"].values())
+    return sorted({0, *(offset - tarfile.BLOCKSIZE for offset, _ in members)})
+
+
+def _hash_headers(file: io.BufferedIOBase, places: list[int]) -> str:
+    hash_ = hashlib.sha256()
+    for place in places:
+        hash_.update(read_at(file, place, tarfile.BLOCKSIZE))
+    return hash_.hexdigest()
 
 
 def _store_beside(filesystem: AbstractFileSystem, path: str, content: bytes) -> bool:

@@ -20,6 +20,8 @@ from data.members import TEXT_EXTENSIONS, VIDEO_EXTENSIONS, find_video, is_video
 
 _NPY_HEADER = 1024
 """Bytes to read of an npy file for its shape."""
+_COMPARED = 90
+"""Longest key that is compared with the name in a header; longer names are stored elsewhere."""
 _MAX_TEXT = 2**22
 """Bytes of a txt or json above which it is not read."""
 
@@ -84,6 +86,29 @@ def scan_tar(file: BufferedIOBase, size: int) -> dict[str, Any]:
             else:
                 runs.append(_Run("", reason))
     return _merge(runs)
+
+
+def check_header(header: bytes, key: str, size: int) -> None:
+    """Check the header before a member that is read at a place known from an index.
+
+    Args:
+        header: The block before the member.
+        key: Key of its sample.
+        size: Its size in bytes.
+
+    Raises:
+        ValueError: If it is the header of another member: the tar was changed or damaged after it was indexed.
+    """
+    name, field = header[:100].rstrip(b"\0"), header[124:136]
+    if header[257:263] == b"ustar\0" and header[345]:
+        name = header[345:500].rstrip(b"\0") + b"/" + name
+    try:
+        found = int.from_bytes(field[1:], "big") if field[0] & 0x80 else int(field.rstrip(b"\0 ") or b"0", 8)
+        same = found == size and (len(key) > _COMPARED or not key.isascii() or name.startswith(key.encode() + b"."))
+    except (ValueError, IndexError):
+        same = False
+    if not same:
+        raise ValueError("its shard is no longer the one that was indexed, or is damaged: start again")
 
 
 def _scan_members(tar: tarfile.TarFile, file: BufferedIOBase, size: int, runs: list[_Run]) -> str:
