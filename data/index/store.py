@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
@@ -23,6 +24,8 @@ _BLOCK = 2**16
 """Bytes of one request while a tar is scanned: a header, the head of the clip and the small members behind it."""
 _DATES = {"mtime", "created", "lastmodified", "last_modified", "updated", "etag"}
 """Names, in lower case without hyphens, under which file systems report values that change with the content."""
+_COUNTS = (2, 64, 2**62)
+"""Numbers of headers that are hashed together: the first and last, some, and all."""
 _READ_ONLY_PROTOCOLS = {"github", "hf", "http", "https"}
 """Protocols over which no index is written: that would fail, or publish it."""
 
@@ -46,9 +49,12 @@ def load_index(filesystem: AbstractFileSystem, shard: str) -> dict[str, Any] | N
     path = _index_path(shard)
     try:
         cached = _cache_path(filesystem, info)
-        index = json.loads(cached.read_text() if cached.exists() else filesystem.cat_file(path))
+        if cached.exists():
+            index, is_older = json.loads(cached.read_text()), False
+        else:
+            index, is_older = json.loads(filesystem.cat_file(path)), _is_older(filesystem, path, shard)
         is_current = index["version"] == _VERSION and index["tar_size"] == info["size"]
-        valid = is_current and _has_headers(filesystem, info, shard, index)
+        valid = is_current and _has_headers(filesystem, info, shard, index, is_older)
     except Exception:  # each file system has its own errors, and after any of them a new index can be made
         return None
     return index if valid else None
@@ -74,13 +80,13 @@ def make_index(filesystem: AbstractFileSystem, shard: str) -> dict[str, Any]:
             f"The server of '{shard}' does not report the file's size, which reading by offset needs: copy the shards "
             "to another server or to a disk."
         )
-    index: dict[str, Any] = {"version": _VERSION, "tar_size": info["size"], "stamp": _stamp(info)}
+    index: dict[str, Any] = {"version": _VERSION, "tar_size": info["size"]}
     try:
         with _open(filesystem, info, shard, _BLOCK) as file:
             index |= scan_tar(file, info["size"])
             places = _header_places(index)
-            index["ends"] = _hash_headers(file, [places[0], places[-1]])
-            index["headers"] = _hash_headers(file, places) if isinstance(filesystem, LocalFileSystem) else ""
+            counts = _COUNTS if isinstance(filesystem, LocalFileSystem) else _COUNTS[:1]
+            index["headers"] = {str(count): _hash_headers(file, places, count) for count in counts}
     except tarfile.TarError as error:
         raise UserError(f"'{shard}' is not a tar file ({error}): make or copy it again.") from error
     content = json.dumps(index).encode()
@@ -121,27 +127,28 @@ def _open(filesystem: AbstractFileSystem, info: dict[str, Any], shard: str, bloc
     return io.BufferedReader(RemoteFile(filesystem, shard, info["size"]), block)
 
 
-def _stamp(info: dict[str, Any]) -> dict[str, str]:
-    """Return what changes if a file is replaced or written again: its inode and dates, but not that of its metadata."""
-    if "ino" in info:
-        return {"ino": str(info["ino"]), "mtime": str(info["mtime"])}
-    return dates(info)
+def _is_older(filesystem: AbstractFileSystem, path: str, shard: str) -> bool:
+    try:
+        return bool(filesystem.modified(path) < filesystem.modified(shard))
+    except NotImplementedError:  # a file system without dates
+        return False
 
 
-def _has_headers(filesystem: AbstractFileSystem, info: dict[str, Any], shard: str, index: dict[str, Any]) -> bool:
-    """Return whether a tar has the headers that its index was made from.
+def _has_headers(
+    filesystem: AbstractFileSystem, info: dict[str, Any], shard: str, index: dict[str, Any], is_older: bool
+) -> bool:
+    """Return whether a tar has the headers from which its index was made.
 
-    A local tar is always compared in its first and last header, and in all of them if it has another stamp, such as a
-    copy. A remote tar is compared in its first and last header if it has another stamp.
+    Of a local tar some headers are compared, or all if it is newer than its index, such as a copy; of a remote tar the
+    first and last if it is newer. What differs elsewhere shows when a sample is read.
     """
-    is_local, same_stamp = isinstance(filesystem, LocalFileSystem), index["stamp"] == _stamp(info)
-    if same_stamp and not is_local:
+    is_local = isinstance(filesystem, LocalFileSystem)
+    if not is_local and not is_older:
         return True
-    places = _header_places(index)
+    counts = [str(count) for count in _COUNTS] if is_local else ["2"]
+    count = max(set(counts[: 3 if is_older else 2]) & index["headers"].keys(), key=int)
     with _open(filesystem, info, shard, tarfile.BLOCKSIZE) as file:
-        if is_local and not same_stamp and index["headers"]:
-            return bool(index["headers"] == _hash_headers(file, places))
-        return bool(index["ends"] == _hash_headers(file, [places[0], places[-1]]))
+        return bool(index["headers"][count] == _hash_headers(file, _header_places(index), int(count)))
 
 
 def _header_places(index: dict[str, Any]) -> list[int]:
@@ -150,10 +157,12 @@ def _header_places(index: dict[str, Any]) -> list[int]:
     return sorted({0, *(offset - tarfile.BLOCKSIZE for offset, _ in members)})
 
 
-def _hash_headers(file: io.BufferedIOBase, places: list[int]) -> str:
+def _hash_headers(file: io.BufferedIOBase, places: list[int], count: int) -> str:
+    """Return a hash of up to `count` of the headers, the first and last among them."""
     hash_ = hashlib.sha256()
-    for place in places:
-        hash_.update(read_at(file, place, tarfile.BLOCKSIZE))
+    numbers = np.linspace(0, len(places) - 1, min(count, len(places) + 1)).round().astype(int)
+    for number in np.unique(numbers):
+        hash_.update(read_at(file, places[number], tarfile.BLOCKSIZE))
     return hash_.hexdigest()
 
 

@@ -2,10 +2,12 @@ import gzip
 import io
 import os
 import re
+import struct
 import subprocess
 import sys
 import tarfile
 import time
+import tracemalloc
 
 import av
 import fsspec
@@ -236,6 +238,32 @@ def test_the_index_describes_a_video_as_a_probe_of_the_whole_file(tmp_path):
     }
     assert found == {name: tuple(probe(content)) for name, content in videos.items()}
     assert found["front"] == found["behind"] == (12, 8, 64, 96)
+
+
+def test_another_tar_of_the_same_size_under_the_old_name(tmp_path):
+    path = tar_of(tmp_path / "0.tar", ("a.txt", b"x" * 100), ("b.txt", b"y" * 300))
+    before = ShardSet(tmp_path)
+    other = tar_of(tmp_path / "other", ("a.txt", b"x" * 300), ("b.txt", b"y" * 100))
+    os.utime(other, (1, 1))
+    assert other.stat().st_size == path.stat().st_size
+    other.replace(path)
+    with pytest.raises(ValueError, match="no longer the one that was indexed"):
+        before.read(before.samples[1], "txt")
+    after = ShardSet(tmp_path)
+    assert after.read(after.samples[1], "txt") == {"txt": b"y" * 100}
+
+
+def test_a_large_video_is_indexed_in_little_memory(tmp_path):
+    mp4 = encode_mp4(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), 8)
+    at, more = mp4.index(b"mdat") - 4, 2**25
+    large = mp4[:at] + struct.pack(">I", len(mp4) - at + more) + mp4[at + 4 :] + bytes(more)
+    tar_of(tmp_path / "0.tar", ("a.mp4", large), ("b.mp4", mp4))
+    tracemalloc.start()
+    samples = ShardSet(tmp_path).samples
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert samples[0].frames == samples[1].frames == 4
+    assert peak < more / 4
 
 
 def samples_of(*names):
