@@ -141,6 +141,10 @@ class GenerationLogger(ValidationLogger):
         self.prompts = [unescape(prompt) for prompt in prompts]
         self._text: TextEmbedding | None = None
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save the prompts, the examples of an exported model."""
+        checkpoint["prompts"] = self.prompts
+
     def log_videos(self, trainer: Trainer, pl_module: LightningModule, batch: object) -> None:
         """Generate and log one video for each prompt; the prompts are embedded the first time only."""
         if self._text is None:

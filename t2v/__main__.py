@@ -30,11 +30,12 @@ def generate(
     device: str | None = None,
     text_device: str | None = None,
     parallel: int | Literal["auto"] = "auto",
+    revision: str | None = None,
 ) -> None:
     """Generate one video from text and write it as an mp4.
 
     Args:
-        folder: An exported model, as `python -m t2v export` writes it.
+        folder: An exported model, as `python -m t2v export` writes it, or a repository of the Hub, user/name.
         prompt: The text.
         output: The .mp4 file to write; an existing file is replaced.
         frames: Length of the video; the model's default if not given.
@@ -48,6 +49,7 @@ def generate(
         text_device: Device of the text encoder; that of the models if not given.
         parallel: Tokens that a pass of the transformer computes; 1 is one after the other, auto as many as are worth it
             on this kind of device. The video is the same with any number, up to rounding.
+        revision: Branch, tag or commit of a repository.
 
     Raises:
         UserError: If an argument is invalid, the model cannot be loaded, or the video cannot be written.
@@ -56,7 +58,7 @@ def generate(
     from t2v.generation.text_to_video import TextToVideo
     from t2v.video import Mp4Writer
 
-    model = TextToVideo.from_pretrained(folder, weights, compiled, dtype, device, text_device)
+    model = TextToVideo.from_pretrained(folder, weights, compiled, dtype, device, text_device, revision)
     stream = model.stream(prompt, frames, seed, guidance=guidance, parallel=parallel)
     try:
         with Mp4Writer(output, model.fps) as file:
@@ -78,7 +80,8 @@ def export(checkpoint: str, folder: str, tokenizer: str | None = None) -> None:
     Raises:
         UserError: If a file is missing or damaged, or the folder cannot be written.
     """
-    from t2v.generation.text_to_video import TextToVideo, check_target
+    from t2v.generation.loading import check_target
+    from t2v.generation.text_to_video import TextToVideo
 
     check_target(Path(folder))  # first, since reading the checkpoint takes longer
     TextToVideo.from_checkpoint(checkpoint, tokenizer).save_pretrained(folder)
@@ -94,11 +97,12 @@ def app(
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     device: str | None = None,
     text_device: str | None = None,
+    revision: str | None = None,
 ) -> None:
     """Serve a page on this computer, on which to generate videos in a browser.
 
     Args:
-        folder: An exported model, as `python -m t2v export` writes it.
+        folder: An exported model, as `python -m t2v export` writes it, or a repository of the Hub, user/name.
         port: Port of 127.0.0.1.
         browser: Open the page in the default browser.
         weights: Storage of the transformer's weights: unchanged, or quantized to 8 or 4 bits.
@@ -107,6 +111,7 @@ def app(
             without bfloat16 units.
         device: Device of the models, such as cpu or cuda:0; the first GPU if there is one, else the CPU.
         text_device: Device of the text encoder; that of the models if not given.
+        revision: Branch, tag or commit of a repository.
 
     Raises:
         UserError: If Gradio is not installed, the model cannot be loaded, or the port is in use.
@@ -119,8 +124,8 @@ def app(
         raise UserError('The page needs Gradio, which is not installed: pip install -e ".[app]".') from error
     from t2v.generation.text_to_video import TextToVideo
 
-    model = TextToVideo.from_pretrained(folder, weights, compiled, dtype, device, text_device)
-    serve(model, Path(folder).resolve().name, [], port, browser)
+    model = TextToVideo.from_pretrained(folder, weights, compiled, dtype, device, text_device, revision)
+    serve(model, Path(folder).resolve().name, model.prompts, port, browser)
 
 
 def _check_output(output: Path) -> None:

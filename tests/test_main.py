@@ -64,6 +64,9 @@ def test_an_exported_model_generates_what_its_checkpoint_generates(trained_pipel
         model = TextToVideo.from_checkpoint(trained_pipeline.checkpoint("transformer"))
     loaded = TextToVideo.from_pretrained(exported)
     assert (loaded.fps, loaded.frames, loaded.guidance, loaded.sampler.temperature(0, 5)) == (8.0, 5, 1.8, 0.5)
+    assert loaded.prompts == model.prompts
+    assert loaded.prompts[0] == "a small red circle moves left slowly"
+    assert loaded.training["optimizer steps"] == 12
     assert torch.equal(loaded.generate("a red circle", seed=2), model.generate("a red circle", seed=2))
 
 
@@ -122,7 +125,7 @@ def test_a_missing_model_is_one_error_line(tmp_path, error_line):
 
 def test_a_command_without_its_arguments_is_one_error_line(tmp_path, error_line):
     assert error_line("generate", tmp_path) == "the following arguments are required: generate.prompt"
-    assert "one of {generate,export}" in error_line()
+    assert "one of {generate,export,app}" in error_line()
 
 
 def test_export_refuses_a_folder_with_files_and_a_missing_checkpoint(exported, tmp_path, error_line):

@@ -1,10 +1,14 @@
-"""Models saved as a folder of safetensors and JSON, and loaded strictly."""
+"""Models saved as a folder of safetensors and JSON, and loaded strictly; folders of Hugging Face's Hub."""
 
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub import HfApi, PyTorchModelHubMixin, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -93,3 +97,65 @@ def _read(path: Path, layouts: dict[str, Tensor], device: torch.device, dtype: t
                 with safe_open(path, framework="pt") as own:
                     tensors[name] = torch.empty_like(layout, device=device, dtype=wanted).copy_(own.get_tensor(name))
     return tensors
+
+
+def find_folder(name: str | Path, revision: str | None, files: Sequence[str]) -> Path:
+    """Return a local folder, or download a repository of the Hub into its cache.
+
+    Args:
+        name: Path of a folder. If there is none, and it has the form "user/name", it is a repository.
+        revision: Branch, tag or commit of the repository; its main branch by default.
+        files: Which files to download.
+
+    Raises:
+        UserError: If there is neither, the Hub cannot be reached, or a revision of a local folder is asked for.
+    """
+    folder = Path(name)
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name), re.ASCII):
+        if revision is not None:
+            raise UserError(
+                f"revision={revision} is of a repository of the Hub, but '{name}' is "
+                f"{'a local folder' if folder.exists() else 'none, and no folder'}: leave it out, or give user/name."
+            )
+        return folder
+    at = "" if revision is None else f" with the revision {revision}"
+    with _refusals(
+        f"'{name}' is not an exported model: there is no such folder, and {constants.ENDPOINT} gives no repository of "
+        f"this name{at}"
+    ):
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(files)))
+
+
+def upload_folder(folder: Path, repository: str, revision: str | None, private: bool | None, keep: str) -> str:
+    """Upload a folder to a repository of the Hub in one commit, and return the commit's address.
+
+    Args:
+        folder: The folder.
+        repository: "user/name"; it is made if there is none.
+        revision: Branch; main by default.
+        private: Whether a new repository is private; by default as the account is set up.
+        keep: A file that is not uploaded if the repository has it already.
+
+    Raises:
+        UserError: If the Hub cannot be reached, or refuses.
+    """
+    api = HfApi()
+    with _refusals(f"'{repository}' cannot be uploaded to {constants.ENDPOINT}"):
+        api.create_repo(repository, private=private, exist_ok=True)
+        kept = [keep] if api.file_exists(repository, keep, revision=revision) else None
+        return str(api.upload_folder(repo_id=repository, folder_path=folder, revision=revision, ignore_patterns=kept))
+
+
+@contextmanager
+def _refusals(problem: str) -> Iterator[None]:
+    """Raise what the Hub or the network refuses as a `UserError`; the system's errors, such as a full disk, pass."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        reason = shorten(f"{type(error).__name__}: {error}", 240, placeholder=" …")
+        raise UserError(
+            f"{problem} ({reason}): check the name, the network, HF_HUB_OFFLINE, and for a private repository your "
+            "login by `hf auth login`."
+        ) from error

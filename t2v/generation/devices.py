@@ -1,6 +1,7 @@
 """Device and type of the weights with which models are loaded."""
 
 import torch
+from torch import nn
 
 from t2v.errors import UserError
 
@@ -47,3 +48,8 @@ def cpu_has_bfloat16() -> bool:
     """Return whether this CPU has instructions for products in bfloat16."""
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+
+
+def float_type(model: nn.Module) -> torch.dtype:
+    """Return the type of the weights that are not quantized."""
+    return next(weight.dtype for weight in model.parameters() if weight.is_floating_point())

@@ -1,4 +1,4 @@
-"""Reading a checkpoint to generate with."""
+"""Reading a checkpoint to generate with, and the check of a folder to write."""
 
 from pathlib import Path
 from textwrap import shorten
@@ -32,3 +32,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def reason_of(error: Exception) -> str:
     """Return type and message of an error on one line."""
     return shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")
+
+
+def check_target(folder: Path) -> None:
+    """Check that a folder can be written: it does not exist, or is empty.
+
+    Raises:
+        UserError: If it is something else.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"'{folder}' exists already and is not an empty folder: give another, or remove it.")

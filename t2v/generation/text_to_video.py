@@ -1,7 +1,8 @@
 """From text to video: transformer, VQ-VAE and text encoder together, with the settings of generation."""
 
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from torch import Tensor
 from t2v import __version__
 from t2v.batch import TextEmbedding
 from t2v.checkpoints.config import from_config, to_config
+from t2v.checkpoints.hub import find_folder, upload_folder
 from t2v.checkpoints.storage import check_finite
 from t2v.errors import UserError
 from t2v.files import atomic_path
+from t2v.generation.card import CARD, model_card, training_record
 from t2v.generation.decode import Parallel, generate_frames
-from t2v.generation.devices import find_device, find_dtype
-from t2v.generation.loading import load_checkpoint, reason_of
+from t2v.generation.devices import find_device, find_dtype, float_type
+from t2v.generation.loading import check_target, load_checkpoint, reason_of
 from t2v.generation.quantization import Weights, convert
 from t2v.generation.sampling import Sampler
 from t2v.generation.schedules import Schedule
@@ -35,7 +38,7 @@ FILES = (
     SETTINGS,
     *(f"{part}/{name}" for part in ("transformer", "vqvae") for name in ("config.json", "model.safetensors")),
 )
-"""Files of an exported folder."""
+"""Files of an exported folder that are read; it has a model card too."""
 OBJECT_SETTINGS: dict[str, type] = {"guidance": Schedule, "sampler": Sampler, "text_encoder": TextEncoder}
 """Settings that are objects, written as a class path and arguments."""
 
@@ -54,6 +57,8 @@ class TextToVideo:
         guidance: Guidance scale (classifier-free guidance), a number or a schedule over the frames; 1 is no guidance.
         frames: Default length of a video.
         compiled: Whether to compile the transformer's decoding pass, which takes a minute or more at the first frame.
+        prompts: Example prompts, for the model card and the page.
+        training: What the model was trained on, and its figures, for the model card.
 
     Raises:
         UserError: If the parts do not fit each other.
@@ -69,12 +74,15 @@ class TextToVideo:
         guidance: float | Schedule = 1.0,
         frames: int = 16,
         compiled: bool = False,
+        prompts: Sequence[str] = (),
+        training: Mapping[str, str | int | float] | None = None,
     ) -> None:
         check_parts(transformer, vqvae, text_encoder)
         self.transformer, self.vqvae, self.text_encoder = transformer.eval(), vqvae.eval(), text_encoder
         self.fps, self.frames = fps, frames
         self.sampler, self.guidance = sampler or Sampler(), guidance
         self.compiled = compiled
+        self.prompts, self.training = list(prompts), dict(training or {})
 
     @property
     def device(self) -> torch.device:
@@ -175,7 +183,7 @@ class TextToVideo:
 
     def _to_model(self, text: TextEmbedding) -> TextEmbedding:
         """Return text embeddings on the device of the models and in the type of the transformer."""
-        device, dtype = self.device, _float_type(self.transformer)
+        device, dtype = self.device, float_type(self.transformer)
         return TextEmbedding(text.tokens.to(device, dtype), text.mask.to(device), text.pooled.to(device, dtype))
 
     @torch.inference_mode()
@@ -196,7 +204,7 @@ class TextToVideo:
         return self.vqvae.encode(to_model_range(clips)).expand(batch, -1, -1, -1)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write everything into a folder of safetensors and JSON, which appears complete or not at all.
+        """Write everything into a folder of safetensors and JSON with a model card; it appears complete or not at all.
 
         Args:
             folder: Must not exist yet, or be empty.
@@ -212,15 +220,40 @@ class TextToVideo:
             "fps": self.fps,
             "frames": self.frames,
             **{name: to_config(getattr(self, name)) for name in OBJECT_SETTINGS},
+            "prompts": self.prompts,
+            "training": self.training,
         }
         try:
             folder.absolute().parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(folder.absolute()) as partial:
                 self.transformer.save_pretrained(partial / "transformer")
                 self.vqvae.save_pretrained(partial / "vqvae")
+                for part in ("transformer", "vqvae"):
+                    (partial / part / CARD).unlink(missing_ok=True)  # the folder has one for both
+                model_card(self, folder.absolute().name).save(partial / CARD)
                 (partial / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"Cannot write '{folder}' ({error.strerror or error}): give another folder.") from error
+
+    def push_to_hub(self, repository: str, revision: str | None = None, private: bool | None = None) -> str:
+        """Upload everything to a repository of Hugging Face's Hub; the folder for temporary files needs the space.
+
+        Args:
+            repository: "user/name"; it is made if there is none. A model card that it has is kept.
+            revision: Branch to upload to, which must exist; main by default.
+            private: Whether a new repository is private; by default as the account is set up.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            UserError: If the Hub cannot be reached or refuses; `hf auth login` gives it your token.
+        """
+        with tempfile.TemporaryDirectory(prefix="t2v-hub-") as temporary:
+            folder = Path(temporary) / "model"
+            self.save_pretrained(folder)
+            model_card(self, repository).save(folder / CARD)
+            return upload_folder(folder, repository, revision, private, keep=CARD)
 
     @classmethod
     def from_pretrained(
@@ -231,31 +264,33 @@ class TextToVideo:
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
         text_device: str | torch.device | None = None,
+        revision: str | None = None,
     ) -> "TextToVideo":
-        """Load a folder that `save_pretrained` or `python -m t2v export` wrote. No code is loaded from it.
+        """Load what `save_pretrained`, `push_to_hub` or `python -m t2v export` wrote. No code is loaded from it.
 
         Each weight goes straight to its type and device, so that only one at a time is in memory twice.
 
         Args:
-            folder: Path of the folder.
+            folder: Path of the folder, or else a repository of Hugging Face's Hub, "user/name".
             weights: Storage of the transformer's weights: unchanged, or quantized (see `t2v.generation.quantization`).
             compiled: Whether to compile the decoding pass.
             dtype: Type of the text encoder and of weights that are not quantized: "float32", "bfloat16", or "auto", the
                 type in the folder, but float32 on CPUs without bfloat16 units.
             device: Device of the models; the first GPU if there is one, else the CPU.
             text_device: Device of the text encoder, such as "cpu" for a large one; that of the models by default.
+            revision: Branch, tag or commit of the repository; main by default.
 
         Raises:
-            UserError: If a file is missing, damaged or of another version, the parts do not fit, or a value is invalid.
+            UserError: If something is missing, damaged or of another version, parts do not fit, or a value is invalid.
         """
         device = find_device(device)
         text_device = device if text_device is None else find_device(text_device, "text_device")
         model_dtype, text_dtype = find_dtype(dtype, device), find_dtype(dtype, text_device)
-        folder = Path(folder)
+        given, folder = folder, find_folder(folder, revision, FILES)
         missing = [name for name in FILES if not (folder / name).is_file()]
         if missing:
             raise UserError(
-                f"'{folder}' is not an exported model, it has no {', '.join(missing)}: give a folder that "
+                f"'{given}' is not an exported model, it has no {', '.join(missing)}: give a folder that "
                 "`python -m t2v export` wrote."
             )
         part = SETTINGS
@@ -268,6 +303,7 @@ class TextToVideo:
                 )
             fps, frames = float(settings["fps"]), int(settings["frames"])
             guidance, sampler, encoder = (from_config(settings[key], kind) for key, kind in OBJECT_SETTINGS.items())
+            prompts, training = list(settings.get("prompts", [])), dict(settings.get("training", {}))
             part = "transformer"
             target: dict[str, Any] = {"map_location": device, "dtype": model_dtype}
             transformer = VideoTransformer.from_pretrained(folder / part, **(target if weights == "full" else {}))
@@ -282,8 +318,8 @@ class TextToVideo:
             ) from error
         convert(transformer, weights, device)
         transformer.to(device, model_dtype)
-        encoder.to(text_device, text_dtype or _float_type(transformer))
-        return cls(transformer, vqvae, encoder, fps, sampler, guidance, frames, compiled)
+        encoder.to(text_device, text_dtype or float_type(transformer))
+        return cls(transformer, vqvae, encoder, fps, sampler, guidance, frames, compiled, prompts, training)
 
     @classmethod
     def from_checkpoint(
@@ -341,12 +377,8 @@ class TextToVideo:
                     "it was trained with."
                 )
         convert(transformer, weights)
-        return cls(transformer, vqvae, encoder, fps, sampler, guidance, frames, compiled)
-
-
-def _float_type(model: VideoTransformer) -> torch.dtype:
-    """Return the type of the weights that are not quantized."""
-    return next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
+        prompts, training = checkpoint.get("prompts", []), training_record(checkpoint, Path(path))
+        return cls(transformer, vqvae, encoder, fps, sampler, guidance, frames, compiled, prompts, training)
 
 
 def check_parts(transformer: VideoTransformer, vqvae: VQVAE, text_encoder: TextEncoder) -> None:
@@ -366,13 +398,3 @@ def check_parts(transformer: VideoTransformer, vqvae: VQVAE, text_encoder: TextE
             f"The text encoder {text_encoder.name} has width {text_encoder.width}, but the transformer has "
             f"text.dim={transformer.text.dim}: they must be equal."
         )
-
-
-def check_target(folder: Path) -> None:
-    """Check that a folder can be written: it does not exist, or is empty.
-
-    Raises:
-        UserError: If it is something else.
-    """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"'{folder}' exists already and is not an empty folder: give another, or remove it.")
