@@ -246,14 +246,9 @@ def _one_line(text: str, limit: int = _LIMIT) -> str:
 
 def parsing_message(error: BaseException) -> str:
     """Return the message of jsonargparse's error on one line, without the types that it tried."""
-    noise: tuple[str, ...] = (
-        "Does not validate",
-        "Subtypes:",
-        "Errors:",
-        "Expected a <class 'NoneType'>",
-        "Given value",
-    )
-    lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
-    if any(line.startswith("Problem with given class_path") for line in lines):
-        noise = (*noise, "Expected a ")  # other types, which were not meant
-    return _one_line(" ".join(line for line in lines if line and not line.startswith(noise)))
+    noise = ("Does not validate", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value")
+    lines = str(error).splitlines()
+    meant = [line.partition("Problem with given class_path")[0] for line in lines if "with given class_path" in line]
+    other_types = tuple(f"{bullet}Expected a " for bullet in meant if bullet.endswith("- "))  # items of the same list
+    kept = [line.strip().removeprefix("- ") for line in lines if not line.startswith(other_types)]
+    return _one_line(" ".join(line for line in kept if line and not line.startswith(noise)))

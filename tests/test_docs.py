@@ -150,11 +150,12 @@ def parser():
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
-    """A folder with the configs, the YAML blocks that begin with a file name, and the config of a run."""
+    """A folder with the configs, the YAML blocks that begin with a file name, and the configs of runs."""
     folder = tmp_path_factory.mktemp("checkout")
     (folder / "configs").symlink_to(ROOT / "configs")
-    (folder / "runs/demo/transformer").mkdir(parents=True)
-    (folder / "runs/demo/transformer/config.yaml").symlink_to(ROOT / "configs/transformer/shapes.yaml")
+    for run, config in (("demo/transformer", "transformer/shapes.yaml"), ("moved", "vqvae/shapes.yaml")):
+        (folder / "runs" / run).mkdir(parents=True)
+        (folder / "runs" / run / "config.yaml").symlink_to(ROOT / "configs" / config)
     for block in (block for path in DOCUMENTS for block in blocks(path, "yaml")):
         if name := re.match(r"# ([\w-]+\.yaml)\n", block):
             (folder / name[1]).write_text(block)

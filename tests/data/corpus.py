@@ -6,7 +6,6 @@
 
 import random
 import struct
-import sys
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 import av
 import numpy as np
 from jaxtyping import UInt8
+
+from t2v.errors import run_tool
 
 Picture = UInt8[np.ndarray, "height width c"]
 
@@ -332,8 +333,12 @@ def interlaced(path: Path) -> None:
     encode(path, pictures, fps=25, options={"crf": "4", "x264-params": "interlaced=1:tff=1"})
 
 
-def main(folder: Path) -> None:
-    """Write all files into a folder."""
+def write_corpus(folder: Path) -> None:
+    """Write all files into a folder.
+
+    Args:
+        folder: Folder to create.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name, make in {**TIMES, **SHAPES}.items():
         make(folder / name)
@@ -343,4 +348,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_tool(write_corpus)

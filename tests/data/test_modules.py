@@ -191,8 +191,10 @@ def test_a_batch_larger_than_the_data_is_refused(videos, tmp_path):
 
 
 def test_numbers_out_of_range_are_refused():
-    with pytest.raises(UserError, match=r"data\.frames=0, data\.fps=-1.0 must be greater than 0"):
-        video_module("a", "b", frames=0, fps=-1.0)
+    with pytest.raises(UserError, match=r"data\.frames=0 must be greater than 0"):
+        video_module("a", "b", frames=0)
+    with pytest.raises(UserError, match=r"data\.fps=-1\.0 must be greater than 0"):
+        video_module("a", "b", fps=-1.0)
 
 
 def test_missing_shards_are_reported_before_the_run(tmp_path):

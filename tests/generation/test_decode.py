@@ -109,7 +109,7 @@ def test_schedules_get_the_frame_number_and_the_length(transformer):
         ({"frames": 0}, "frames=0 must be at least 1"),
         ({"seeds": [1]}, "1 seeds for 3 texts"),
         ({"guidance": float("nan")}, "guidance=nan must be a finite number"),
-        ({"guidance": Interval(float("inf"), 0.5, 1.0)}, "guidance=inf must be a finite number"),
+        ({"guidance": float("inf")}, "guidance=inf must be a finite number"),
         ({"sampler": Sampler(Linear(1.0, -1.0))}, "temperature=0.0 at frame 2 of 5"),
         ({"start": torch.zeros(3, 5, 2, 2)}, "number of start frames, 5, must be .* less than frames=5"),
         ({"start": torch.zeros(3, 0, 2, 2)}, "number of start frames, 0, must be at least 1"),

@@ -154,12 +154,12 @@ def test_fit_warns_of_clips_shorter_than_the_window_and_the_videos(tmp_path, gen
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("corruption", 1.0, r"objective\.corruption=1\.0 must lie in \[0, 1\)"),
-        ("corruption", -0.1, r"objective\.corruption=-0\.1 must lie in \[0, 1\)"),
-        ("label_smoothing", 1.5, r"objective\.label_smoothing=1\.5 must lie in \[0, 1\)"),
-        ("label_smoothing", math.nan, r"objective\.label_smoothing=nan must lie in \[0, 1\)"),
-        ("z_loss", -1e-4, r"objective\.z_loss=-0\.0001 must be a finite weight of at least 0"),
-        ("z_loss", math.inf, r"objective\.z_loss=inf must be a finite weight of at least 0"),
+        ("corruption", 1.0, r"corruption=1\.0 must lie in \[0, 1\) \(objective\)"),
+        ("corruption", -0.1, r"corruption=-0\.1 must lie in \[0, 1\) \(objective\)"),
+        ("label_smoothing", 1.5, r"label_smoothing=1\.5 must lie in \[0, 1\) \(objective\)"),
+        ("label_smoothing", math.nan, r"label_smoothing=nan must lie in \[0, 1\) \(objective\)"),
+        ("z_loss", -1e-4, r"z_loss=-0\.0001 must be at least 0 \(objective\)"),
+        ("z_loss", math.inf, r"z_loss=inf must be at least 0 and finite \(objective\)"),
     ],
 )
 def test_options_out_of_range_are_rejected(option, value, message):

@@ -131,7 +131,7 @@ def test_chunks_of_similarities_choose_the_same_codes(monkeypatch):
 def test_restarts_do_not_depend_on_the_number_of_vectors(copies):
     """1 of 200 vectors chooses the first of four codes: 2 % of the average."""
     for restart_below, restarted in ((0.01, False), (0.03, True)):
-        quantizer = VectorQuantizer(codebook_size=4, dim=4, decay=0.0, restart_below=restart_below).train()
+        quantizer = VectorQuantizer(codebook_size=4, dim=4, decay=1e-6, restart_below=restart_below).train()
         quantizer.load_state_dict(
             {"codes": torch.eye(4), "sums": torch.eye(4), "counts": torch.ones(4), "initialized": torch.tensor(True)}
         )
