@@ -6,11 +6,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
+from t2v.checkpoints.lookup import is_local
 from t2v.checkpoints.storage import remove_checkpoint
 from t2v.files import remove
 from t2v.training.lightning_private import checkpoint_intervals
@@ -111,7 +110,7 @@ class LastCheckpoint(Callback):
                 trainer.save_checkpoint(path, weights_only=False)
             finally:
                 self._saving = False
-            if trainer.is_global_zero and _is_local(path):
+            if trainer.is_global_zero and is_local(path):
                 for other in Path(path).parent.glob("last-*.ckpt"):
                     if re.fullmatch(r"last-(v\d+|old)\.ckpt", other.name):  # the run was resumed from it
                         remove_checkpoint(other)
@@ -132,17 +131,13 @@ def save_last(trainer: Trainer) -> bool:
     return any(saved)
 
 
-def _is_local(path: str | os.PathLike[str]) -> bool:
-    return isinstance(url_to_fs(os.fspath(path))[0], LocalFileSystem)
-
-
 def _clear_folder(saver: ModelCheckpoint, ckpt_path: str | os.PathLike[str] | None) -> None:
     """Move the checkpoints of another run to a new folder ``earlier-N``, and remove what a killed run left.
 
     In a folder that the run was resumed from, these are the ``last*.ckpt`` that it was not resumed from.
     """
     folder = Path(saver.dirpath or "")
-    if not _is_local(folder) or not folder.is_dir():
+    if not is_local(folder) or not folder.is_dir():
         return
     for partial in folder.glob("*.ckpt.partial"):
         remove(partial)

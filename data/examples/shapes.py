@@ -30,8 +30,8 @@ from jaxtyping import Float64, UInt8
 from torch import Tensor
 
 from data.examples import is_complete
-from data.examples.writer import write_split
-from t2v.errors import UserError, run_tool
+from data.examples.writer import check_counts, write_split
+from t2v.errors import run_tool
 
 T = TypeVar("T")
 
@@ -288,10 +288,7 @@ def make_shapes(out: Path, train_clips: int = 3600, val_clips: int = 360, seed: 
         seed: Equal seeds give equal files.
         num_workers: Processes that draw and encode.
     """
-    if min(train_clips, val_clips, num_workers) < 1:
-        raise UserError(
-            f"train_clips={train_clips}, val_clips={val_clips} and num_workers={num_workers} must all be at least 1."
-        )
+    check_counts(train_clips=train_clips, val_clips=val_clips, num_workers=num_workers)
     out.mkdir(parents=True, exist_ok=True)
     for split, clips in (("train", train_clips), ("val", val_clips)):
         folder = out / split

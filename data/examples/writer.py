@@ -12,10 +12,25 @@ from jaxtyping import UInt8
 from torch import Tensor
 from tqdm import tqdm
 
+from t2v.errors import UserError
 from t2v.files import atomic_path
 from t2v.video import encode_mp4
 
 Clip = TypeVar("Clip")
+
+
+def check_counts(**counts: int) -> None:
+    """Check the numbers of clips, frames and processes of an example data set.
+
+    Args:
+        counts: At least two, by the names of the arguments.
+
+    Raises:
+        UserError: If one is less than 1.
+    """
+    if min(counts.values()) < 1:
+        *first, last = (f"{name}={count}" for name, count in counts.items())
+        raise UserError(f"{', '.join(first)} and {last} must all be at least 1.")
 
 
 def write_split(

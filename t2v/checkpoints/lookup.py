@@ -1,5 +1,6 @@
 """Finding training checkpoints and reading how their model was built, on disk or remote (fsspec)."""
 
+import os
 import warnings
 from pathlib import PurePath
 from typing import Any
@@ -57,6 +58,11 @@ def newest_last(folder: str) -> str | None:
             "damaged. Give the path of another to --ckpt_path, or leave it out to start again."
         )
     return None
+
+
+def is_local(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path, or an address that fsspec reads, is on a local file system."""
+    return isinstance(fsspec.url_to_fs(os.fspath(path))[0], LocalFileSystem)
 
 
 def read_model_config(path: str) -> dict[str, Any] | None:

@@ -8,10 +8,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import torch
 import torch.distributed.checkpoint as dcp
-from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -29,6 +27,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from t2v.checkpoints.lookup import is_local
 from t2v.checkpoints.storage import (
     MARKER,
     is_complete,
@@ -195,7 +194,7 @@ class FolderCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write a file, which appears when it is complete; Lightning would write it to TMPDIR and then copy it."""
-        if isinstance(fsspec.url_to_fs(str(path))[0], LocalFileSystem):
+        if is_local(path):
             write_checkpoint(checkpoint, Path(path))
         else:
             super().save_checkpoint(checkpoint, path, storage_options)
