@@ -1,7 +1,5 @@
 """What a run keeps and says, through the command line: kills, signals, resuming, moved folders and limits."""
 
-import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -12,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.pipeline import Pipeline
+from tests.support.pipeline import ROOT, Pipeline
 
 OFTEN = """
 trainer:
@@ -28,14 +26,16 @@ def pipeline(copy_pipeline) -> Pipeline:
     return copy_pipeline()
 
 
-def fit(
-    pipeline: Pipeline, *flags: str, options: str = "every_n_train_steps: 2, save_top_k: 0", resume: bool = True
-) -> int:
+def fit(pipeline: Pipeline, *flags: str, options: str = EVERY_2_STEPS, resume: bool = True) -> int:
     """Train stage 1 with frequent checkpoints, and return the exit status."""
+    return status(pipeline, *fit_command(pipeline, *flags, options=options, resume=resume))
+
+
+def fit_command(pipeline: Pipeline, *flags: str, options: str = EVERY_2_STEPS, resume: bool = True) -> tuple[str, ...]:
     often = pipeline.folder / "often.yaml"
     often.write_text(OFTEN.replace("OPTIONS", options))
     last = ["--ckpt_path", "last"] if resume else []
-    return status(pipeline, "fit", *pipeline.config("vqvae"), "-c", str(often), *last, *flags)
+    return "fit", *pipeline.config("vqvae"), "-c", str(often), *last, *flags
 
 
 def status(pipeline: Pipeline, *command: str) -> int:
@@ -46,17 +46,27 @@ def status(pipeline: Pipeline, *command: str) -> int:
     return 0
 
 
-def in_child(action: Any) -> int:
-    """Run a function in a forked process, and return its status: minus a signal, if one killed it."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            code = action()
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+IN_CHILD = f"""
+import resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it
+if int(sys.argv[1]):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+sys.argv[1:2] = []
+sys.path.insert(0, {str(ROOT)!r})
+runpy.run_path({str(ROOT / "cli.py")!r}, run_name="__main__")
+"""
+
+
+def in_child(pipeline: Pipeline, *command: str, largest_file: int = 0) -> int:
+    """Run a command in a process of its own, and return its status: minus a signal, if one killed it.
+
+    Args:
+        pipeline: Its folder is the working directory.
+        command: The command line.
+        largest_file: Bytes of a file at which the system ends the process; 0 for any.
+    """
+    words = [sys.executable, "-c", IN_CHILD, str(largest_file), *command]
+    return subprocess.run(words, cwd=pipeline.folder, check=False).returncode
 
 
 def killer(step: int, name: str, times: int = 1) -> list[str]:
@@ -83,13 +93,9 @@ def test_a_kill_while_saving_keeps_the_old_checkpoint(pipeline, monkeypatch, cap
     before = checkpoint.read_bytes()
     monkeypatch.setenv("TMPDIR", "/dev/shm")
 
-    def killed_at_half() -> int:
-        """The limit of the size of files ends the process in the middle of its first save."""
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, resource.RLIM_INFINITY))
-        return fit(pipeline, "--trainer.max_steps=20")
-
-    assert in_child(killed_at_half) == -signal.SIGXFSZ
+    # The limit of the size of files ends the process in the middle of its first save.
+    command = fit_command(pipeline, "--trainer.max_steps=20")
+    assert in_child(pipeline, *command, largest_file=len(before) // 2) == -signal.SIGXFSZ
     assert checkpoint.read_bytes() == before
     assert names(checkpoint.parent) == ["last.ckpt", "last.ckpt.partial"]
     capfd.readouterr()
@@ -102,7 +108,7 @@ def test_a_monitor_does_not_hold_last_ckpt_back(pipeline):
     checkpoint = pipeline.checkpoint("vqvae")
     shutil.rmtree(checkpoint.parent)
     options = "every_n_train_steps: 2, monitor: val/psnr, mode: min, save_top_k: 1"  # the first is the best
-    assert in_child(lambda: fit(pipeline, *killer(9, "SIGKILL"), options=options)) == -signal.SIGKILL
+    assert in_child(pipeline, *fit_command(pipeline, *killer(9, "SIGKILL"), options=options)) == -signal.SIGKILL
     assert step(checkpoint) == 8
     assert len(names(checkpoint.parent)) == 2
 
