@@ -4,7 +4,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from t2v.errors import UserError
+from t2v.errors import check_range
 
 
 class AccumulationScale(Callback):
@@ -23,11 +23,7 @@ class AccumulationScale(Callback):
         Raises:
             UserError: If ``accumulate_grad_batches`` is below 1.
         """
-        if trainer.accumulate_grad_batches < 1:
-            raise UserError(
-                f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} must be at least 1, which is no "
-                "accumulation."
-            )
+        check_range("trainer", "[1, inf)", accumulate_grad_batches=trainer.accumulate_grad_batches)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from the first batch."""

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from errno import EACCES, EDQUOT, EIO, EMFILE, ENAMETOOLONG, ENOENT, ENOSPC, EPERM, EROFS
+from textwrap import shorten
 from types import TracebackType
 from typing import Any
 
@@ -109,6 +110,16 @@ def run_tool(commands: Callable[..., Any] | dict[str, Callable[..., Any]]) -> No
     except KeyboardInterrupt:
         sys.stderr.write("\nerror: Interrupted.\n")
         raise SystemExit(130) from None
+
+
+def reason_of(error: Exception, width: int = 200) -> str:
+    """Return type and message of an error on one line, to be repeated in the sentence of a `UserError`.
+
+    Args:
+        error: The error of another library.
+        width: Most letters.
+    """
+    return shorten(f"{type(error).__name__}: {error}", width, placeholder=" …")
 
 
 @contextmanager

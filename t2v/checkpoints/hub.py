@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from t2v.errors import UserError
+from t2v.errors import UserError, reason_of
 from t2v.files import allow_by_umask
 
 
@@ -154,8 +153,7 @@ def _refusals(problem: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno:
             raise
-        reason = shorten(f"{type(error).__name__}: {error}", 240, placeholder=" …")
         raise UserError(
-            f"{problem} ({reason}): check the name, the network, HF_HUB_OFFLINE, and for a private repository your "
-            "login by `hf auth login`."
+            f"{problem} ({reason_of(error, 240)}): check the name, the network, HF_HUB_OFFLINE, and for a private "
+            "repository your login by `hf auth login`."
         ) from error

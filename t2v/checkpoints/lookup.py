@@ -10,7 +10,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from t2v.checkpoints.storage import MARKER, is_complete, saved_step
-from t2v.errors import UserError
+from t2v.errors import UserError, reason_of
 
 
 def newest_last(folder: str) -> str | None:
@@ -95,10 +95,9 @@ def read_model_config(path: str) -> dict[str, Any] | None:
                 checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         arguments = dict(checkpoint.get("hyper_parameters", {}))
     except Exception as error:
-        reason = str(error).split("\n", 1)[0]
         raise UserError(
-            f"{path} is not a checkpoint of this program, or it is damaged ({type(error).__name__}: {reason}): "
-            "give the path of a .ckpt file that `fit` wrote to --ckpt_path."
+            f"{path} is not a checkpoint of this program, or it is damaged ({reason_of(error)}): give the "
+            "path of a .ckpt file that `fit` wrote to --ckpt_path."
         ) from error
     arguments.pop("_instantiator", None)
     class_path = arguments.pop("_class_path", None)

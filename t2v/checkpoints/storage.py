@@ -134,6 +134,22 @@ def saved_step(path: str | Path) -> int | None:
         return None
 
 
+def model_weights(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, torch.Tensor]:
+    """Return the weights of the network that a LightningModule has as `model`, under the network's own names.
+
+    Args:
+        checkpoint: A checkpoint of either stage.
+        path: Where it is from, for the message.
+
+    Raises:
+        UserError: If a weight is NaN or infinite.
+    """
+    stored = checkpoint["state_dict"].items()
+    weights = {name.removeprefix("model."): value for name, value in stored if name.startswith("model.")}
+    check_finite(weights, f"'{path}'")
+    return weights
+
+
 def check_finite(tensors: Mapping[str, Any], source: str) -> None:
     """Check that weights are finite.
 

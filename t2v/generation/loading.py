@@ -1,11 +1,10 @@
 """Reading a checkpoint to generate with, and the check of a folder to write."""
 
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 from t2v.checkpoints.storage import read_checkpoint
-from t2v.errors import UserError
+from t2v.errors import UserError, reason_of
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -27,11 +26,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"'{path}' is not a checkpoint, or it is damaged ({reason_of(error)}): give the path of a .ckpt file that "
             "`fit` of stage 2 wrote."
         ) from error
-
-
-def reason_of(error: Exception) -> str:
-    """Return type and message of an error on one line."""
-    return shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")
 
 
 def check_target(folder: Path) -> None:

@@ -15,13 +15,13 @@ from t2v import __version__
 from t2v.batch import TextEmbedding
 from t2v.checkpoints.config import from_config, to_config
 from t2v.checkpoints.hub import find_folder, upload_folder
-from t2v.checkpoints.storage import check_finite
-from t2v.errors import UserError
+from t2v.checkpoints.storage import model_weights
+from t2v.errors import UserError, reason_of
 from t2v.files import atomic_path
 from t2v.generation.card import CARD, model_card, training_record
 from t2v.generation.decode import Parallel, generate_frames
 from t2v.generation.devices import find_device, find_dtype, float_type
-from t2v.generation.loading import check_target, load_checkpoint, reason_of
+from t2v.generation.loading import check_target, load_checkpoint
 from t2v.generation.quantization import Weights, convert
 from t2v.generation.sampling import Sampler
 from t2v.generation.schedules import Schedule
@@ -352,10 +352,7 @@ class TextToVideo:
             guidance, sampler, encoder = (from_config(objects[key], kind) for key, kind in OBJECT_SETTINGS.items())
             with torch.device("meta"):  # takes no time or memory for weights that are replaced
                 transformer = VideoTransformer.from_config({**arguments["model"]["init_args"], "device": None})
-            stored = checkpoint["state_dict"].items()
-            state = {name.removeprefix("model."): value for name, value in stored if name.startswith("model.")}
-            check_finite(state, f"'{path}'")
-            transformer.load_state_dict(state, assign=True)
+            transformer.load_state_dict(model_weights(checkpoint, path), assign=True)
             transformer.requires_grad_(False)
         except UserError:
             raise

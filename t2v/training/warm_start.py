@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from t2v.checkpoints.storage import read_checkpoint
-from t2v.errors import UserError
+from t2v.errors import UserError, reason_of
 from t2v.training.lightning_private import trainer_of
 
 
@@ -37,10 +37,9 @@ def warm_start(module: LightningModule, path: str | None) -> None:
     except UserError:
         raise
     except Exception as error:
-        reason = str(error).split("\n", 1)[0]
         raise UserError(
-            f"model.init_from={path} is not a checkpoint of this program, or it is damaged ({type(error).__name__}: "
-            f"{reason}): give a .ckpt file that `fit` wrote."
+            f"model.init_from={path} is not a checkpoint of this program, or it is damaged ({reason_of(error)}): give "
+            "a .ckpt file that `fit` wrote."
         ) from error
     own: dict[str, Tensor] = module.state_dict()
     unlike = {name for name in own if name not in saved or saved[name].shape != own[name].shape}

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from t2v.checkpoints.storage import check_finite, is_sharded, read_checkpoint
-from t2v.errors import UserError
+from t2v.checkpoints.storage import is_sharded, model_weights, read_checkpoint
+from t2v.errors import UserError, reason_of
 from t2v.vqvae.model import VQVAE
 
 
@@ -27,20 +27,13 @@ def load_vqvae(path: str) -> VQVAE:
     try:
         checkpoint = read_checkpoint(path)
         arguments = checkpoint["hyper_parameters"]["model"]["init_args"]
-        state = {
-            name.removeprefix("model."): value
-            for name, value in checkpoint["state_dict"].items()
-            if name.startswith("model.")
-        }
         model = VQVAE.from_config(arguments)
-        model.load_state_dict(state)
-        check_finite(state, f"'{path}'")
+        model.load_state_dict(model_weights(checkpoint, path))
     except UserError:
         raise
     except Exception as error:
-        reason = str(error).split("\n", 1)[0]
         raise UserError(
-            f"'{path}' is not a checkpoint of stage 1, the VQ-VAE ({type(error).__name__}: {reason}): give the path of "
-            f"one to --model.tokenizer."
+            f"'{path}' is not a checkpoint of stage 1, the VQ-VAE ({reason_of(error)}): give the path of one to "
+            "--model.tokenizer."
         ) from error
     return model.requires_grad_(False).eval()
