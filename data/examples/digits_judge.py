@@ -155,7 +155,7 @@ def _name(parts: list[tuple[int, str]]) -> dict[str, str]:
 def print_accuracy(
     clips: Path, digits: Literal[1, 2] = 1, weights: Path = Path("runs/digits/judge.safetensors"), steps: int = 3000
 ) -> None:
-    """Print the accuracy of the judge on a folder of real clips, with its interval of 95 % confidence.
+    """Print the accuracy of the judge on a folder of real clips.
 
     Args:
         clips: Folder written by `data.examples.moving_digits`, such as `runs/digits/clips/val`.
