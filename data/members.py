@@ -1,6 +1,6 @@
 """The kinds of files, by the extension of their names: videos, pictures, text."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 # fmt: off
 VIDEO_EXTENSIONS = frozenset(
@@ -22,9 +22,17 @@ IMAGE_EXTENSIONS = frozenset(("bmp", "jpeg", "jpg", "png", "tif", "tiff", "webp"
 TEXT_EXTENSIONS = ("txt", "json")
 """Members of a sample in which captions are looked for."""
 
+TOKEN_TEXT_MEMBERS = ("text.npy", "pooled.npy", "json")
+"""Members that a sample with tokens must have beside them."""
 
 _PREVIEWS = ("gif", "mjpeg", "mjpg")
 """Extensions that hold a preview where the sample has another video."""
+
+
+def missing_text(members: Container[str]) -> str:
+    """Return which members with text a sample with tokens lacks, as a reason not to use it; empty if it has all."""
+    missing = [name for name in TOKEN_TEXT_MEMBERS if name not in members]
+    return f"it has no {' and no '.join(missing)}" if missing else ""
 
 
 def is_video(name: str) -> bool:

@@ -11,7 +11,6 @@ changed nothing, or is completed by the same command.
 import io
 import json
 import posixpath
-import sys
 import tarfile
 from collections import defaultdict
 from contextlib import ExitStack
@@ -157,6 +156,4 @@ def _new_json(content: bytes, captions: list[str]) -> bytes:
 
 
 if __name__ == "__main__":
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
     run_tool(recaption)

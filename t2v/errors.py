@@ -5,6 +5,7 @@
 - Anything else is a bug: its traceback is shortened to the lines of this project, and kept in full in a file.
 """
 
+import io
 import math
 import re
 import sys
@@ -104,6 +105,8 @@ def run_tool(commands: Callable[..., Any] | dict[str, Callable[..., Any]]) -> No
     module = sys.modules["__main__"].__spec__  # None if a file is run
     program = f"python -m {module.name.removesuffix('.__main__')}" if module else None
     shorten_tracebacks()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names and captions that the terminal cannot show
     try:
         with exit_on_expected_error():
             auto_cli(commands, exit_on_error=False, prog=program)  # type: ignore[arg-type]  # a dict may hold functions

@@ -15,12 +15,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data.captions import read_embedded_captions, read_metadata
 from data.datasets.base import Clips
+from data.members import TOKEN_TEXT_MEMBERS, missing_text
 from data.plan import Bucket
 from data.shards import Sample, ShardSet
 from t2v.batch import TextEmbedding, TokenBatch
 
-_TEXT = ("text.npy", "pooled.npy", "json")
-"""Members that every clip must have beside its tokens."""
 _NPY = b"\x93NUMPY\x01\x00"
 """First bytes of an npy file of version 1.0."""
 
@@ -72,12 +71,11 @@ class TokenClips(Clips):
         return "tokens.npy" if "tokens.npy" in sample.members else None
 
     def _flaw(self, sample: Sample, captioned: bool) -> str:
-        missing = [name for name in _TEXT if name not in sample.members]
-        return sample.flaw or (f"it has no {' and no '.join(missing)}" if missing else "")
+        return sample.flaw or missing_text(sample.members)
 
     def _load(self, sample: Sample, bucket: Bucket, rng: np.random.Generator | None) -> TokenClip:
         """Load a clip with one of its captions: a random one, or the first without a generator."""
-        members = self.shards.read(sample, "tokens.npy", *_TEXT)
+        members = self.shards.read(sample, "tokens.npy", *TOKEN_TEXT_MEMBERS)
         tokens = _array(members["tokens.npy"])[self.window(sample, bucket, rng)].astype(np.int64)
         texts = torch.from_numpy(_array(members["text.npy"]).astype(np.float32))  # of all captions, one after another
         pooled = torch.from_numpy(_array(members["pooled.npy"]).astype(np.float32))

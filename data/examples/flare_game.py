@@ -4,11 +4,11 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from os import environ
 from pathlib import Path
 
 from PIL import Image
 
+from data.index import cache_folder
 from t2v.errors import UserError
 from t2v.files import atomic_path
 
@@ -139,7 +139,7 @@ def find_game(path: Path | None) -> Path:
         UserError: If the game is not there, or cannot be fetched.
     """
     if path is None or path.is_file():
-        folder = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "t2v/flare-game"
+        folder = cache_folder() / "flare-game"
         if path is not None or not folder.exists():
             _unpack(path, folder)
         path = folder

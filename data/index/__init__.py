@@ -9,7 +9,16 @@
 
 from data.index.compressed import COMPRESSIONS, unpack
 from data.index.remote import read_range, with_retries
-from data.index.store import load_index, make_index
+from data.index.store import cache_folder, load_index, make_index
 from data.index.tar import check_header
 
-__all__ = ["COMPRESSIONS", "check_header", "load_index", "make_index", "read_range", "unpack", "with_retries"]
+__all__ = [
+    "COMPRESSIONS",
+    "cache_folder",
+    "check_header",
+    "load_index",
+    "make_index",
+    "read_range",
+    "unpack",
+    "with_retries",
+]

@@ -15,15 +15,13 @@ import numpy as np
 from jaxtyping import Shaped
 
 from data.captions import read_captions, read_embedded_captions, read_metadata
-from data.members import TEXT_EXTENSIONS
+from data.members import TEXT_EXTENSIONS, TOKEN_TEXT_MEMBERS, missing_text
 from data.shards import Sample, ShardSet
 from t2v.video import stream_frames
 
 Rows = list[tuple[str, str]]
 """Names and values of a table."""
 
-_NEEDED_BY_TOKENS = ("text.npy", "pooled.npy", "json")
-"""Members that a sample with tokens must have."""
 _MOST_FREQUENT = 6
 """Values that `_format_counts` names; the others are counted."""
 
@@ -117,10 +115,9 @@ class TokenCheck(Check):
         return "tokens.npy" in sample.members
 
     def problems_of(self, shards: ShardSet, sample: Sample) -> Iterator[str]:
-        missing = [name for name in _NEEDED_BY_TOKENS if name not in sample.members]
-        if missing:
-            yield f"it has no {' and no '.join(missing)}"
-        members = shards.read(sample, "tokens.npy", *_NEEDED_BY_TOKENS)
+        if missing := missing_text(sample.members):
+            yield missing
+        members = shards.read(sample, "tokens.npy", *TOKEN_TEXT_MEMBERS)
         yield from self.captions.problems_of(members)
         try:
             metadata = read_metadata(members)
