@@ -94,8 +94,3 @@ def add_summary(writer: Any, summary: Any, step: int) -> None:
     Its public methods build their own summaries, and TensorBoard does not read the file of a second writer.
     """
     writer._get_file_writer().add_summary(summary, step)
-
-
-def mark_static(tensor: Tensor) -> None:
-    """Promise that a tensor stays at its address, so that CUDA graphs of compiled code may change it in place."""
-    torch._dynamo.mark_static_address(tensor)

@@ -222,7 +222,7 @@ def _allocate(metadata: Metadata, names: list[str]) -> dict[str, Any]:
         entry = metadata.state_dict_metadata[name]
         entries[name] = None
         if isinstance(entry, TensorStorageMetadata):
-            entries[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+            entries[name] = torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu")
     return entries
 
 

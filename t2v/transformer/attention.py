@@ -230,7 +230,9 @@ def grouped_query_attention(
     n, m = q.shape[2], k.shape[2]
     if n == 1:  # the query heads of a group can then be treated as positions
         rows = rearrange(q, "b (kv g) 1 d -> b kv g d", kv=k.shape[1])
-        return rearrange(F.scaled_dot_product_attention(rows, k, v, attn_mask=mask), "b kv g d -> b (kv g) 1 d")
+        fused = q.is_cuda and torch.compiler.is_compiling()
+        row = _row_attention(rows, k, v, mask) if fused else F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
+        return rearrange(row, "b kv g d -> b (kv g) 1 d")
     if q.is_cpu and (n * m <= _SHORT_LENGTH**2 or q.dtype == torch.bfloat16):
         groups = q.shape[1] // k.shape[1]
         rows = rearrange(q * q.shape[-1] ** -0.5, "b (kv g) n d -> b kv (g n) d", g=groups)
@@ -242,6 +244,20 @@ def grouped_query_attention(
         y: Tensor = scores.softmax(dim=-1).to(v.dtype).flatten(2, 3) @ v
         return rearrange(y, "b kv (g n) d -> b (kv g) n d", g=groups)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+
+
+def _row_attention(
+    q: Float[Tensor, "b kv_heads groups head_dim"], k: Keys, v: Keys, mask: Bool[Tensor, "b 1 1 m"] | None
+) -> Float[Tensor, "b kv_heads groups head_dim"]:
+    """Return the attention of one position, in operations that `torch.compile` fuses for a GPU.
+
+    The fused kernels of PyTorch compute a row's keys one block after the other.
+    """
+    scores = (q.float()[:, :, :, None] * k.float()[:, :, None]).sum(dim=-1) * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    y: Tensor = scores.softmax(dim=-1).to(v.dtype) @ v
+    return y
 
 
 def causal_attention(
@@ -320,7 +336,9 @@ def window_blocks(n: int, window: int, device: torch.device) -> WindowBlocks:
 
 def _block_list(used: Bool[Tensor, "rows columns"]) -> BlockList:
     columns = used.int().argsort(dim=-1, descending=True, stable=True)
-    return used.sum(-1, dtype=torch.int32)[None, None], columns.int()[None, None]
+    # The kernels read rows as contiguous memory, and sorting keeps the strides of a transposed input.
+    columns = columns.to(torch.int32, memory_format=torch.contiguous_format)
+    return used.sum(-1, dtype=torch.int32)[None, None], columns[None, None]
 
 
 def _window_mask(query: Int[Tensor, " n"], key: Int[Tensor, " m"], window: int) -> Bool[Tensor, "n m"]:

@@ -11,6 +11,7 @@
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -21,7 +22,6 @@ from torch import Tensor
 
 from t2v.batch import TextEmbedding
 from t2v.errors import UserError
-from t2v.torch_private import mark_static
 from t2v.transformer.attention import CacheSlots, KVCache, TextKeysValues
 from t2v.transformer.block import Block
 from t2v.transformer.layers import local_tensor, prepare_compilation
@@ -77,10 +77,7 @@ class Decoder:
             KVCache(self._frame_size * ((model.attention.window if block.temporal else 1) + reach), like=values)
             for block, (_, values) in zip(self._blocks, self.text, strict=True)
         ]
-        if compiled and self._device.type == "cuda":
-            for cache in self.caches:
-                mark_static(cache.keys)
-                mark_static(cache.values)
+        self._graphs: dict[int, _CudaGraph] = {}
 
     def logits(
         self, tokens: Int[Tensor, "b ring"], position: Int[Tensor, " b"], places: int = 1, stop: int | None = None
@@ -96,9 +93,20 @@ class Decoder:
             stop: No video's pass reaches beyond this position; slots of the caches after it are not read. Compiled
                 passes always read whole caches.
         """
-        stop = None if self._compiled else stop
+        if not self._compiled:
+            return self._decode(tokens, position, places, stop)
+        if self._device.type != "cuda":
+            return self._decode(tokens, position, places)
+        if places not in self._graphs:
+            self._graphs[places] = _CudaGraph(partial(self._decode, places=places), tokens, position)
+        return self._graphs[places](tokens, position)
+
+    def _decode(
+        self, tokens: Int[Tensor, "b ring"], position: Int[Tensor, " b"], places: int, stop: int | None = None
+    ) -> Float[Tensor, "b {places} v"]:
         inputs = tokens, position, self._pooled, self.text, self._mask, self._gates
-        return self._run(self._model, *inputs, self.caches, places, stop)
+        logits: Tensor = self._run(self._model, *inputs, self.caches, places, stop)
+        return logits
 
     def step(self, tokens: Int[Tensor, " b"] | None) -> Float[Tensor, "b v"]:
         """Return the logits of the next token, one position after the other.
@@ -158,6 +166,42 @@ class Decoder:
         self.text = [(keys[rows], values[rows]) for keys, values in self.text]
         for cache in self.caches:
             cache.select(rows)
+
+
+class _CudaGraph:
+    """A pass as a CUDA graph: the host starts all its kernels at once.
+
+    `torch.compile` can make CUDA graphs too, but records a new one for each decoder, at most 128 times, and copies the
+    keys and values of the text in each pass.
+
+    Args:
+        run: The pass, as a function of tokens and positions, which may change tensors that exist before.
+        tokens: Tokens of the first pass; the others have their shape.
+        position: Positions of the first pass.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Int[Tensor, "b ring"], Int[Tensor, " b"]], Float[Tensor, "b n v"]],
+        tokens: Int[Tensor, "b ring"],
+        position: Int[Tensor, " b"],
+    ) -> None:
+        self._tokens, self._position = tokens.clone(), position.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiles, and initializes the libraries that the pass calls
+            run(self._tokens, self._position)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._logits = run(self._tokens, self._position)
+
+    def __call__(self, tokens: Int[Tensor, "b ring"], position: Int[Tensor, " b"]) -> Float[Tensor, "b n v"]:
+        """Run the pass, and return a copy of its logits."""
+        self._tokens.copy_(tokens)
+        self._position.copy_(position)
+        self._graph.replay()
+        return self._logits.clone()
 
 
 def _pad_text(
@@ -264,8 +308,6 @@ def _compiled_pass(model: VideoTransformer) -> Callable[..., Any]:
     prepare_compilation(_COMPILED_PASSES)
     if model not in _COMPILED:
         options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-        if model.start.is_cuda:
-            options["triton.cudagraphs"] = True
         _COMPILED[model] = torch.compile(  # type: ignore[call-overload]  # the overloads lack isolate_recompiles
             decode_pass, dynamic=False, isolate_recompiles=True, options=options
         )

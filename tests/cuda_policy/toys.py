@@ -70,7 +70,9 @@ def lit_transformer(
         compiled=compiled_decoding,
     )
     objective = TokenObjective(label_smoothing=0.1, z_loss=1e-4, corruption=0.1)
-    module = LitVideoTransformer(transformer(), "none", PromptEncoder(), settings, objective, compiled)
+    module = LitVideoTransformer(
+        transformer(), "none", PromptEncoder(), settings, objective, codebook_embeddings=True, compiled=compiled
+    )
     module._tokenizer.append(vqvae().eval().requires_grad_(False))
     return module
 

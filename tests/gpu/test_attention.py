@@ -38,8 +38,11 @@ def test_flex_attention_equals_chunks_forward_and_backward(device, record, dtype
 @pytest.mark.usefixtures("needs_gpu")
 @pytest.mark.parametrize("checkpointing", ["none", "attention", "full"])
 def test_compiled_layers_have_the_gradients_of_uncompiled_ones(device, record, checkpointing):
-    """With more frames than the window, so that temporal layers use FlexAttention with blocks that they share."""
-    grid, frames, window = 8, 5, 2
+    """With more frames than the window, so that temporal layers use FlexAttention with blocks that they share.
+
+    Some blocks of 128 positions are wholly in the window of 384, others partly.
+    """
+    grid, frames, window = 8, 10, 6
     options = {"attention": AttentionConfig(heads=4, kv_heads=2, window=window), "text": TextConfig(dim=32)}
     model = VideoTransformer(64, grid, 128, 1, 2, 256, **options, checkpointing=checkpointing).to(device)
     tokens = torch.randint(64, (2, frames, grid, grid), device=device)

@@ -54,7 +54,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(pipeline, stage, precision, 
 
     shutil.rmtree(checkpoint.parent)
     killer = ["--trainer.callbacks+=tests.support.killer.Killer", "--trainer.callbacks.step=5"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     killed = subprocess.run([sys.executable, ROOT / "cli.py", *fit, *killer], cwd=pipeline.folder, env=environment)
     assert killed.returncode == -signal.SIGKILL
     pipeline.main(*fit)

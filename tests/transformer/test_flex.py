@@ -43,6 +43,7 @@ def test_blocks_equal_those_of_create_block_mask(n, window):
         assert torch.equal(dense(*ours), dense(*theirs))
         assert [each.dtype for each in ours] == [each.dtype for each in theirs]
         assert [each.shape for each in ours] == [each.shape for each in theirs]
+        assert [each.stride() for each in ours] == [each.stride() for each in theirs]  # the kernels do not check it
 
 
 @pytest.mark.parametrize("n", [256, 400])
