@@ -1,32 +1,16 @@
 """Every shipped config can be parsed, and its objects can be built."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 
 import cli
+from tests.support.configs import read
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path for path in ROOT.glob("configs/*/*.yaml") if path.parent.name not in ("cluster", "debug"))
-
-
-def read(path: Path) -> dict[str, Any]:
-    """Return a recipe merged with its base."""
-    content = yaml.safe_load(path.read_text())
-    base = content.pop("base", None)
-    return merge(read(path.parent / base), content) if base else content
-
-
-def merge(general: dict[str, Any], special: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(general)
-    for name, value in special.items():
-        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
-        merged[name] = merge(merged[name], value) if both else value
-    return merged
 
 
 @pytest.fixture

@@ -231,7 +231,7 @@ def grouped_query_attention(
     if n == 1:  # the query heads of a group can then be treated as positions
         rows = rearrange(q, "b (kv g) 1 d -> b kv g d", kv=k.shape[1])
         fused = q.is_cuda and torch.compiler.is_compiling()
-        row = _row_attention(rows, k, v, mask) if fused else F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
+        row = row_attention(rows, k, v, mask) if fused else F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
         return rearrange(row, "b kv g d -> b (kv g) 1 d")
     if q.is_cpu and (n * m <= _SHORT_LENGTH**2 or q.dtype == torch.bfloat16):
         groups = q.shape[1] // k.shape[1]
@@ -246,14 +246,15 @@ def grouped_query_attention(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
 
 
-def _row_attention(
+def row_attention(
     q: Float[Tensor, "b kv_heads groups head_dim"], k: Keys, v: Keys, mask: Bool[Tensor, "b 1 1 m"] | None
 ) -> Float[Tensor, "b kv_heads groups head_dim"]:
-    """Return the attention of one position, in operations that `torch.compile` fuses for a GPU.
+    """Return the attention of one position as matrix products and operations that `torch.compile` fuses, for a GPU.
 
-    The fused kernels of PyTorch compute a row's keys one block after the other.
+    PyTorch's fused kernels compute a row's keys one block after the other. On an H100 with 8 key heads in bfloat16 they
+    take 86 µs for 4,096 keys and 12 µs for 256, this 16 and 7 µs (`tests/gpu/test_attention.py`).
     """
-    scores = (q.float()[:, :, :, None] * k.float()[:, :, None]).sum(dim=-1) * q.shape[-1] ** -0.5
+    scores = (q @ k.mT).float() * q.shape[-1] ** -0.5
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     y: Tensor = scores.softmax(dim=-1).to(v.dtype) @ v

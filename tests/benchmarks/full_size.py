@@ -6,10 +6,8 @@ linear layers in int8 by torchao, and generates a few tokens. Prints seconds per
 
 import resource
 import time
-from pathlib import Path
 
 import torch
-import yaml
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -19,8 +17,7 @@ from t2v.generation.sampling import GumbelNoise, Sampler
 from t2v.transformer.block import Block
 from t2v.transformer.decoding import Decoder
 from t2v.transformer.model import VideoTransformer
-
-CONFIG = Path(__file__).parents[2] / "configs/transformer/8b.yaml"
+from tests.support.configs import transformer_arguments
 
 
 def peak() -> float:
@@ -44,8 +41,7 @@ def generate(tokens: int = 4) -> None:
         tokens: Number of tokens to generate.
     """
     torch.manual_seed(0)
-    arguments = yaml.safe_load(CONFIG.read_text())["model"]["init_args"]["model"]["init_args"]
-    model = VideoTransformer.from_config({**arguments, "device": "meta"}).to(torch.bfloat16).eval()
+    model = VideoTransformer.from_config(transformer_arguments("8b")).to(torch.bfloat16).eval()
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{count / 1e9:.3f} B parameters built on meta; peak {peak():.2f} GiB", flush=True)
 

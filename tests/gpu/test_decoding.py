@@ -4,7 +4,6 @@ import time
 
 import pytest
 import torch
-import yaml
 
 from t2v.batch import TextEmbedding
 from t2v.generation.decode import generate_frames
@@ -13,7 +12,7 @@ from t2v.generation.sampling import Sampler
 from t2v.transformer.config import TextConfig
 from t2v.transformer.decoding import Decoder
 from t2v.transformer.model import VideoTransformer
-from tests.support.pipeline import ROOT
+from tests.support.configs import transformer_arguments
 from tests.support.toys import toy_transformer
 
 
@@ -64,32 +63,61 @@ def test_quantized_weights_generate_under_autocast(device, model, weights):
     assert tokens.max() < 64
 
 
-@pytest.mark.parametrize("weights", ["full", "fp8", "int8", "nf4"])
-@pytest.mark.parametrize("size", ["300m", "1b"])
+def shipped_model(size: str, device: torch.device) -> VideoTransformer:
+    """Return the model of a shipped config with random weights in bfloat16."""
+    model = VideoTransformer.from_config(transformer_arguments(size)).to(torch.bfloat16).to_empty(device=device)
+    model.reset_parameters()
+    return model.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("size", "weights"),
+    [("300m", "full"), ("300m", "int8"), ("300m", "nf4"), ("1b", "full"), ("8b", "full"), ("8b", "fp8")],
+)
 @pytest.mark.usefixtures("needs_gpu")
 def test_speed_of_decoding(device, record, size, weights):
     """Tokens per second of one video, and the share of the memory bandwidth that reading the weights takes."""
-    config = yaml.safe_load((ROOT / f"configs/transformer/{size}.yaml").read_text())
-    arguments = config["model"]["init_args"]["model"]["init_args"] | {"device": "meta"}
-    model = VideoTransformer.from_config(arguments).to(torch.bfloat16).to_empty(device=device)
-    model.reset_parameters()
-    model.eval().requires_grad_(False)
+    model = shipped_model(size, device)
     convert(model, weights)
-    steps = 64
-    with torch.inference_mode():
-        decoder = Decoder(model, text_for(model, 1), compiled=True)
-        token = None
-        for _ in range(8 + 2):  # compiles
-            token = decoder.step(token).argmax(-1)
+
+    def generate(frames: int) -> float:
         torch.cuda.synchronize()
         began = time.perf_counter()
-        for _ in range(steps):
-            token = decoder.step(token).argmax(-1)
+        sampler = Sampler(temperature=0.9, top_p=0.95)
+        list(generate_frames(model, text_for(model, 1, 16), frames, sampler, [0], compiled=True))
         torch.cuda.synchronize()
-        seconds = time.perf_counter() - began
-    rate = steps / seconds
+        return time.perf_counter() - began
+
+    compiling = generate(1)
+    rate = 2 * model.grid_size**2 / generate(2)
     share = rate * stored_bytes(model) / memory_bandwidth(device)
-    record("decoding speed", **{f"{size} {weights}": {"tokens_per_second": rate, "bandwidth": share}})
+    figures = {"tokens_per_second": rate, "bandwidth": share, "first_frame_seconds": compiling}
+    record("decoding speed", **{f"{size} {weights}": figures})
+
+
+@pytest.mark.parametrize("size", ["300m", "8b"])
+@pytest.mark.usefixtures("needs_gpu")
+def test_time_of_a_pass_by_its_places(device, record, size):
+    """Milliseconds of an uncompiled pass of one video, as a CUDA graph: "auto" takes 256 places."""
+    model, milliseconds = shipped_model(size, device), {}
+    tokens = torch.randint(model.vocab_size, (1, 6 * model.grid_size**2), device=device)
+    position = torch.full((1,), 4500, device=device)
+    with torch.inference_mode():
+        for places in (1, 4, 16, 64, 256, 512, 1024):
+            decoder = Decoder(model, text_for(model, 1, 16), places=places)
+            for _ in range(2):
+                decoder.logits(tokens, position, places)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                decoder.logits(tokens, position, places)
+            graph.replay()
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            for _ in range(10):
+                graph.replay()
+            torch.cuda.synchronize()
+            milliseconds[places] = 100 * (time.perf_counter() - began)
+    record("milliseconds of a pass", **{size: milliseconds})
 
 
 def memory_bandwidth(device: torch.device) -> float:

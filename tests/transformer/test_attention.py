@@ -4,8 +4,9 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from t2v.transformer.attention import SelfAttention, causal_attention, flex_window_attention
+from t2v.transformer.attention import SelfAttention, causal_attention, flex_window_attention, row_attention
 from t2v.transformer.model import VideoTransformer
 from t2v.transformer.rope import raster_positions, rotation_at
 from tests.support.toys import random_text, random_tokens, toy_transformer
@@ -76,3 +77,14 @@ def test_attention_scores_depend_only_on_differences_of_frame_numbers():
         return (rotate.at(slice(1))(q) * rotate.at(slice(1, None))(k)).sum()
 
     torch.testing.assert_close(score(0), score(295), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_attention_of_a_row_equals_pytorchs(dtype, tolerance, masked):
+    q, k, v = (torch.randn(2, 3, n, 16, dtype=dtype) for n in (4, 50, 50))
+    mask = torch.rand(2, 1, 1, 50) < 0.5 if masked else None
+    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask)
+    found = row_attention(q, k, v, mask)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
