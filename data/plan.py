@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int, Real
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DistributedSampler, SequentialSampler
 
 from t2v.errors import UserError, check_range
 
@@ -185,10 +185,16 @@ def shuffled(shard_sizes: Sequence[int], rng: np.random.Generator) -> Int[np.nda
     return np.concatenate([rng.permutation(np.concatenate([shards[i] for i in group])) for group in groups])
 
 
-class TrainSampler(DistributedSampler[Any]):
-    """The batches of the plan that one rank has still to train on in an epoch.
+class PlanSampler(DistributedSampler[Any], SequentialSampler):
+    """Batches of one rank in a fixed order; the base of `TrainSampler` and `OrderedSampler`.
 
-    A `DistributedSampler`, so that Lightning does not wrap it in one of its own.
+    Lightning neither wraps a `DistributedSampler` in one of its own nor replaces a `SequentialSampler` for
+    ``overfit_batches``.
+    """
+
+
+class TrainSampler(PlanSampler):
+    """The batches of the plan that one rank has still to train on in an epoch.
 
     Args:
         plan: The plan.
@@ -211,7 +217,7 @@ class TrainSampler(DistributedSampler[Any]):
         """Return the number of batches in a complete epoch."""
         return len(self.plan) // self.num_replicas
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         first = self.first_batch(self.epoch)
         start = first + self.steps * self.num_replicas + self.rank
         stop = first + len(self) * self.num_replicas
@@ -237,7 +243,7 @@ class TrainSampler(DistributedSampler[Any]):
         return steps
 
 
-class OrderedSampler(DistributedSampler[Any]):
+class OrderedSampler(PlanSampler):
     """One rank's batches of all samples in order, the same in every epoch.
 
     Args:
@@ -256,7 +262,7 @@ class OrderedSampler(DistributedSampler[Any]):
     def __len__(self) -> int:
         return math.ceil(self.num_samples / self.batch_size)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         indices = [position % self.samples for position in range(self.rank, self.total_size, self.num_replicas)]
         for start in range(0, len(indices), self.batch_size):
             yield Batch(0, [Draw(i, (self.run_seed, 0, i)) for i in indices[start : start + self.batch_size]])

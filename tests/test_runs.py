@@ -268,3 +268,19 @@ def test_a_tuned_batch_size_is_that_of_the_batches(pipeline):
     cli = pipeline.cli("fit", "vqvae", *finder, "--trainer.max_steps=1", "--trainer.limit_val_batches=0")
     assert cli.datamodule.batch_size == 4
     assert {len(batch.keys) for batch in cli.trainer.train_dataloader} == {4}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["vqvae", "transformer"])
+def test_overlays_for_debugging_leave_the_run_alone(stage, pipeline):
+    def debug(name: str, *flags: str) -> Any:
+        return pipeline.cli("fit", stage, "-c", str(ROOT / f"configs/debug/{name}.yaml"), *flags)
+
+    folders = [pipeline.run / name for name in ("vqvae", "transformer", "tokens")]
+    before = {path: path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()}
+    assert debug("overfit", "--trainer.max_steps=3").trainer.num_training_batches == 1
+    debug("profile", "--trainer.max_steps=2")
+    assert "backward" in (pipeline.run / "profile/fit-profile.txt").read_text()
+    debug("steps")
+    assert step(pipeline.run / "steps/checkpoints/last.ckpt") == 2
+    assert before == {path: path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()}

@@ -23,8 +23,12 @@ class PlanPosition(NamedTuple):
 
 
 def progress(trainer: Trainer) -> tuple[int, int]:
-    """Return the current epoch and the number of its batches that are trained on, as Lightning counts them."""
-    return trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    """Return the epoch of the plan and the number of its batches that are trained on, as Lightning counts them.
+
+    With ``overfit_batches`` it is always the first epoch, so that all are of the same batches.
+    """
+    epoch = 0 if trainer.overfit_batches else trainer.current_epoch  # type: ignore[attr-defined]
+    return epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
 
 def resume(trainer: Trainer, sampler: TrainSampler, position: PlanPosition) -> None:

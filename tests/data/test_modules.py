@@ -70,6 +70,21 @@ def test_fit_follows_the_plan(videos, tmp_path, num_workers):
     assert [key for keys in recorder.validated for key in keys] == in_order * 2
 
 
+def test_overfitting_repeats_the_same_batches(videos, tmp_path):
+    class Clips(Recorder):
+        def training_step(self, batch, batch_idx):
+            self.trained.append((batch.keys, batch.video.sum().item()))
+            return self.weight * 0
+
+    recorder = Clips()
+    module = video_module(videos, videos, num_workers=0, crop=0.5, flip=True, batch_size=2)
+    trainer(tmp_path, max_epochs=3, overfit_batches=2).fit(recorder, module)
+    first, second, *others = recorder.trained
+    assert first != second
+    assert others == [first, second] * 2
+    assert {tuple(keys) for keys in recorder.validated} == {("000", "001"), ("002", "003")}
+
+
 def test_fit_takes_batches_of_all_buckets(videos, tmp_path):
     class Shapes(Recorder):
         def training_step(self, batch, batch_idx):
