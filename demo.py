@@ -118,7 +118,7 @@ def fit(config: str, *args: str) -> None:
 
 
 def fastest_precision() -> str:
-    """Return bf16-mixed on a GPU, and if products are at least twice as fast in bfloat16 as in float32, else 32-true."""
+    """Return bf16-mixed on a GPU, or if products are at least twice as fast in bfloat16 as in float32; else 32-true."""
     if torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
 

@@ -115,6 +115,18 @@ def check_parallel(parallel: Parallel, argument: str = "parallel") -> None:
         raise UserError(f"{argument}={parallel} must be at least 1 (one token after the other), or auto.")
 
 
+def most_places(parallel: Parallel, rows: int, compiled_on_cpu: bool = False) -> int:
+    """Return the most tokens of each video that a pass computes.
+
+    Args:
+        parallel: A number, or "auto".
+        rows: Videos, twice as many with guidance.
+        compiled_on_cpu: Whether passes are compiled for a CPU.
+    """
+    most = _COMPILED_PLACES if compiled_on_cpu else _PLACES
+    return max(most // rows, 1) if parallel == "auto" else parallel
+
+
 class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
     """The frames of `generate_frames`; each is generated when it is read.
 
@@ -144,9 +156,8 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
         """Frames up to the last that is guided."""
         on_cpu = text.pooled.device.type == "cpu"
         self._adaptive = parallel == "auto" and not compiled and on_cpu
-        most = _COMPILED_PLACES if compiled and on_cpu else _PLACES
-        branches = 2 if self._guided_frames else 1  # with text, and without
-        places = max(most // (branches * self.videos), 1) if parallel == "auto" else parallel
+        rows = (2 if self._guided_frames else 1) * self.videos  # with text, and without
+        places = most_places(parallel, rows, compiled and on_cpu)
         self._most = min(places, self.frame_size * (self._frames - self._first))
         self._places = self._most
         self._streak = 4.0

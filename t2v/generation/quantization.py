@@ -9,8 +9,8 @@
 - Few rows (decoding) are multiplied with the stored values: `torch.compile` fuses conversion, product and sum, so that
   a step reads one byte per weight. For more rows (prefill) the weight of a layer is converted temporarily; on GPUs to
   the type of the rows, with the scale applied to the product: with bfloat16, five bytes read and written per weight.
-- The tests read the kernel that `torch.compile` generates for a GPU, and count the bytes of a step. On an H100 fp8 weights
-  halve the memory of 8 B parameters, but the conversion by shifts takes longer than reading (docs/benchmarks/gpu.md).
+- The tests read the kernel that `torch.compile` generates for a GPU, and count the bytes of a step. On an H100 fp8
+  weights halve the memory of 8 B parameters, but their conversion takes longer than reading (docs/benchmarks/gpu.md).
 - torchao's layers are not used. On GPUs its int8 and fp8 layers with 16-bit inputs have no kernel of their own: they
   convert the weight before each product. On the CPU, with one float32 row and a weight of 9216×4096 (one core, AVX2,
   medians), its int8 takes 2.6 times as long as ours uncompiled and 3.6 times compiled, its fp8 8.7 and 4.8 times. With

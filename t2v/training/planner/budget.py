@@ -62,7 +62,7 @@ class GenerationBudget(NamedTuple):
     text_cache: int
     """Keys and values of the text tokens, in every layer."""
     temporary: int
-    """Peak of the step of one token in addition to the rest."""
+    """Peak of a pass in addition to the rest."""
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
@@ -309,7 +309,13 @@ def _layer_parameters(model: nn.Module) -> list[int]:
 
 
 def generation_budget(
-    model: VideoTransformer, weights: Weights, dtype: torch.dtype, videos: int, text_length: int, guided: bool
+    model: VideoTransformer,
+    weights: Weights,
+    dtype: torch.dtype,
+    videos: int,
+    text_length: int,
+    guided: bool,
+    places: int,
 ) -> GenerationBudget:
     """Return the bytes that the transformer takes to generate.
 
@@ -320,16 +326,18 @@ def generation_budget(
         videos: Batch size.
         text_length: Text tokens of the longest prompt.
         guided: Whether classifier-free guidance doubles the batch.
+        places: Tokens of each video that a pass computes.
     """
     model = without_data(model, dtype).eval().requires_grad_(False)
     batch = 2 * videos if guided else videos
     convert(model, weights)
     text = _empty_text(batch, text_length, model.text.dim, dtype)
     with torch.no_grad(), Meter(model) as meter:
-        decoder = Decoder(model, text)
+        decoder = Decoder(model, text, places=places)
         kept = meter.live
         meter.restart()
-        decoder.step(torch.empty(batch, dtype=torch.long, device="meta"))
+        tokens = torch.empty(batch, 2 * model.grid_size**2, dtype=torch.long, device="meta")
+        decoder.logits(tokens, tokens[:, 0], places)
     cache = tensor_bytes(tensor for each in decoder.caches for tensor in (each.keys, each.values))
     text_cache = tensor_bytes(tensor for keys_and_values in decoder.text for tensor in keys_and_values)
     return GenerationBudget(stored_bytes(model), cache, text_cache, meter.peak - kept)
