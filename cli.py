@@ -43,6 +43,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from callbacks.accumulation import AccumulationScale
 from callbacks.checkpoint import LastCheckpoint
 from callbacks.config import SaveConfig
+from callbacks.early_stopping import ResumedEarlyStopping
 from callbacks.guard import NaNGuard
 from callbacks.lock import RunLock
 from callbacks.progress import ProgressLines
@@ -121,6 +122,7 @@ class T2VCLI(LightningCLI):
                     AccumulationScale(),
                     NaNGuard(),
                     LastCheckpoint(),
+                    ResumedEarlyStopping(),
                     RunLock(),
                     StopOnSignal(),
                     ProgressLines(),

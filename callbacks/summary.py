@@ -9,6 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from callbacks.early_stopping import ARGUMENTS
+
 
 class RunSummary(Callback):
     """Prints a few lines at the start of every command, and the best checkpoint at the end of ``fit``."""
@@ -71,9 +73,10 @@ def end_of_training(trainer: Trainer) -> tuple[str, str]:
         advice = "raise trainer.max_time, which counts all runs since step 0, or set it to null to train longer"
         return "trainer.max_time has passed", advice
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, EarlyStopping) and callback.stopped_epoch:
-            why = callback.stopping_reason_message or f"{callback.monitor} did not improve"
-            return f"EarlyStopping: {why.strip()}", "raise its patience or remove it to train longer"
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason in ARGUMENTS:
+            why = (callback.stopping_reason_message or "").removesuffix(" Signaling Trainer to stop.").rstrip(".")
+            advice = f"change its {ARGUMENTS[callback.stopping_reason]} or remove it to train longer"
+            return f"EarlyStopping: {why or callback.monitor}", advice
     if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch:
         return f"trainer.max_epochs={trainer.max_epochs} is reached", "raise trainer.max_epochs to train longer"
     return "a callback set trainer.should_stop", "remove that callback to train longer"

@@ -83,6 +83,8 @@ class ShardSet:
             or are joined by `::`. Compressed tars (.tgz, .tar.gz, …) are unpacked once, into the cache folder. Tars
             whose name begins with a dot are incomplete, and left out.
 
+        command: The command that writes such shards, for messages.
+
     Attributes:
         path: The path, for messages; several are joined by commas.
         samples: All samples, shard after shard in the order of the paths and of their names.
@@ -94,11 +96,12 @@ class ShardSet:
         UserError: If a path has no shard, or no shard can be read.
     """
 
-    def __init__(self, path: str | Path | Sequence[str | Path]) -> None:
+    def __init__(self, path: str | Path | Sequence[str | Path], command: str = "python -m data.prepare") -> None:
         paths = [path] if isinstance(path, str | Path) else path
         self.path = ", ".join(os.fspath(each) for each in paths)
         if not paths:
             raise UserError("There are no shards to open: the list of their paths is empty.")
+        self._command = command
         self._filesystems: dict[tuple[int, str], AbstractFileSystem] = {}
         self._addresses: dict[str, str] = {}
         self.sources: dict[str, int] = {}
@@ -110,8 +113,8 @@ class ShardSet:
         except FileNotFoundError as error:
             cause = f" ({error.__cause__})" if error.__cause__ else ""
             raise UserError(
-                f"No shards (*.tar) in '{self.path}': there is no {error.filename or error}{cause}; make them with "
-                "`python -m data.prepare`, or correct the path."
+                f"No shards (*.tar) in '{self.path}': there is no {error.filename or error}{cause}; write them "
+                f"by `{command}`, or correct the path."
             ) from error
         except OSError as error:
             raise UserError(
@@ -189,7 +192,7 @@ class ShardSet:
             filesystem, root = fsspec.url_to_fs(addresses[0])
             cause = "nothing there ends in .tar" if filesystem.exists(root) else "the folder does not exist"
             raise UserError(
-                f"No shards (*.tar) in '{path}': {cause}; make them with `python -m data.prepare`, or correct the path."
+                f"No shards (*.tar) in '{path}': {cause}; write them by `{self._command}`, or correct the path."
             )
         for shard, address in found.items():
             self._addresses.setdefault(shard, address or shard)

@@ -73,6 +73,12 @@ def test_arguments_of_a_run(stage, flags, message, fails, trained_pipeline):
         ("transformer", "--model.model.dim=0", "dim=0 must be at least 1"),
         ("transformer", "--model.objective.corruption=.nan", "corruption=nan must lie in [0, 1)"),
         ("transformer", "--model.text_encoder.max_length=0", "max_length=0 must be at least 1"),
+        ("vqvae", "--data.train=none", "write them by `python -m data.prepare`"),
+        (
+            "transformer",
+            "--data.val=none",
+            "write them by `python cli.py predict -c CONFIG_OF_STAGE_1 --ckpt_path last`",
+        ),
     ],
 )
 def test_arguments_of_a_model(stage, flag, message, fails, trained_pipeline):
@@ -120,6 +126,20 @@ def test_the_best_checkpoint(fails, copy_pipeline):
     torch.save(checkpoint, best)
     cli = pipeline.cli("validate", "vqvae", "--ckpt_path", "best")
     assert cli.trainer.ckpt_path == f"runs/demo/vqvae/checkpoints/{best.name}"
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"), [("fit", "--ckpt_path"), ("predict", "--ckpt_path"), ("fit", "--model.init_from")]
+)
+def test_a_damaged_checkpoint_is_refused_wherever_it_is_given(command, flag, fails, trained_pipeline, tmp_path):
+    content = bytearray(trained_pipeline.checkpoint("vqvae").read_bytes())
+    content[len(content) // 2] ^= 1  # in a tensor
+    damaged = tmp_path / "damaged.ckpt"
+    damaged.write_bytes(content)
+    new = (f"--trainer.default_root_dir={tmp_path}", "--trainer.logger=false", "--trainer.callbacks=[]")
+    data = ("--data.train=runs/demo/shards/train", "--data.val=runs/demo/shards/val", "--trainer.max_steps=13")
+    message = fails(trained_pipeline, command, "vqvae", flag, str(damaged), *new, *data)
+    assert f"{damaged} is damaged: its checksums do not match its content" in message
 
 
 def test_generation_goes_on_after_a_kill(copy_pipeline, capsys):

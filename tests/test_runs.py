@@ -212,6 +212,25 @@ def test_time_that_is_up_is_named_and_the_next_command_goes_on(pipeline, capfd):
         assert printed.splitlines()[-1].endswith("--ckpt_path last --trainer.max_time null")
 
 
+def test_early_stopping_at_the_end_of_an_epoch_is_named_and_resumed(pipeline, capfd):
+    def stop_early(patience: int, resume: bool) -> str:
+        options = f"{{monitor: val/loss, min_delta: 100, patience: {patience}}}"
+        stopping = f"--trainer.callbacks+={{class_path: EarlyStopping, init_args: {options}}}"
+        assert fit(pipeline, stopping, "--trainer.max_steps=60", resume=resume) == 0
+        return next(line for line in capfd.readouterr().out.splitlines() if line.startswith("Stopped "))
+
+    advice = "change its patience or remove it to train longer"
+    stopped = "at step 6 of 60: EarlyStopping: Monitored metric val/loss did not improve in the last 1 records"
+    for resume in (False, True):
+        line = stop_early(1, resume)
+        assert stopped in line
+        assert line.endswith(advice)
+    assert "at step 9 of 60: EarlyStopping: Monitored metric val/loss did not improve in the last 2" in stop_early(
+        2, *last
+    )
+    assert step(pipeline.checkpoint("vqvae")) == 9
+
+
 def test_a_second_run_in_the_same_folder_is_refused(pipeline, capfd):
     lock = pipeline.checkpoint("vqvae").parent / ".lock"
     script = f"""import fcntl

@@ -43,6 +43,9 @@ class ShardDataModule(LightningDataModule):
         UserError: If an argument is out of range.
     """
 
+    command = "python -m data.prepare"
+    """The command that writes such shards, for messages."""
+
     def __init__(
         self,
         train: list[str] | str,
@@ -73,7 +76,7 @@ class ShardDataModule(LightningDataModule):
     def shards(self, path: Paths) -> ShardSet:
         """Return the shards at a path; they are opened once."""
         if path not in self._shards:
-            self._shards[path] = ShardSet(path)
+            self._shards[path] = ShardSet(path, self.command)
         return self._shards[path]
 
     def clips(self, path: Paths, training: bool = False) -> Clips:

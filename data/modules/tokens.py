@@ -41,6 +41,8 @@ class TokenDataModule(ShardDataModule):
             were written by different tokenizers.
     """
 
+    command = "python cli.py predict -c CONFIG_OF_STAGE_1 --ckpt_path last"
+
     def __init__(
         self,
         train: list[str] | str,

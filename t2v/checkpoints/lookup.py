@@ -9,7 +9,7 @@ import fsspec
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
-from t2v.checkpoints.storage import MARKER, is_complete, saved_step
+from t2v.checkpoints.storage import MARKER, check_intact, is_complete, saved_step
 from t2v.errors import UserError, reason_of
 
 
@@ -75,7 +75,7 @@ def read_model_config(path: str) -> dict[str, Any] | None:
         None if the checkpoint does not contain it.
 
     Raises:
-        UserError: If there is no complete checkpoint at `path`.
+        UserError: If there is no complete checkpoint at `path`, or it is a damaged file on this machine.
     """
     filesystem, inner = fsspec.url_to_fs(path)
     if not filesystem.exists(inner):
@@ -89,11 +89,14 @@ def read_model_config(path: str) -> dict[str, Any] | None:
             )
     try:
         if isinstance(filesystem, LocalFileSystem):
+            check_intact(inner)
             checkpoint = torch.load(inner, map_location="cpu", weights_only=True, mmap=True)
         else:
             with filesystem.open(inner, "rb") as file:
                 checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         arguments = dict(checkpoint.get("hyper_parameters", {}))
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(
             f"{path} is not a checkpoint of this program, or it is damaged ({reason_of(error)}): give the "

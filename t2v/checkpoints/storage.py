@@ -8,7 +8,9 @@
 - torch reads part of a folder with pickle, unlike a file: use only folders from your own runs.
 """
 
+import functools
 import math
+import os
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -49,10 +51,11 @@ def read_checkpoint(path: str | Path, optimizers: bool = False) -> dict[str, Any
             A file always has it, but its tensors are read from disk only when they are used.
 
     Raises:
-        UserError: If a folder is not a complete checkpoint.
+        UserError: If a folder is not a complete checkpoint, or a file is damaged.
     """
     path = Path(path)
     if not path.is_dir():
+        check_intact(path)
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return content
     checkpoint = read_marker(path)
@@ -126,12 +129,36 @@ def saved_step(path: str | Path) -> int | None:
             if (path / ".metadata").is_file():
                 _check_parts(path)
             return int(read_marker(path)["global_step"])
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:
-                return None
+        check_intact(path)
         return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
     except Exception:  # whatever torch or zipfile raise for the damage
         return None
+
+
+def check_intact(path: str | os.PathLike[str]) -> None:
+    """Compare the checksums of a checkpoint file, which torch does not; the file is read completely, but only once.
+
+    Raises:
+        UserError: If they differ. Other damage is reported by `torch.load`.
+    """
+    status = Path(path).stat()
+    if not _checksums_match(os.fspath(path), status.st_size, status.st_mtime_ns):
+        raise UserError(
+            f"{path} is damaged: its checksums do not match its content. Give another checkpoint, or `last` for the "
+            "newest complete one of a run."
+        )
+
+
+@functools.lru_cache
+def _checksums_match(path: str, size: int, modified: int) -> bool:
+    """Return whether the checksums of a zip file are right; true for other files. A file that changes is read again."""
+    if not zipfile.is_zipfile(path):
+        return True
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except zipfile.BadZipFile:
+        return False
 
 
 def model_weights(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, torch.Tensor]:
