@@ -226,7 +226,7 @@ def test_early_stopping_at_the_end_of_an_epoch_is_named_and_resumed(pipeline, ca
         assert stopped in line
         assert line.endswith(advice)
     assert "at step 9 of 60: EarlyStopping: Monitored metric val/loss did not improve in the last 2" in stop_early(
-        2, *last
+        2, True
     )
     assert step(pipeline.checkpoint("vqvae")) == 9
 
