@@ -6,6 +6,7 @@ loads it. A corrupt clip is replaced by another, chosen with the same generator,
 
 import json
 import math
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -55,6 +56,8 @@ class Clips(Dataset[Any]):
         skipped_samples: Path | None = None,
     ) -> None:
         self.shards, self.buckets, self.fps, self.skipped_samples = shards, buckets, fps, skipped_samples
+        self._listed: set[bytes] = set()  # lines of `skipped_samples`
+        self._listed_bytes = 0
         clips = [sample for sample in shards.samples if self._member(sample)]
         if not clips:
             found = sorted({name for sample in shards.samples for name in sample.members})
@@ -239,7 +242,13 @@ class Clips(Dataset[Any]):
         if self.skipped_samples is None or not samples:
             return
         self.skipped_samples.parent.mkdir(parents=True, exist_ok=True)
-        listed = self.skipped_samples.read_text().splitlines() if self.skipped_samples.exists() else []
-        lines = [json.dumps(sample._asdict()) for sample in samples]
-        with self.skipped_samples.open("a") as file:
-            file.write("".join(f"{line}\n" for line in lines if line not in listed))
+        with self.skipped_samples.open("a+b") as file:
+            if file.seek(0, os.SEEK_END) < self._listed_bytes:  # it was made again
+                self._listed, self._listed_bytes = set(), 0
+            file.seek(self._listed_bytes)
+            self._listed.update(file.read().splitlines())  # other workers and earlier runs
+            lines = dict.fromkeys(json.dumps(sample._asdict()).encode() for sample in samples)
+            new = [line for line in lines if line not in self._listed]
+            file.write(b"".join(line + b"\n" for line in new))
+            self._listed.update(new)
+            self._listed_bytes = file.tell()

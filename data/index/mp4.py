@@ -2,12 +2,18 @@
 
 An mp4 is a sequence of boxes, each with a header of its length and kind. `moov` describes the video, `mdat` holds the
 pictures; either may come first. See ISO/IEC 14496-12.
+
+FFmpeg takes a millisecond to open a video. So it is asked once for the size of all videos of the same coding, and the
+length and rate of a video of constant rate are read from its tables; FFmpeg reads every other video.
 """
 
 import io
 import struct
+from collections.abc import Iterator
 from contextlib import suppress
+from fractions import Fraction
 from io import BufferedIOBase
+from itertools import chain, islice, repeat
 from typing import Any
 
 from data.index.remote import read_at
@@ -21,6 +27,14 @@ _BLOCK, _LARGE_BLOCK = 2**13, 2**20
 """Bytes of one read of the description, and of a whole video."""
 _SELF_DESCRIBED = (b"avcC", b"hvcC", b"av1C")
 """Codecs (H.264, H.265, AV1) whose parameters are in the description; others have them in the first picture."""
+_PARENTS = (b"trak", b"edts", b"mdia", b"minf", b"stbl")
+"""Boxes that contain the tables of a track."""
+_MAX_FRAMES = 2**20
+"""Longest video whose tables are read: some hours."""
+_MAX_SIZES = 4096
+"""Number of codings whose size is remembered."""
+_sizes: dict[bytes, tuple[int, int]] = {}
+"""Height and width as shown, by the boxes that determine them."""
 
 
 def probe_mp4(file: BufferedIOBase, offset: int, size: int) -> VideoInfo:
@@ -36,8 +50,17 @@ def probe_mp4(file: BufferedIOBase, offset: int, size: int) -> VideoInfo:
     """
     known = _describe(file, offset, size)
     if known:
+        coding, length = _read_tables(known, size)
+        shape = _sizes.get(coding)
+        if length and shape:
+            return VideoInfo(*length, *shape)
         with suppress(DecodeError):
-            return probe(io.BufferedReader(_Window(file, offset, size, known), _BLOCK))
+            info = probe(io.BufferedReader(_Window(file, offset, size, known), _BLOCK))
+            if coding:
+                if len(_sizes) >= _MAX_SIZES:
+                    _sizes.clear()
+                _sizes[coding] = info.height, info.width
+            return info
     return probe(io.BufferedReader(_Window(file, offset, size), _LARGE_BLOCK))
 
 
@@ -103,8 +126,116 @@ def _describe(file: BufferedIOBase, offset: int, size: int) -> dict[int, bytes]:
         kinds.add(kind)
         position += length
         if {b"moov", b"mdat"} <= kinds:
-            return known if any(name in part for name in _SELF_DESCRIBED for part in known.values()) else {}
+            moov = next(part for part in known.values() if part[4:8] == b"moov")
+            is_complete = b"mvex" not in moov and any(name in moov for name in _SELF_DESCRIBED)  # mvex: in fragments
+            return known if is_complete else {}
     return {}
+
+
+def _read_tables(known: dict[int, bytes], size: int) -> tuple[bytes, tuple[int, float] | None]:
+    """Return what determines the size of a video, and its frames and frames per second.
+
+    Both are empty if the file has not exactly one video track; the second is None if its tables are damaged, or the
+    rate or the edit list is not the simplest.
+    """
+    try:
+        moov = next(part[8:] for part in known.values() if part[4:8] == b"moov")
+        tracks = [_tables(content) for kind, content in _boxes(moov) if kind == b"trak"]
+        (track,) = [tables for tables in tracks if tables[b"hdlr"][8:12] == b"vide"]
+        header = next(content for kind, content in _boxes(moov) if kind == b"mvhd")
+        coding = _without_bitrate(track[b"stsd"]) + track[b"tkhd"][-44:] + header[-64:-4]  # codec and size; matrices
+    except (KeyError, ValueError, StopIteration, RecursionError):
+        return b"", None
+    try:
+        return coding, _length(track, _timescale(header), size)
+    except (ArithmeticError, LookupError, ValueError, struct.error):
+        return coding, None
+
+
+def _boxes(content: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yield kind and content of each box."""
+    position = 0
+    while position + 8 <= len(content):
+        size, kind = struct.unpack_from(">I4s", content, position)
+        if size < 8:
+            return
+        yield kind, content[position + 8 : position + size]
+        position += size
+
+
+def _without_bitrate(codec: bytes) -> bytes:
+    """Return the description of a codec without its box for the bit rate, which differs from video to video."""
+    start = codec.find(b"btrt")
+    return codec if start < 0 else codec[:start] + codec[start + 16 :]
+
+
+def _tables(track: bytes) -> dict[bytes, bytes]:
+    """Return the boxes of a track by their kind; the first of each kind."""
+    tables: dict[bytes, bytes] = {}
+    for kind, content in _boxes(track):
+        tables.setdefault(kind, content)
+        if kind in _PARENTS:
+            tables |= _tables(content) | tables
+    return tables
+
+
+def _length(track: dict[bytes, bytes], movie_scale: int, size: int) -> tuple[int, float] | None:
+    """Return frames and frames per second of a track that shows all its frames, at a constant rate; otherwise None."""
+    head = track[b"mdhd"]
+    scale, duration = _timescale(head), struct.unpack_from(*((">Q", head, 24) if head[0] else (">I", head, 16)))[0]
+    runs, frames, step = struct.unpack_from(">3I", track[b"stts"], 4)
+    if runs != 1 or frames > _MAX_FRAMES or not _has_places(track, frames, size):
+        return None
+    first, last = 0, (frames - 1) * step
+    if b"ctts" in track:
+        rows = _rows(track[b"ctts"], ">2I")
+        if track[b"ctts"][0] or sum(count for count, _ in rows) != frames:  # with negative delays, or damaged
+            return None
+        delays = chain.from_iterable(repeat(delay, count) for count, delay in rows)
+        times = [number * step + delay for number, delay in enumerate(delays)]
+        first, last = min(times), max(times)
+    if b"elst" in track:
+        layout = ">IQqI" if track[b"elst"][0] else ">IIiI"
+        edits, shown, start, speed = struct.unpack_from(layout, track[b"elst"], 4)
+        length = shown * scale / movie_scale
+        if edits != 1 or speed != 2**16 or not start <= first <= last + step / 2 <= start + length:
+            return None
+        duration = min(duration, length)
+    is_even = abs(duration - frames * step) < step / 2
+    return (frames, 1 / float(1 / Fraction(scale, step))) if is_even else None
+
+
+def _has_places(track: dict[bytes, bytes], frames: int, size: int) -> bool:
+    """Return whether each frame has a place in a file of a size, in the order of the table."""
+    same, stored = struct.unpack_from(">2I", track[b"stsz"], 4)
+    if stored != frames:
+        return False
+    sizes = iter([same] * frames if same else struct.unpack_from(f">{frames}I", track[b"stsz"], 12))
+    offsets = [row[0] for row in (_rows(track[b"stco"], ">I") if b"stco" in track else _rows(track[b"co64"], ">Q"))]
+    rows = _rows(track[b"stsc"], ">3I")
+    chunks: list[int] = []  # number of frames in each
+    for (first, samples, _), end in zip(rows, [*(row[0] for row in rows[1:]), len(offsets) + 1], strict=True):
+        if not 0 < end - first <= len(offsets):
+            return False
+        chunks += [samples] * (end - first)
+    if len(chunks) != len(offsets) or sum(chunks) != frames:
+        return False
+    lengths = [sum(islice(sizes, samples)) for samples in chunks]
+    following = [*offsets[1:], size]
+    return all(start + length <= end for start, length, end in zip(offsets, lengths, following, strict=True))
+
+
+def _rows(table: bytes, layout: str) -> list[tuple[int, ...]]:
+    """Return the rows of a table of numbers."""
+    end = 8 + struct.unpack_from(">I", table, 4)[0] * struct.calcsize(layout)
+    if end > len(table):
+        raise ValueError("a table is cut off")
+    return list(struct.iter_unpack(layout, table[8:end]))
+
+
+def _timescale(header: bytes) -> int:
+    """Return the units per second of an mvhd or mdhd."""
+    return int(struct.unpack_from(">I", header, 20 if header[0] else 12)[0])
 
 
 def _parse_header(header: bytes, remaining: int) -> tuple[int, bytes]:

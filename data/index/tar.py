@@ -7,21 +7,22 @@ in the middle, keeps the samples before that position.
 import io
 import re
 import tarfile
-from collections.abc import Iterable
+from functools import lru_cache
 from io import BufferedIOBase
 from typing import Any
 
 import numpy as np
 
 from data.captions import read_captions
+from data.index.headers import Member, read_members
 from data.index.mp4 import probe_mp4
 from data.index.remote import read_at
-from data.members import TEXT_EXTENSIONS, VIDEO_EXTENSIONS, find_video, is_video
+from data.members import TEXT_EXTENSIONS, VIDEO_EXTENSIONS, find_video
 
 _NPY_HEADER = 1024
 """Bytes to read of an npy file for its shape."""
-_COMPARED = 90
-"""Longest key that is compared with the name in a header; longer names are stored elsewhere."""
+_OUTSIDE = re.compile(r"(^|[/\\])\.\.([/\\]|$)|^[/\\]|^\w:[/\\]")
+"""A name that leads out of the folder into which the tar might be unpacked."""
 _MAX_TEXT = 2**22
 """Bytes of a txt or json above which it is not read."""
 
@@ -50,7 +51,7 @@ class _Run:
 
     def read_texts(self) -> None:
         """Count the captions, and forget the texts."""
-        names = _plain_names(self.members)
+        names = _plain_names(*self.members)
         try:
             self.captions = len(read_captions({names.get(name, name): text for name, text in self.texts.items()}))
         except ValueError as error:
@@ -88,53 +89,27 @@ def scan_tar(file: BufferedIOBase, size: int) -> dict[str, Any]:
     return _merge(runs)
 
 
-def check_header(header: bytes, key: str, size: int) -> None:
-    """Check the header before a member that is read at a place known from an index.
-
-    Args:
-        header: The block before the member.
-        key: Key of its sample.
-        size: Its size in bytes.
-
-    Raises:
-        ValueError: If it is the header of another member: the tar was changed or damaged after it was indexed.
-    """
-    name, field = header[:100].rstrip(b"\0"), header[124:136]
-    if header[257:263] == b"ustar\0" and header[345]:
-        name = header[345:500].rstrip(b"\0") + b"/" + name
-    try:
-        found = int.from_bytes(field[1:], "big") if field[0] & 0x80 else int(field.rstrip(b"\0 ") or b"0", 8)
-        same = found == size and (len(key) > _COMPARED or not key.isascii() or name.startswith(key.encode() + b"."))
-    except (ValueError, IndexError):
-        same = False
-    if not same:
-        raise ValueError("its shard is no longer the one that was indexed, or is damaged: start again")
-
-
 def _scan_members(tar: tarfile.TarFile, file: BufferedIOBase, size: int, runs: list[_Run]) -> str:
     """Append the members of a tar to `runs`; return why the tar ends early, or an empty string."""
     try:
-        for member in tar:
+        for member in read_members(tar, file):
             key, extension = _split_name(member.name)
             refusal = _refusal(member)
-            if member.isdir() or not (extension or refusal):
+            if not (extension or refusal) or (member.special and member.special.isdir()):
                 continue
             if not runs or runs[-1].key != key or extension in runs[-1].members:
                 if runs:
                     runs[-1].read_texts()
                 runs.append(_Run(key))
             run = runs[-1]
-            run.members[extension] = member.offset_data, member.size
+            run.members[extension] = member.offset, member.size
             run.reason = run.reason or refusal
-            if member.isfile() and not 0 <= member.size <= size - member.offset_data:
+            is_file = member.special is None or member.special.isfile()
+            if is_file and not 0 <= member.size <= size - member.offset:
                 run.reason = f"the tar is truncated or damaged in its {extension}"
                 return ""
             if not run.reason:
-                run.clips[extension] = _describe(file, extension, *run.members[extension])
-                if extension.rpartition(".")[2] in TEXT_EXTENSIONS:
-                    run.texts[extension] = read_at(file, member.offset_data, min(member.size, _MAX_TEXT))
-                    if member.size > _MAX_TEXT:
-                        run.flaw = f"its {extension} has {member.size} bytes, more than {_MAX_TEXT}"
+                _describe(file, run, extension, member)
     except (tarfile.TarError, ValueError, OverflowError) as error:  # from damaged headers
         return str(error)
     has_end_mark = read_at(file, tar.offset, tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
@@ -173,12 +148,13 @@ def _make_entry(run: _Run) -> dict[str, Any]:
         ValueError: If the sample has several videos.
     """
     clip = run.clips.get("tokens.npy") or run.clips.get(find_video(run.members) or "", {})
-    names = _plain_names(run.members)
+    names = _plain_names(*run.members)
     members = {names.get(name, name): where for name, where in run.members.items()}
     return {"members": members, **clip, "captions": run.captions, "flaw": run.flaw}
 
 
-def _plain_names(members: Iterable[str]) -> dict[str, str]:
+@lru_cache
+def _plain_names(*members: str) -> dict[str, str]:
     """Return what `v2.mp4`, `v2.txt` and `v2.json` are called in a sample that has no other video, txt or json."""
     names = {}
     for kind in (VIDEO_EXTENSIONS, *({name} for name in TEXT_EXTENSIONS)):
@@ -199,37 +175,48 @@ def _split_name(name: str) -> tuple[str, str]:
     return (f"{folder}{slash}{stem}", extension.lower()) if stem and extension else (name, "")
 
 
-def _refusal(member: tarfile.TarInfo) -> str:
+def _refusal(member: Member) -> str:
     """Return why a member must not be read, or an empty string."""
-    name = repr(member.name)
-    if ".." in re.split(r"[/\\]", member.name) or re.match(r"[/\\]|\w:[/\\]", member.name):
-        return f"the name {name} leads out of the folder"
-    if not (member.isfile() or member.isdir()):
-        return f"{name} is a {'link' if member.islnk() or member.issym() else 'device'}, not a file"
-    if member.issparse():
-        return f"{name} is stored as a sparse file"
-    if re.search("[\ud800-\udfff]", member.name):  # Python's form of undecodable bytes
-        return f"the name {name} is not UTF-8"
+    name, special = member.name, member.special
+    if _OUTSIDE.search(name):
+        return f"the name {name!r} leads out of the folder"
+    if special and not (special.isfile() or special.isdir()):
+        return f"{name!r} is a {'link' if special.islnk() or special.issym() else 'device'}, not a file"
+    if special and special.issparse():
+        return f"{name!r} is stored as a sparse file"
+    if not name.isascii() and re.search("[\ud800-\udfff]", name):  # Python's form of undecodable bytes
+        return f"the name {name!r} is not UTF-8"
     return ""
 
 
-def _describe(file: BufferedIOBase, extension: str, offset: int, size: int) -> dict[str, Any]:
-    """Return length and size of a video or of tokens, or the reason why they are corrupt; nothing of other members."""
-    try:
-        if is_video(extension):
-            return probe_mp4(file, offset, size)._asdict()
-        if extension == "tokens.npy":
-            shape = _npy_shape(read_at(file, offset, min(size, _NPY_HEADER)))
+def _describe(file: BufferedIOBase, run: _Run, extension: str, member: Member) -> None:
+    """Note length and size of a video or of tokens, or the reason why they are corrupt, or read the texts."""
+    kind = extension.rpartition(".")[2]
+    if kind in TEXT_EXTENSIONS:
+        run.texts[extension] = read_at(file, member.offset, min(member.size, _MAX_TEXT))
+        if member.size > _MAX_TEXT:
+            run.flaw = f"its {extension} has {member.size} bytes, more than {_MAX_TEXT}"
+    elif kind in VIDEO_EXTENSIONS or extension == "tokens.npy":
+        try:
+            if extension != "tokens.npy":
+                run.clips[extension] = probe_mp4(file, member.offset, member.size)._asdict()
+                return
+            shape = _npy_shape(read_at(file, member.offset, min(member.size, _NPY_HEADER)))
             if len(shape) != 3:
                 raise ValueError(f"its tokens have the shape {shape}, not (frames, height, width)")
-            return dict(zip(("frames", "height", "width"), shape, strict=True))
-    except ValueError as error:
-        return {"reason": str(error)}
-    return {}
+            run.clips[extension] = dict(zip(("frames", "height", "width"), shape, strict=True))
+        except ValueError as error:
+            run.clips[extension] = {"reason": str(error)}
 
 
-def _npy_shape(header: bytes) -> tuple[int, ...]:
+def _npy_shape(content: bytes) -> tuple[int, ...]:
     """Return the shape of the array in an npy file, from the first bytes of the file."""
+    is_first_version = content[6:7] == b"\1"
+    return _parse_npy_header(content[: 10 + int.from_bytes(content[8:10], "little")] if is_first_version else content)
+
+
+@lru_cache  # most arrays of a shard have the same shape
+def _parse_npy_header(header: bytes) -> tuple[int, ...]:
     file = io.BytesIO(header)
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

@@ -43,7 +43,7 @@ def read_shape(file: BufferedIOBase, container: str) -> Shape:
             return _read_mp4(file)
         if "matroska" in container:
             return _read_matroska(file)
-    except (struct.error, IndexError, ZeroDivisionError):  # a damaged header: FFmpeg reports what matters of it
+    except (struct.error, IndexError, StopIteration, ZeroDivisionError):  # damaged: FFmpeg reports what matters of it
         pass
     return Shape()
 

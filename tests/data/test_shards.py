@@ -8,6 +8,7 @@ import sys
 import tarfile
 import time
 import tracemalloc
+from fractions import Fraction
 
 import av
 import fsspec
@@ -17,6 +18,7 @@ import torch
 from data.shards import ShardSet, ShardWriter
 from t2v.errors import UserError
 from t2v.video import encode_mp4, probe
+from tests.data import corpus
 from tests.support.corpus import corrupted_corpus
 
 
@@ -225,19 +227,54 @@ def vp9(frames):
 def test_the_index_describes_a_video_as_a_probe_of_the_whole_file(tmp_path):
     frames = torch.randint(0, 256, (12, 3, 64, 96), dtype=torch.uint8)
     mp4 = encode_mp4(frames, fps=8.0)
+    longer = encode_mp4(frames.repeat(3, 1, 1, 1), fps=8.0)
+    corpus.timed(tmp_path / "uneven.mp4", corpus.UNEVEN, options=corpus.B_FRAMES)
+    corpus.steady(tmp_path / "ntsc.mp4", fps=Fraction(30000, 1001), options=corpus.B_FRAMES)
+    corpus.encode(tmp_path / "turned.mp4", [corpus.card()] * 3, matrix=corpus.MATRICES["right"])
+    corpus.encode(tmp_path / "wide.mp4", [corpus.card()] * 3, ratio=(2, 1))
     videos = {
         "front": mp4,
         "behind": remux(mp4),
+        "longer": longer,
         "fragments": remux(mp4, movflags="frag_keyframe+empty_moov"),
         "cut": remux(mp4, skip=5, avoid_negative_ts="disabled", use_editlist="1"),
         "vp9": vp9(frames),
+        **{path.stem: path.read_bytes() for path in tmp_path.glob("*.mp4")},
     }
-    tar_of(tmp_path / "0.tar", *((f"{name}.mp4", content) for name, content in videos.items()))
+    members = [(f"{name}-{copy}.mp4", content) for copy in range(2) for name, content in videos.items()]
+    tar_of(tmp_path / "0.tar", *members)  # of the second copy only the tables are read
     found = {
         sample.key: (sample.frames, sample.fps, sample.height, sample.width) for sample in ShardSet(tmp_path).samples
     }
-    assert found == {name: tuple(probe(content)) for name, content in videos.items()}
-    assert found["front"] == found["behind"] == (12, 8, 64, 96)
+    assert found == {f"{name}-{copy}": tuple(probe(videos[name])) for name in videos for copy in range(2)}
+    assert found["front-1"] == found["behind-1"] == (12, 8, 64, 96)
+    assert found["longer-1"][0] == 36
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tars_of_every_format_are_indexed(kind, tmp_path):
+    """Among ordinary members: times in fractions, long names, not only ASCII, folders, other extended headers."""
+    stems = ["a", "ä" * 30, "f/b", f"{'folder/' * 18}c", "d", "e" * (90 if kind == tarfile.USTAR_FORMAT else 120), "g"]
+    with tarfile.open(tmp_path / "0.tar", "w", format=kind) as tar:
+        for number, stem in enumerate(stems):
+            member = tarfile.TarInfo(stem.rpartition("/")[0] or "folder")
+            member.type = tarfile.DIRTYPE
+            tar.addfile(member)
+            for extension in ("cls", "txt"):
+                member = tarfile.TarInfo(f"{stem}.{extension}")
+                member.mtime, member.uname = number + 0.5 * (kind == tarfile.PAX_FORMAT), "ö" * (number % 2)
+                if stem == "d" and kind == tarfile.PAX_FORMAT:
+                    member.pax_headers = {"comment": "path=x\n9 path"}
+                content = f"{extension} of {stem}".encode()
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    shards = ShardSet(tmp_path)
+    assert keys(shards) == stems
+    assert not shards.skipped
+    for sample in shards.samples:
+        assert shards.read(sample, "cls", "txt") == {
+            name: f"{name} of {sample.key}".encode() for name in ("cls", "txt")
+        }
 
 
 def test_another_tar_of_the_same_size_under_the_old_name(tmp_path):
