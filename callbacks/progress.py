@@ -2,7 +2,9 @@
 
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
+from statistics import median_low
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,12 +12,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 INTERVAL = 15.0
 """Seconds between two lines."""
+RECENT = 100
+"""Units whose median time gives the remaining time. The first is left out: its layers may be compiled."""
 
 
 class ProgressPrinter:
     """Prints lines such as "Step 120/600, loss 0.034, 51 s left", one every `INTERVAL` seconds.
 
-    It prints nothing if the standard output is a terminal.
+    It prints nothing if the standard output is a terminal, and no remaining time before two units are finished.
 
     Args:
         unit: What is counted.
@@ -24,8 +28,10 @@ class ProgressPrinter:
 
     def __init__(self, unit: str, start: int = 0) -> None:
         self.unit = unit
-        self.count, self.time = start, time.monotonic()
-        """What was finished at the last line, and when; the remaining time is estimated from the work since then."""
+        self.count, self.printed = start, start
+        self.time = self.line_time = time.monotonic()
+        """When the last unit was finished, and when the last line was printed."""
+        self.seconds: deque[float] = deque(maxlen=RECENT)
         self.enabled = not sys.stdout.isatty()
 
     def update(self, count: int, total: int | float, values: Callable[[], dict[str, Any]] = dict) -> None:
@@ -37,15 +43,18 @@ class ProgressPrinter:
             values: Returns what is printed by name. Called only if a line is printed: reading from a GPU waits.
         """
         now = time.monotonic()
-        if not self.enabled or now - self.time < INTERVAL or count <= self.count:
+        if count > self.count:
+            self.seconds.append((now - self.time) / (count - self.count))
+            self.count, self.time = count, now
+        if not self.enabled or now - self.line_time < INTERVAL or count <= self.printed:
             return
         known = total != float("inf")
         parts = [f"{self.unit} {count}/{total:.0f}" if known else f"{self.unit} {count}"]
         for name, value in values().items():
             parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
-        if known:
-            parts.append(f"{_duration((now - self.time) / (count - self.count) * (total - count))} left")
-        self.count, self.time = count, now
+        if known and len(self.seconds) > 1:
+            parts.append(f"{_duration(median_low(list(self.seconds)[1:]) * (total - count))} left")
+        self.printed, self.line_time = count, now
         print(", ".join(parts), flush=True)
 
 

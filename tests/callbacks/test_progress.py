@@ -94,10 +94,18 @@ def test_a_terminal_keeps_its_progress_bar(tmp_path, monkeypatch, capsys):
 
 def test_hours_and_unknown_totals(capsys):
     printer = ProgressPrinter("Step", start=100)
-    for _ in range(5):
-        printer.update(101, 1100, lambda: {"loss": 0.5, "wait": "3 %"})
-    assert capsys.readouterr().out == "Step 101/1100, loss 0.5, wait 3 %, 4 h 26 min left\n"
+    for step in range(101, 105):
+        printer.update(step, 4104, lambda: {"loss": 0.5, "wait": "3 %"})
+    assert capsys.readouterr().out == "Step 104/4104, loss 0.5, wait 3 %, 4 h 26 min left\n"
     printer = ProgressPrinter("Step")
     for _ in range(5):
         printer.update(7, float("inf"))
     assert capsys.readouterr().out == "Step 7\n"
+
+
+def test_steps_that_compile_do_not_count_in_the_remaining_time(capsys):
+    printer = ProgressPrinter("Step")
+    for step, seconds in enumerate((300, 0, 200, 0, 0), 1):  # beside the four of each step
+        Clock.now += seconds
+        printer.update(step, 105)
+    assert capsys.readouterr().out == "Step 1/105\nStep 3/105, 6 min 48 s left\n"
