@@ -72,6 +72,8 @@ IGNORED_WARNINGS = (
 IGNORED_VARIABLES = tuple(f"PL_{command.upper()}__" for command in ("fit", "validate", "test", "predict", "plan"))
 """Beginnings of the names of variables that other programs with a LightningCLI read."""
 
+_PRINT = "--print_config"
+
 
 class PlanningTrainer(Trainer):
     """Lightning's `Trainer` with the command ``plan``."""
@@ -105,6 +107,9 @@ class T2VCLI(LightningCLI):
 
     def __init__(self, args: ArgsType = None) -> None:
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        commands = self.subcommands()
+        if (command := next(iter(_to_list(args)), "")) in commands:  # the parser of each takes a fifth of a second
+            self.subcommands = lambda: {command: commands[command]}  # type: ignore[method-assign]
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -146,11 +151,12 @@ class T2VCLI(LightningCLI):
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         """Set defaults: load checkpoints without pickle; do not keep predictions, which callbacks write, in memory."""
         super().setup_parser(*args, **kwargs)
-        for command in LightningCLI.subcommands():
-            command_parser(self, command).set_defaults(weights_only=True)
-        command_parser(self, "predict").set_defaults(return_predictions=False)
-        for command in self.subcommands():  # instead of a list of all arguments
+        for command in self.subcommands():
             command_parser(self, command).usage = f"python cli.py {command} -c CONFIG [-c CONFIG ...] [--KEY VALUE ...]"
+            if command != "plan":
+                command_parser(self, command).set_defaults(weights_only=True)
+            if command == "predict":
+                command_parser(self, command).set_defaults(return_predictions=False)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the command line, with the hyper-parameters of the checkpoint as defaults of the model."""
@@ -162,9 +168,10 @@ class T2VCLI(LightningCLI):
         first.add_argument("--ckpt_path")
         known, others = first.parse_known_args(args)
         _, self._other_args = first.parse_known_args(given)
-        path = known.ckpt_path
+        path, parsed = known.ckpt_path, None
         if path in (None, "last", "best"):
-            path = self._resolve_checkpoint(parser, others, path)
+            parsed = _parse_first(parser, others)
+            path = _resolve_checkpoint(parsed[parsed.subcommand], parsed.subcommand, path)
         saved = read_model_config(path) if path else None
         if saved:
             for command in self.subcommands():
@@ -172,8 +179,12 @@ class T2VCLI(LightningCLI):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*discarding init_args", UserWarning)  # check_same_classes reports it
             if items:
-                args = [*args, *set_items(_parse_first(parser, args)[1], items)]
-            self.config = parser.parse_args(args)
+                config = _parse_first(parser, args)
+                args = [*args, *set_items(config[config.subcommand], items)]
+            if parsed and not path and not items and not any(arg.startswith(_PRINT) for arg in args):
+                self.config = _validated(parser, parsed)  # another parse would give the same
+            else:
+                self.config = parser.parse_args(args)
         config = self.config[self.config.subcommand]
         check_trainer_arguments(config)
         if path is None and self.config.subcommand == "predict":
@@ -182,29 +193,6 @@ class T2VCLI(LightningCLI):
             config.ckpt_path = path
         if saved:
             check_same_classes(path, saved, config.model, training=self.config.subcommand == "fit")
-
-    def _resolve_checkpoint(self, parser: LightningArgumentParser, args: list[str], flag: str | None) -> str | None:
-        """Return the checkpoint to load if the flag is missing, ``last`` or ``best``."""
-        command, config = _parse_first(parser, args)
-        path = flag or config.get("ckpt_path")
-        if path not in ("last", "best"):
-            return path
-        folder = _checkpoint_folder(config)
-        if path == "best":
-            best = best_checkpoint(folder)
-            if best is None:
-                raise UserError(
-                    f"There is no best checkpoint in {folder}: train with a metric that the ModelCheckpoint monitors, "
-                    "such as monitor: val/loss, or give `last` to --ckpt_path."
-                )
-            return best
-        newest = newest_last(folder)
-        if newest is None and command != "fit":
-            raise UserError(
-                f"There is no last.ckpt in {folder}, so there is nothing to {command} with: "
-                "run `fit` first, or give a checkpoint's path to --ckpt_path."
-            )
-        return newest
 
     def _parse_ckpt_path(self) -> None:
         """No-op; Lightning would let the checkpoint override the command line."""
@@ -279,11 +267,42 @@ def _to_list(args: ArgsType) -> list[str]:
     return [command, "--config", json.dumps(config[command], default=str)]
 
 
-def _parse_first(parser: LightningArgumentParser, args: list[str]) -> tuple[str, Namespace]:
-    """Return a command and its config before all of it is known: required values may be in a checkpoint."""
-    others = [arg for arg in args if not arg.startswith("--print_config")]  # printed by the second parse
-    config = parser.parse_args(others, _skip_validation=True)
-    return config.subcommand, config[config.subcommand]
+def _parse_first(parser: LightningArgumentParser, args: list[str]) -> Namespace:
+    """Return a config before all of it is known: required values may be in a checkpoint."""
+    others = [arg for arg in args if not arg.startswith(_PRINT)]  # printed by the second parse
+    return parser.parse_args(others, _skip_validation=True)
+
+
+def _validated(parser: LightningArgumentParser, config: Namespace) -> Namespace:
+    """Return a config after the checks that `_parse_first` left out."""
+    try:
+        parser.validate(config)
+    except (TypeError, KeyError) as error:
+        parser.error(str(error), error)
+    return config
+
+
+def _resolve_checkpoint(config: Namespace, command: str, flag: str | None) -> str | None:
+    """Return the checkpoint to load if the flag is missing, ``last`` or ``best``."""
+    path = flag or config.get("ckpt_path")
+    if path not in ("last", "best"):
+        return path
+    folder = _checkpoint_folder(config)
+    if path == "best":
+        best = best_checkpoint(folder)
+        if best is None:
+            raise UserError(
+                f"There is no best checkpoint in {folder}: train with a metric that the ModelCheckpoint monitors, "
+                "such as monitor: val/loss, or give `last` to --ckpt_path."
+            )
+        return best
+    newest = newest_last(folder)
+    if newest is None and command != "fit":
+        raise UserError(
+            f"There is no last.ckpt in {folder}, so there is nothing to {command} with: "
+            "run `fit` first, or give a checkpoint's path to --ckpt_path."
+        )
+    return newest
 
 
 def _checkpoint_folder(config: Namespace) -> str:

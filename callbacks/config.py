@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import fsspec
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
@@ -13,7 +14,8 @@ class SaveConfig(SaveConfigCallback):
     """Saves the config as ``config.yaml`` in the run folder when training starts.
 
     Lightning's own callback saves it in `setup`, so that a run which is refused later would overwrite the config of the
-    run before. It also writes over the old file, which a kill would leave incomplete.
+    run before. It also writes over the old file, which a kill would leave incomplete, and fails with a logger that has
+    no folder, such as MLflow's with a server; the config is then in `default_root_dir`.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -21,10 +23,14 @@ class SaveConfig(SaveConfigCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save ``config.yaml`` in the run folder."""
-        folder = trainer.log_dir  # a collective call on all ranks
-        if folder is None or not is_local(folder):
-            super().setup(trainer, pl_module, "fit")
-        elif trainer.is_global_zero:
+        folder = trainer.log_dir or trainer.default_root_dir  # a collective call on all ranks
+        if not trainer.is_global_zero:
+            return
+        content = self.parser.dump(self.config, skip_none=False)
+        if is_local(folder):
             Path(folder).mkdir(parents=True, exist_ok=True)
             with atomic_path(Path(folder) / self.config_filename) as partial:
-                partial.write_text(self.parser.dump(self.config, skip_none=False), encoding="utf-8")
+                partial.write_text(content, encoding="utf-8")
+        else:
+            with fsspec.open(f"{folder.rstrip('/')}/{self.config_filename}", "w", encoding="utf-8") as file:
+                file.write(content)

@@ -248,6 +248,15 @@ input()"""
     assert not lock.exists()
 
 
+def test_a_logger_without_a_folder_leaves_the_files_in_the_root_folder(pipeline):
+    logger = "--trainer.logger=tests.support.recorder.LoggerWithoutFolder"
+    callback = "--trainer.callbacks+={class_path: callbacks.ReconstructionLogger}"
+    with pytest.warns(UserWarning, match="which shows no videos: they are on the page"):
+        assert fit(pipeline, "--trainer.max_steps=15", logger, callback) == 0
+    assert (pipeline.run / "config.yaml").exists()
+    assert (pipeline.run / "samples/reconstruction-0000015-00.mp4").exists()
+
+
 def test_an_epoch_with_fewer_batches_than_are_accumulated_has_one_full_step(pipeline, capfd):
     state = []
     for batches in (8, 3):

@@ -60,7 +60,7 @@ def read_prompts(source: list[str] | str) -> list[Prompt]:
     """
     if isinstance(source, str):
         path = Path(source)
-        prompts = _read_file(path) if _is_path(path) else [Prompt(source.strip())]
+        prompts = _read_file(path) if source and _is_path(path) else [Prompt(source.strip())]
     else:
         prompts = [Prompt(prompt.strip()) for prompt in source]
     if not any(each.prompt for each in prompts):
@@ -151,7 +151,9 @@ def _prompt(row: dict[str, Any], path: Path, where: str) -> Prompt:
     if unknown or "prompt" not in row:
         problem = f"has the unknown column {unknown[0]}" if unknown else "has no prompt"
         raise UserError(f"{where} {problem}: the columns are {', '.join(_COLUMNS)}.")
-    prompt = Prompt(str(row["prompt"]), start=str(row["start"]) if "start" in row else None)
+    if not isinstance(row["prompt"], str):
+        raise UserError(f"{where} has prompt={row['prompt']!r}, which is not text: write one row for each prompt.")
+    prompt = Prompt(row["prompt"], start=str(row["start"]) if "start" in row else None)
     if "seed" in row:
         try:
             seed = int(str(row["seed"]))

@@ -312,7 +312,13 @@ def test_mistakes_in_a_table_of_prompts(content, message, tmp_path):
         predicted(tmp_path, prompts=str(tmp_path / "prompts.csv"))
 
 
-@pytest.mark.parametrize("prompts", [[], [" "], "none.txt"])
+def test_a_prompt_of_a_table_that_is_not_text(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": ["a"]}')
+    with pytest.raises(UserError, match=r"row 1 has prompt=\['a'\], which is not text"):
+        predicted(tmp_path, prompts=str(tmp_path / "prompts.jsonl"))
+
+
+@pytest.mark.parametrize("prompts", [[], [" "], "", "none.txt"])
 def test_missing_prompts_are_refused(prompts, tmp_path):
     with pytest.raises(UserError, match="prompts"):
         trainer(tmp_path).predict(Recorder(), token_module(prompts=prompts))
