@@ -37,7 +37,7 @@ class MetricsReport(Callback):
     - `metrics`: Every logged metric by its name; null if it is not finite.
     - `protocol`: The checkpoint and its step, whether its weights are a moving average, the precision, the seed, the
       clips and how they were cut, the model's fingerprint, and how each metric is computed. A distance between two sets
-      of clips whose network, clips, frame rate or seed are not known is null: alone it says nothing.
+      of clips whose network, clips, frame rate or seed are not known is null, since it cannot be compared.
     - `versions`: The versions of Python and of packages on which the metrics depend.
 
     Args:

@@ -25,7 +25,7 @@ class VideoGalleryWriter(BasePredictionWriter):
     """Writes ``OUTPUT_DIR/videos/NAME.mp4`` during generation, and the page ``OUTPUT_DIR/index.html`` at the end.
 
     A line of ``OUTPUT_DIR/videos.jsonl`` describes each finished video: its prompt, seed and start, and a hash of the
-    checkpoint and of all settings on which it depends. A command that was killed goes on where it was when it is given
+    checkpoint and of all settings on which it depends. A command that was killed continues when it is run
     again: a batch whose videos exist, with the same description, is not generated again.
 
     Args:

@@ -184,7 +184,7 @@ def explain(error: BaseException) -> str | None:
         message = _explain_one(each)
         if found is None or isinstance(each, UserError):
             found = message or found
-        # Of an error that is not expected, what happened before says nothing.
+        # The context of an unexpected error is not its cause.
         each = each.__cause__ or (each.__context__ if message else None)
     return found
 

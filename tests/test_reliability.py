@@ -28,30 +28,37 @@ def fails(capsys):
     return run
 
 
-@pytest.mark.parametrize("stage", ["vqvae", "transformer"])
+OF_THE_TRAINER = [
+    (("--trainer.max_steps=-1", "--trainer.max_epochs=-1"), "leave training without an end"),
+    (("--trainer.accumulate_grad_batches=0",), "accumulate_grad_batches=0 must be at least 1"),
+    (("--trainer.check_val_every_n_epoch=0",), "check_val_every_n_epoch=0 must be at least 1"),
+    (("--trainer.gradient_clip_val=-1",), "gradient_clip_val=-1 must be at least 0"),
+    (("--trainer.val_check_interval=1000",), "`val_check_interval` (1000) must be less than or equal to"),
+    (("--trainer.strategy=none",), "invalid strategy name"),
+    (("--trainer.devices=-2",), "should be an int > 0"),
+    (("--seed_everything=-1",), "seed_everything=-1 must lie in [0, 4294967295]"),
+    (("--ckpt_path=s3://bucket/last.ckpt",), "s3"),
+    (("--ckpt_path=none://last.ckpt",), "Protocol not known: none"),
+    (("--trainer.logger=NoneLogger",), "NoneLogger"),
+    (("--trainer.callbacks+={class_path: callbacks.EMA, init_args: {decay: 2}}",), "decay=2.0 must lie in (0, 1)"),
+    (("--trainer.callbacks+={class_path: ModelCheckpoint, init_args: {save_top_k: -5}}",), "save_top_k=-5"),
+]
+OF_BOTH_STAGES = [
+    (("--data.seed=-1",), "data.seed=-1 must lie in"),
+    (("--data.num_workers=-1",), "data.num_workers=-1 must be at least 0"),
+    (("--data.train=${nothing.there}",), "cannot be resolved for data.init_args.train"),
+    (("--data.train=${",), "cannot be resolved"),
+    (("--model.optimizer={class_path: torch.optim.SGD, init_args: {lr: 1, momentum: 2}}",), "momentum=2.0 must"),
+    (("--model.optimizer={class_path: torch.optim.AdamW, init_args: {lr: -1}}",), "Invalid learning rate: -1"),
+    (("--model.warmup_steps=-100",), "warmup_steps=-100 must be at least 0"),
+]
+
+
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("stage", "flags", "message"),
     [
-        (("--trainer.max_steps=-1", "--trainer.max_epochs=-1"), "leave training without an end"),
-        (("--trainer.accumulate_grad_batches=0",), "accumulate_grad_batches=0 must be at least 1"),
-        (("--trainer.check_val_every_n_epoch=0",), "check_val_every_n_epoch=0 must be at least 1"),
-        (("--trainer.gradient_clip_val=-1",), "gradient_clip_val=-1 must be at least 0"),
-        (("--trainer.val_check_interval=1000",), "`val_check_interval` (1000) must be less than or equal to"),
-        (("--trainer.strategy=none",), "invalid strategy name"),
-        (("--trainer.devices=-2",), "should be an int > 0"),
-        (("--seed_everything=-1",), "seed_everything=-1 must lie in [0, 4294967295]"),
-        (("--data.seed=-1",), "data.seed=-1 must lie in"),
-        (("--data.num_workers=-1",), "data.num_workers=-1 must be at least 0"),
-        (("--data.train=${nothing.there}",), "cannot be resolved for data.init_args.train"),
-        (("--data.train=${",), "cannot be resolved"),
-        (("--ckpt_path=s3://bucket/last.ckpt",), "s3"),
-        (("--ckpt_path=none://last.ckpt",), "Protocol not known: none"),
-        (("--trainer.logger=NoneLogger",), "NoneLogger"),
-        (("--model.optimizer={class_path: torch.optim.SGD, init_args: {lr: 1, momentum: 2}}",), "momentum=2.0 must"),
-        (("--model.optimizer={class_path: torch.optim.AdamW, init_args: {lr: -1}}",), "Invalid learning rate: -1"),
-        (("--model.warmup_steps=-100",), "warmup_steps=-100 must be at least 0"),
-        (("--trainer.callbacks+={class_path: callbacks.EMA, init_args: {decay: 2}}",), "decay=2.0 must lie in (0, 1)"),
-        (("--trainer.callbacks+={class_path: ModelCheckpoint, init_args: {save_top_k: -5}}",), "save_top_k=-5"),
+        *(("vqvae", *case) for case in (*OF_THE_TRAINER, *OF_BOTH_STAGES)),
+        *(("transformer", *case) for case in OF_BOTH_STAGES),
     ],
     ids=lambda value: value[0].split("=")[0].strip("-") if isinstance(value, tuple) else "",
 )

@@ -17,7 +17,7 @@ _COMPARED = 90
 _MAX_PAX = 2**12
 """Bytes of an extended header above which it is left to tarfile."""
 _CHANGES = re.compile(rb" (path|size|linkpath|hdrcharset|GNU\.)")
-"""Keys of an extended header that change what the header behind it says; others are times and owners."""
+"""Keys of an extended header that change the meaning of the next header; others are times and owners."""
 _FILE, _PAX = (b"0", b"\0"), b"x"
 """Types of members."""
 
