@@ -14,6 +14,7 @@ the shards are complete, the clips take their space twice.
 
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -25,6 +26,7 @@ from data.prepare.cutting import cut_all, make_jobs
 from data.prepare.dropped import summarize
 from data.prepare.engine import processes, ray_cluster
 from data.prepare.filters import Filters
+from data.prepare.flaws import BLACK_BARS, INTERLACED
 from data.prepare.output import is_complete, open_partial, publish
 from data.prepare.packing import drop_duplicates, pack_all, read_clips
 from data.prepare.preview import preview
@@ -147,6 +149,10 @@ def prepare(
     if not clips:
         raise UserError(f"No clip of '{source}' was kept: {summarize(dropped)}.")
     print(f"{out}: {len(clips)} clips from {len(videos)} videos. See {out / 'report.html'}.")
+    flaws = Counter(flaw for clip in clips for flaw in clip.metadata.get("flaws", []))
+    for flaw, option in ((INTERLACED, "interlaced"), (BLACK_BARS, "bars")):
+        if flaws[flaw]:
+            print(f"Clips with {flaw}: {flaws[flaw]}, named in their json; --filters.{option} mends or drops them.")
     if dropped:
         print(f"Dropped {len(dropped)}: {summarize(dropped)}.")
 

@@ -24,9 +24,10 @@ from data.prepare.dropped import Dropped
 from data.prepare.duplicates import perceptual_hash
 from data.prepare.engine import Engine
 from data.prepare.files import File, local_copy
-from data.prepare.filters import reason_to_drop_clip, reason_to_drop_video
+from data.prepare.filters import reason_to_drop_clip, reason_to_drop_flaws, reason_to_drop_video
+from data.prepare.flaws import Flaws, find_flaws
 from data.prepare.sources import Video
-from data.prepare.video_clips import ClipFormat, VideoClip, cut_video
+from data.prepare.video_clips import NO_BARS, ClipFormat, VideoClip, cut_video
 from t2v.errors import UserError
 from t2v.files import atomic_path
 from t2v.video import DecodeError, VideoInfo, encode_mp4, probe
@@ -86,8 +87,10 @@ class ClipRow(NamedTuple):
     """Bytes of the mp4."""
     hash: int | None
     """Perceptual hash; None if near-duplicates are kept."""
+    flaws: list[str]
+    """Flaws of the video that were not mended, in words."""
     info: VideoInfo
-    """Length, rate and size of the video."""
+    """Length, rate and size of the video, without bars that were cut off."""
 
 
 def make_jobs(videos: list[Video], videos_per_job: int, folder: Path, clip_format: ClipFormat) -> list[CutJob]:
@@ -208,7 +211,16 @@ def _cut_video(
                 dropped.append(Dropped(video.name, None, reason))
                 return
             restart_timer(clip_format.timeout + info.frames / info.fps)  # no decoder is slower than playing the video
-            for clip in cut_video(path, info, clip_format):
+            flaws = find_flaws(path, info, clip_format.timeout)
+            reason = reason_to_drop_flaws(flaws, filters)
+            if reason:
+                dropped.append(Dropped(video.name, None, reason))
+                return
+            deinterlace = flaws.interlaced and filters.interlaced == "deinterlace"
+            bars = flaws.bars if filters.bars == "crop" else NO_BARS
+            left = Flaws(flaws.interlaced and not deinterlace, NO_BARS if any(bars) else flaws.bars).names
+            restart_timer(clip_format.timeout + info.frames / info.fps)
+            for clip in cut_video(path, info, clip_format, bars, deinterlace):
                 restart_timer(clip_format.timeout)
                 if clip.frames is None:
                     short_scenes.append(clip.start)
@@ -222,7 +234,7 @@ def _cut_video(
                     dropped.append(Dropped(video.name, clip.start, reason))
                 else:
                     kept += 1
-                    yield _encode(clip, clips - 1, number, info, clip_format)
+                    yield _encode(clip, clips - 1, number, left, bars.inside(info), clip_format)
         dropped += _drop_short_scenes(video, clips, short_scenes, clip_format)
     except (FileNotFoundError, PermissionError) as error:
         dropped.append(Dropped(video.name, None, f"does not open ({error.strerror})"))
@@ -237,12 +249,12 @@ def _cut_video(
 
 
 def _encode(
-    clip: VideoClip, clip_number: int, video_number: int, info: VideoInfo, clip_format: ClipFormat
+    clip: VideoClip, clip_number: int, video_number: int, flaws: list[str], info: VideoInfo, clip_format: ClipFormat
 ) -> tuple[ClipRow, bytes]:
     assert clip.frames is not None
     mp4 = clip.mp4 or encode_mp4(clip.frames, clip_format.fps)
     hash_ = None if clip_format.filters.max_hash_distance is None else perceptual_hash(clip.frames)
-    return ClipRow(video_number, clip_number, clip.start, 0, len(mp4), hash_, info), mp4
+    return ClipRow(video_number, clip_number, clip.start, 0, len(mp4), hash_, flaws, info), mp4
 
 
 def _drop_short_scenes(

@@ -7,6 +7,7 @@ Axis letters: t frames, c channels (3, red green blue), h w pixels.
 """
 
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from data.prepare.duplicates import HASH_BITS
+from data.prepare.flaws import BLACK_BARS, INTERLACED, Flaws
 from t2v.errors import UserError
 from t2v.video import VideoInfo
 
@@ -36,6 +38,9 @@ class Filters:
             about 90; 16 is a good value.
         min_words: Smallest number of words in a caption; a Chinese or Japanese character counts as a word.
         max_words: Largest number of words in a caption; null for no limit.
+        interlaced: What becomes of a video whose frames are interlaced without being marked so: it is kept as it is,
+            deinterlaced, or dropped. Marked frames are always deinterlaced.
+        bars: What becomes of a video with black bars at two opposite edges: it is kept as it is, cropped, or dropped.
 
     Raises:
         UserError: If a limit is out of range or contradicts another.
@@ -51,9 +56,13 @@ class Filters:
     max_hash_distance: int | None = None
     min_words: int = 1
     max_words: int | None = 200
+    interlaced: Literal["keep", "deinterlace", "drop"] = "keep"
+    bars: Literal["keep", "crop", "drop"] = "keep"
 
     def __post_init__(self) -> None:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {
+            field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("interlaced", "bars")
+        }
         wrong = [f"{name}={value} is below 0" for name, value in values.items() if value is not None and value < 0]
         for name in ("seconds", "words"):
             least, most = values[f"min_{name}"], values[f"max_{name}"]
@@ -90,6 +99,20 @@ def reason_to_drop_video(info: VideoInfo, filters: Filters) -> str | None:
         return f"too few frames per second ({info.fps:.3g}; min_fps is {filters.min_fps:g})"
     if filters.max_aspect is not None and aspect > filters.max_aspect:
         return f"too wide or too tall ({info.width}x{info.height} pixels; max_aspect is {filters.max_aspect:g})"
+    return None
+
+
+def reason_to_drop_flaws(flaws: Flaws, filters: Filters) -> str | None:
+    """Return why a video is dropped for interlaced frames or black bars, or None.
+
+    Args:
+        flaws: What was found in the video.
+        filters: What is to be dropped.
+    """
+    if flaws.interlaced and filters.interlaced == "drop":
+        return f"{INTERLACED} (not marked as such; filters.interlaced is drop)"
+    if any(flaws.bars) and filters.bars == "drop":
+        return f"{BLACK_BARS} ({flaws.bars}; filters.bars is drop)"
     return None
 
 

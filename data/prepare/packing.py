@@ -88,6 +88,7 @@ def read_clips(jobs: list[CutJob], dropped: list[Dropped]) -> Iterator[Clip]:
                 "fps": clip_format.fps,
                 "height": height,
                 "width": width,
+                **({"flaws": row.flaws} if row.flaws else {}),
             }
             if len(captions) > 1:
                 metadata["captions"] = captions

@@ -15,11 +15,13 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from data.prepare.filters import Filters
+from data.prepare.flaws import Bars
 from data.prepare.scenes import find_scenes
 from t2v.video import VideoInfo, is_plain, resize_and_crop, stream_frames
 
 _TOLERANCE = 1e-6
 """Seconds, for rounding errors when frame times are compared."""
+NO_BARS = Bars()
 _OFF_TIME = 0.1
 """Part of a frame by which the frames of a video may be shown too early or late for a clip of constant rate."""
 
@@ -72,18 +74,22 @@ class TimedFrame(NamedTuple):
     frame: UInt8[Tensor, "c h w"]
 
 
-def cut_video(path: Path, info: VideoInfo, clip_format: ClipFormat) -> Iterator[VideoClip]:
+def cut_video(
+    path: Path, info: VideoInfo, clip_format: ClipFormat, bars: Bars = NO_BARS, deinterlace: bool = False
+) -> Iterator[VideoClip]:
     """Yield the clips of a video in order, and an entry without frames for each scene shorter than a clip.
 
     Args:
         path: The video.
         info: Its length, rate and size.
         clip_format: Properties of the clips.
+        bars: Black bars to cut off.
+        deinterlace: Whether to deinterlace frames that are not marked as interlaced.
 
     Raises:
         DecodeError: If the video cannot be decoded.
     """
-    if _is_clip(path, info, clip_format):
+    if not (any(bars) or deinterlace) and _is_clip(path, info, clip_format):
         yield VideoClip(0.0, torch.stack([frame for _, frame in stream_frames(path)]), path.read_bytes())
         return
     starts = [0.0]
@@ -93,9 +99,10 @@ def cut_video(path: Path, info: VideoInfo, clip_format: ClipFormat) -> Iterator[
     def scene_number(frame: TimedFrame) -> int:
         return bisect_right(starts, frame.time + _TOLERANCE, lo=1) - 1
 
-    for scene, frames in groupby((TimedFrame(*frame) for frame in stream_frames(path)), scene_number):
+    timed = (TimedFrame(time, bars.crop(frame)) for time, frame in stream_frames(path, deinterlace))
+    for scene, frames in groupby(timed, scene_number):
         too_short = True
-        for clip in _group(_resample(frames, clip_format.fps), clip_format, clip_format.size_of(info)):
+        for clip in _group(_resample(frames, clip_format.fps), clip_format, clip_format.size_of(bars.inside(info))):
             too_short = False
             yield clip
         if too_short:

@@ -110,8 +110,8 @@ class OpenVideo:
             if packet.size or packet.dts is None:
                 yield packet
 
-    def decode(self) -> Iterator[TimedFrame]:
-        """Yield all frames in the order in which they are shown."""
+    def decode(self, deinterlace: bool = False) -> Iterator[TimedFrame]:
+        """Yield all frames in the order in which they are shown; `deinterlace` those that are not marked as well."""
         clock = Clock(self)
         is_cut = "mpeg" in self.container.format.name  # recordings may begin between two key frames
         begun, deinterlacer = False, None
@@ -130,8 +130,8 @@ class OpenVideo:
                 begun = True
                 timed = TimedFrame(clock.next(frame), frame)
                 self.check(timed)
-                if frame.interlaced_frame and deinterlacer is None:
-                    deinterlacer = _Deinterlacer(self.stream)
+                if (frame.interlaced_frame or deinterlace) and deinterlacer is None:
+                    deinterlacer = _Deinterlacer(self.stream, "all" if deinterlace else "interlaced")
                 yield from deinterlacer.push(timed) if deinterlacer else (timed,)
         if deinterlacer:
             yield from deinterlacer.finish()
@@ -239,10 +239,10 @@ class Clock:
 
 
 class _Deinterlacer:
-    """FFmpeg's bwdif filter (w3fdif and yadif combined) for frames that are interlaced; others pass."""
+    """FFmpeg's bwdif filter (w3fdif and yadif combined), for all frames or those marked as interlaced; others pass."""
 
-    def __init__(self, stream: VideoStream) -> None:
-        self._stream = stream
+    def __init__(self, stream: VideoStream, frames: str) -> None:
+        self._stream, self._frames = stream, frames
         self._graph: Any = None
         self._times: deque[float] = deque()
 
@@ -253,7 +253,7 @@ class _Deinterlacer:
             source = graph.add_buffer(
                 width=frame.width, height=frame.height, format=frame.format, time_base=self._stream.time_base
             )
-            nodes = [source, graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink")]
+            nodes = [source, graph.add("bwdif", f"mode=send_frame:deint={self._frames}"), graph.add("buffersink")]
             graph.link_nodes(*nodes).configure()
             self._graph = graph
         self._times.append(timed.time)

@@ -126,11 +126,12 @@ def read_at(
     return _read(source, times, True, transform, timeout, reader)
 
 
-def stream_frames(source: Source) -> Iterator[tuple[float, UInt8[Tensor, "c height width"]]]:
+def stream_frames(source: Source, deinterlace: bool = False) -> Iterator[tuple[float, UInt8[Tensor, "c height width"]]]:
     """Decode a video from start to end in constant memory.
 
     Args:
         source: The video.
+        deinterlace: Deinterlace all frames, also those that are not marked as interlaced.
 
     Yields:
         Time in seconds since the first frame, and the frame as RGB.
@@ -139,7 +140,7 @@ def stream_frames(source: Source) -> Iterator[tuple[float, UInt8[Tensor, "c heig
         DecodeError: If the file cannot be decoded, or a frame is damaged or larger than `MAX_PIXELS`.
     """
     with open_video(source) as video:
-        for shown_at, frame in video.decode():
+        for shown_at, frame in video.decode(deinterlace):
             yield shown_at, torch.from_numpy(video.to_rgb(frame)).permute(2, 0, 1)
 
 

@@ -322,15 +322,23 @@ def hdr_grey(path: Path, transfer: int, signals: Sequence[float]) -> None:
         file.mux(stream.encode())
 
 
-def interlaced(path: Path) -> None:
-    """Write a bar that moves from field to field."""
+def interlaced(path: Path, marked: bool = True) -> None:
+    """Write a bar that moves from field to field; unless marked, as if the frames were not interlaced."""
     pictures = []
     for t in range(12):
         picture = np.full((64, 64, 3), 40, np.uint8)
         picture[0::2, 4 * t : 4 * t + 8] = 220
         picture[1::2, 4 * t + 2 : 4 * t + 10] = 220
         pictures.append(picture)
-    encode(path, pictures, fps=25, options={"crf": "4", "x264-params": "interlaced=1:tff=1"})
+    encode(path, pictures, fps=25, options={"crf": "4", **({"x264-params": "interlaced=1:tff=1"} if marked else {})})
+
+
+def boxed(path: Path, rows: int, columns: int) -> None:
+    """Write a moving picture of 128 pixels with black bars of so many rows above and below, and columns beside it."""
+    pictures = [
+        np.pad(picture, ((rows, rows), (columns, columns), (0, 0)), constant_values=16) for picture in moving(12)
+    ]
+    encode(path, pictures, options={"crf": "23"})
 
 
 def write_corpus(folder: Path) -> None:
@@ -345,6 +353,10 @@ def write_corpus(folder: Path) -> None:
     hdr_grey(folder / "pq.mp4", 16, [0.58])
     hdr_grey(folder / "hlg.mp4", 18, [0.75])
     interlaced(folder / "interlaced.mp4")
+    interlaced(folder / "unmarked.mp4", marked=False)
+    boxed(folder / "letterbox.mp4", 16, 0)
+    boxed(folder / "pillarbox.mp4", 0, 20)
+    boxed(folder / "windowbox.mp4", 16, 20)
 
 
 if __name__ == "__main__":
