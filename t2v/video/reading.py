@@ -23,8 +23,13 @@ from torch import Tensor
 
 from t2v.errors import UserError
 from t2v.video import selection
-from t2v.video.decoding import DecodeError, OpenVideo, Source, open_video
+from t2v.video.decoding import MAX_PIXELS, DecodeError, OpenVideo, Source, open_video
 from t2v.video.selection import Reader, pictures
+
+_PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+"""Ends of the names of pictures."""
+_PICTURE_FPS = 25.0
+"""Frame rate that a picture is given, as FFmpeg does."""
 
 Transform = Callable[[UInt8[Tensor, "t c height width"]], Tensor]
 
@@ -46,7 +51,7 @@ class VideoInfo(NamedTuple):
 
 
 def probe(source: Source) -> VideoInfo:
-    """Read the properties of a video without decoding it.
+    """Read the properties of a video without decoding it; a picture is a video of one frame.
 
     Args:
         source: The video.
@@ -54,6 +59,9 @@ def probe(source: Source) -> VideoInfo:
     Raises:
         DecodeError: If the file is not a video.
     """
+    picture = _as_picture(source)
+    if picture is not None:
+        return VideoInfo(1, _PICTURE_FPS, *picture.shape[-2:])
     with open_video(source) as video:
         frames, fps = _length(video)
         height, width = video.size
@@ -127,7 +135,7 @@ def read_at(
 
 
 def stream_frames(source: Source, deinterlace: bool = False) -> Iterator[tuple[float, UInt8[Tensor, "c height width"]]]:
-    """Decode a video from start to end in constant memory.
+    """Decode a video from start to end in constant memory; a picture is a video of one frame.
 
     Args:
         source: The video.
@@ -139,6 +147,10 @@ def stream_frames(source: Source, deinterlace: bool = False) -> Iterator[tuple[f
     Raises:
         DecodeError: If the file cannot be decoded, or a frame is damaged or larger than `MAX_PIXELS`.
     """
+    picture = _as_picture(source)
+    if picture is not None:
+        yield 0.0, picture[0]
+        return
     with open_video(source) as video:
         for shown_at, frame in video.decode(deinterlace):
             yield shown_at, torch.from_numpy(video.to_rgb(frame)).permute(2, 0, 1)
@@ -195,6 +207,26 @@ def read_clip(path: str | Path, frames: int, size: int, fps: int | float) -> UIn
             "longer video."
         )
     return resize_and_crop(clip, size)
+
+
+def _as_picture(source: Source) -> UInt8[Tensor, "1 c height width"] | None:
+    """Return a file with the name of a picture as `_read_picture` does; None for others, and for what it cannot read.
+
+    FFmpeg's Python binding cannot read pictures with Exif data, which say how a picture is turned.
+    """
+    if not isinstance(source, str | Path) or Path(source).suffix.lower() not in _PICTURES:
+        return None
+    try:
+        picture = _read_picture(source)
+        if picture is not None and picture.shape[-2] * picture.shape[-1] > MAX_PIXELS:
+            raise DecodeError(f"it has more than {MAX_PIXELS:,} pixels")
+        return picture
+    except Image.DecompressionBombError as error:
+        raise DecodeError(str(error)) from error
+    except (OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise DecodeError(str(error)) from error
 
 
 def _read_picture(path: str | Path) -> UInt8[Tensor, "1 c height width"] | None:

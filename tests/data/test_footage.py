@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import ExifTags, Image
 
 from data.datasets import VideoClips
 from data.plan import Bucket
@@ -84,6 +85,21 @@ def test_pictures_have_the_shape_that_a_player_shows(name, tmp_path):
         assert picture.equal(streamed)
         assert picture.shape == (3, height, width)
         assert corpus.corners_of(picture.permute(1, 2, 0).numpy()) == corners
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg", "webp", "tif"])
+def test_pictures_are_turned_as_their_exif_data_says(extension, tmp_path):
+    path = tmp_path / f"a.{extension}"
+    shown = ["RGB.", "GR.B", ".BGR", "B.RG", "RBG.", "BR.G", ".GBR", "G.RB"]  # for the orientations 1 to 8
+    for orientation, corners in enumerate(shown, start=1):
+        picture = Image.fromarray(corpus.card())
+        exif = picture.getexif()
+        exif[ExifTags.Base.Orientation] = orientation
+        picture.save(path, exif=exif, **({"lossless": True} if extension == "webp" else {}))
+        info = probe(path)
+        assert (info.frames, info.width, info.height) == (1, *((96, 128) if orientation > 4 else (128, 96)))
+        (clip,) = cut_video(path, info, ClipFormat([(info.height, info.width)], 8.0, 1, 0, Filters(), 60.0))
+        assert corpus.corners_of(clip.frames[0].permute(1, 2, 0).numpy()) == corners
 
 
 def test_a_picture_turned_by_another_angle_keeps_its_size(tmp_path):
