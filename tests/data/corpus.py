@@ -147,6 +147,13 @@ def uneven(path: Path) -> list[float]:
     return UNEVEN
 
 
+def late_gap(path: Path) -> list[float]:
+    """A steady rate, but for a gap of six seconds near the end."""
+    times = [*(i / 10 for i in range(30)), *(9 + i / 10 for i in range(10))]
+    timed(path, times, options=B_FRAMES)
+    return times
+
+
 def uneven_vp8(path: Path) -> list[float]:
     """VP8 with hidden reference frames."""
     timed(path, UNEVEN, codec="libvpx", options={"b": "1M", "auto-alt-ref": "1", "lag-in-frames": "16"})
@@ -193,6 +200,8 @@ TIMES: dict[str, Callable[[Path], list[float]]] = {
     "uneven.mkv": uneven,
     "uneven.ts": uneven,
     "uneven.flv": uneven,
+    "gap.mp4": late_gap,
+    "gap.mkv": late_gap,
     "vp8.webm": uneven_vp8,
     "vp9.webm": uneven_vp9,
     "open.mp4": open_groups,

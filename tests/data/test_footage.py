@@ -1,6 +1,8 @@
 """Footage as people have it, through every way of reading it: what a player shows, at the time at which it shows it."""
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +30,15 @@ def assert_nearest(numbers, times, wanted):
     times = np.array(times) - times[0]
     best = np.abs(times - np.array(wanted)[:, None]).min(1)
     assert np.allclose(np.abs(times[numbers] - wanted), best, atol=2e-3)
+
+
+def test_the_table_in_the_documentation_has_all_files_of_the_corpus():
+    text = Path("docs/reliability.md").read_text().partition("### Footage")[2].partition("\n\n###")[0]
+    rows = dict(re.findall(r"^\| (.+?) \| (\d+) \|", text, re.MULTILINE))
+    files = list(map(int, rows.values()))
+    places = [number for number, kind in enumerate(rows) if kind.startswith(("pixels", "pictures with"))]
+    assert sum(files[: places[0]]) == len(corpus.TIMES) + 1  # and a clip whose mean rate is the wanted one
+    assert sum(files[places[0] : places[1]]) == len(corpus.SHAPES) + 1  # and one turned by 30 degrees
 
 
 @pytest.mark.parametrize("name", corpus.TIMES)
