@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from PIL import Image, ImageDraw
 from callbacks.gallery import update_gallery
 from cli import main
 from data.examples.oracle import Answer, read_file, recognize, recognize_file, shows
-from data.examples.shapes import FRAMES, held_out_prompts
+from data.examples.shapes import FPS, FRAMES, held_out_prompts
 from t2v.files import atomic_path
 from t2v.generation.compilation import compile_error
 from t2v.video import read_frames
@@ -38,8 +39,6 @@ LONG_FRAMES = 64
 STATE = RUN / "steps.json"
 STAGE1, STAGE2 = "configs/vqvae/shapes.yaml", "configs/transformer/shapes.yaml"
 PROMPTS_PER_COMBINATION = 3
-STEPS = {"bf16-mixed": 4000, "32-true": 1400}
-"""Training steps of stage 2 by precision; without bfloat16 units a step takes several times longer."""
 
 
 class PeakMemory(threading.Thread):
@@ -206,10 +205,11 @@ def judge_strictly(videos: list[str], long: list[str]) -> dict[str, float]:
         long: File names of the long videos, of which only the last frames are judged, and no direction.
 
     Returns:
-        "strict_accuracy" of the videos, "strict_long" of the long ones and "strict_real" of the real held-out clips.
+        "strict_accuracy" of the videos, "strict_long" of the long ones, and "strict_real" of as many real held-out
+        clips.
     """
     with (RUN / "clips/val/captions.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))[: len(videos)]
     real = [
         _passes(RUN / "clips/val" / row["path"], Answer(row["colour"], row["shape"], row["direction"])) for row in rows
     ]
@@ -231,21 +231,30 @@ def _passes(path: Path, truth: Answer) -> bool:
     return recognize(video).direction == truth.direction and shows(video, truth.colour, truth.shape)
 
 
-def contact_sheet(videos: list[str], path: Path, rows: int = 8, frames: int = 6) -> None:
-    """Save an image with frames of some of the videos, each row below its prompt."""
-    size, gap, text = 96, 6, 18
-    sheet = Image.new("RGB", (frames * (size + gap) + gap, rows * (size + gap + text) + gap), "white")
-    draw = ImageDraw.Draw(sheet)
+def moving_sheet(videos: list[str], path: Path, rows: int = 2, columns: int = 4) -> None:
+    """Save an animated picture of some of the videos, unselected and evenly spaced, each above its prompt."""
+    size, gap, text = 160, 8, 44
+    width, height = columns * (size + gap) + gap, rows * (size + gap + text) + gap
     prompts = [prompt for _, prompt in held_out_prompts(PROMPTS_PER_COMBINATION)]
-    for row in range(rows):
-        index, top = row * len(videos) // rows, gap + row * (size + gap + text)
-        draw.text((gap, top), prompts[index], fill="black")
-        video = read_frames(RUN / "videos" / videos[index], [FRAMES * i // frames for i in range(frames)])
-        for column, frame in enumerate(video):
-            picture = Image.fromarray(frame.permute(1, 2, 0).numpy()).resize((size, size))
-            sheet.paste(picture, (gap + column * (size + gap), top + text))
+    empty = Image.new("RGB", (width, height), "white")
+    draw, tiles = ImageDraw.Draw(empty), []
+    for tile in range(rows * columns):
+        index = tile * len(videos) // (rows * columns)
+        left, top = gap + tile % columns * (size + gap), gap + tile // columns * (size + gap + text)
+        draw.multiline_text((left, top + size + 2), "\n".join(textwrap.wrap(prompts[index], 25)), fill="black")
+        tiles.append((left, top, read_frames(RUN / "videos" / videos[index], range(FRAMES))))
+    pictures = []
+    for frame in range(FRAMES):
+        picture = empty.copy()
+        for left, top, video in tiles:
+            shown = Image.fromarray(video[frame].permute(1, 2, 0).numpy()).resize(
+                (size, size), Image.Resampling.NEAREST
+            )
+            picture.paste(shown, (left, top))
+        pictures.append(picture)
     with atomic_path(path) as partial:
-        sheet.save(partial)
+        options = {"format": "WEBP", "duration": 1000 // FPS, "loop": 0, "quality": 80}
+        pictures[0].save(partial, save_all=True, append_images=pictures[1:], **options)
 
 
 def demo() -> None:
@@ -253,7 +262,6 @@ def demo() -> None:
     steps = Steps()
     precision = steps.run("precision", "Measuring the fastest precision of this machine", fastest_precision)
     fast = ("--trainer.precision", precision)
-    max_steps = ("--trainer.max_steps", str(STEPS[precision]))
     steps.run("prepare", "Drawing captioned clips and packing them into shards", prepare)
     steps.run("fit_vqvae", "Stage 1: training the VQ-VAE", lambda: fit(STAGE1, *fast))
     stage1 = steps.run(
@@ -265,7 +273,7 @@ def demo() -> None:
     steps.run(
         "fit_transformer",
         "Stage 2: training the transformer",
-        lambda: fit(STAGE2, *max_steps, *fast, "--model.compiled", str(compile_error() is None).lower()),
+        lambda: fit(STAGE2, *fast, "--model.compiled", str(compile_error() is None).lower()),
     )
     stage2 = steps.run(
         "validate_transformer",
@@ -293,7 +301,7 @@ def demo() -> None:
         "judge_strictly", "Judging every frame by the most similar shape", lambda: judge_strictly(videos, long)
     )
 
-    contact_sheet(videos, RUN / "generated.png")
+    moving_sheet(videos, RUN / "generated.webp")
     seconds = {name: round(step["seconds"], 1) for name, step in steps.state.items()}
     report = {
         "psnr": stage1["val/psnr"],
@@ -349,19 +357,15 @@ def print_report(report: dict[str, Any]) -> None:
         print(f"  {name:<22} {value:7.1f}")
     print(f"Peak memory {report['peak_memory_gib']} GiB")
     print(f"Report {RUN}/report.json; open {RUN}/index.html to watch the videos.")
-    print("Next: your own prompts")
-    command = [
-        "cli.py",
-        "predict",
-        "--config",
-        STAGE2,
-        "--ckpt_path",
-        "last",
-        "--data.prompts",
-        '["a red circle goes up"]',
-    ]
-    print(f"  {shlex.join([sys.executable, *command])}")
-    print("and your own videos: docs/how-to/own-footage.md")
+    print("Next: prompts of your own, on a page in the browser or on the command line")
+    predict = ("cli.py", "predict", "--config", STAGE2, "--ckpt_path", "last", "--data.prompts")
+    for command in (
+        ("-m", "t2v", "export", f"{RUN}/transformer/checkpoints/last.ckpt", f"{RUN}/model"),
+        ("-m", "t2v", "app", f"{RUN}/model"),
+        (*predict, '["a red circle goes up"]'),
+    ):
+        print(f"  {shlex.join([sys.executable, *command])}")
+    print("and videos of your own: docs/how-to/own-footage.md")
 
 
 if __name__ == "__main__":
