@@ -193,7 +193,7 @@ class _CudaGraph:
             run(self._tokens, self._position)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # other threads may load data
             self._logits = run(self._tokens, self._position)
 
     def __call__(self, tokens: Int[Tensor, "b ring"], position: Int[Tensor, " b"]) -> Float[Tensor, "b n v"]:

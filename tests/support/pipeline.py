@@ -51,6 +51,7 @@ TOY = {
                         "spatial_layers": 1,
                         "temporal_layers": 1,
                         "hidden_dim": 48,
+                        "attention": {"heads": 4, "kv_heads": 2, "window": 16},
                     }
                 },
                 "generation": {"frames": 5},

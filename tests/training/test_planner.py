@@ -274,7 +274,7 @@ def test_the_command_prints_the_plan(capsys):
 def test_the_command_plans_for_devices_that_this_machine_lacks(capsys):
     import cli
 
-    files = [f"--config={ROOT}/configs/{name}.yaml" for name in ("transformer/shapes", "cluster/fsdp")]
+    files = [f"--config={ROOT}/configs/{name}.yaml" for name in ("transformer/flare", "cluster/fsdp")]
     cli.main(["plan", *files, "--trainer.devices=8", "--trainer.strategy.tensor_parallel_size=2"])
     printed = capsys.readouterr().out
     assert "FSDP2 × 8, tensor-parallel size 2" in printed
