@@ -9,7 +9,6 @@ length and rate of a video of constant rate are read from its tables; FFmpeg rea
 
 import io
 import struct
-from collections.abc import Iterator
 from contextlib import suppress
 from fractions import Fraction
 from io import BufferedIOBase
@@ -17,7 +16,7 @@ from itertools import chain, islice, repeat
 from typing import Any
 
 from data.index.remote import read_at
-from t2v.video import DecodeError, VideoInfo, probe
+from t2v.video import DecodeError, VideoInfo, mp4_boxes, probe
 
 _MAX_BOXES = 64
 """Boxes to look at in search of the description."""
@@ -140,9 +139,9 @@ def _read_tables(known: dict[int, bytes], size: int) -> tuple[bytes, tuple[int, 
     """
     try:
         moov = next(part[8:] for part in known.values() if part[4:8] == b"moov")
-        tracks = [_tables(content) for kind, content in _boxes(moov) if kind == b"trak"]
+        tracks = [_tables(content) for kind, content in mp4_boxes(moov) if kind == b"trak"]
         (track,) = [tables for tables in tracks if tables[b"hdlr"][8:12] == b"vide"]
-        header = next(content for kind, content in _boxes(moov) if kind == b"mvhd")
+        header = next(content for kind, content in mp4_boxes(moov) if kind == b"mvhd")
         coding = _without_bitrate(track[b"stsd"]) + track[b"tkhd"][-44:] + header[-64:-4]  # codec and size; matrices
     except (KeyError, ValueError, StopIteration, RecursionError):
         return b"", None
@@ -150,17 +149,6 @@ def _read_tables(known: dict[int, bytes], size: int) -> tuple[bytes, tuple[int, 
         return coding, _length(track, _timescale(header), size)
     except (ArithmeticError, LookupError, ValueError, struct.error):
         return coding, None
-
-
-def _boxes(content: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yield kind and content of each box."""
-    position = 0
-    while position + 8 <= len(content):
-        size, kind = struct.unpack_from(">I4s", content, position)
-        if size < 8:
-            return
-        yield kind, content[position + 8 : position + size]
-        position += size
 
 
 def _without_bitrate(codec: bytes) -> bytes:
@@ -172,7 +160,7 @@ def _without_bitrate(codec: bytes) -> bytes:
 def _tables(track: bytes) -> dict[bytes, bytes]:
     """Return the boxes of a track by their kind; the first of each kind."""
     tables: dict[bytes, bytes] = {}
-    for kind, content in _boxes(track):
+    for kind, content in mp4_boxes(track):
         tables.setdefault(kind, content)
         if kind in _PARENTS:
             tables |= _tables(content) | tables

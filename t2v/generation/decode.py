@@ -156,8 +156,8 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
         """Frames up to the last that is guided."""
         on_cpu = text.pooled.device.type == "cpu"
         self._adaptive = parallel == "auto" and not compiled and on_cpu
-        rows = (2 if self._guided_frames else 1) * self.videos  # with text, and without
-        places = most_places(parallel, rows, compiled and on_cpu)
+        self._branches = 2 if self._guided_frames else 1  # with text, and without
+        places = most_places(parallel, self._branches * self.videos, compiled and on_cpu)
         self._most = min(places, self.frame_size * (self._frames - self._first))
         self._places = self._most
         self._streak = 4.0
@@ -184,7 +184,6 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
         """Put everything that passes need on the device; the host keeps the progress of each video."""
         model, device, places, size = self._model, self._text.pooled.device, self._most, self.frame_size
         batch = self.videos
-        self._branches = 2 if self._guided_frames else 1  # with text, and without
         drop = torch.arange(2 * batch, device=device) >= batch if self._guided_frames else None
         self._decoder = Decoder(model, _repeat_text(self._text, self._branches), drop, self._compiled, places)
         self._noise = GumbelNoise(self._seeds, size, model.vocab_size, places, device)

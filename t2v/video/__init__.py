@@ -1,5 +1,6 @@
 """Video files: probing, reading and writing them; optical flow between their frames."""
 
+from t2v.video.containers import mp4_boxes
 from t2v.video.decoding import MAX_PIXELS, DecodeError
 from t2v.video.reading import (
     VideoInfo,
@@ -20,6 +21,7 @@ __all__ = [
     "VideoInfo",
     "encode_mp4",
     "is_plain",
+    "mp4_boxes",
     "probe",
     "read_at",
     "read_clip",

@@ -66,9 +66,9 @@ def _shape_of_track(track: bytes) -> Shape:
         matrix = struct.unpack_from(">5i", header, 52 if header[0] == 1 else 40)
         a, b = abs(matrix[0]), abs(matrix[1])
     for table in _find(track, b"mdia", b"minf", b"stbl", b"stsd"):
-        entry = next(_boxes(table, 8))[1]
+        entry = next(mp4_boxes(table, 8))[1]
         width, height = struct.unpack_from(">2H", entry, 24)
-        for box in (content for kind, content in _boxes(entry, 78) if kind == b"clap"):
+        for box in (content for kind, content in mp4_boxes(entry, 78) if kind == b"clap"):
             wide, wide_by, high, high_by, x, x_by, y, y_by = struct.unpack(">2I2IiIiI", box[:32])
             left, top = x / x_by + (width - wide / wide_by) / 2, y / y_by + (height - high / high_by) / 2
             sides = left, top, width - left - wide / wide_by, height - top - high / high_by
@@ -94,8 +94,8 @@ def _boxes_of_file(file: BufferedIOBase) -> Iterator[tuple[bytes, int, int]]:
         position += size
 
 
-def _boxes(content: bytes, position: int = 0) -> Iterator[tuple[bytes, bytes]]:
-    """Yield kind and content of each box."""
+def mp4_boxes(content: bytes, position: int = 0) -> Iterator[tuple[bytes, bytes]]:
+    """Yield kind and content of each box of an mp4 file (ISO/IEC 14496-12) from a position in bytes, up to damage."""
     while position + 8 <= len(content):
         size, kind = struct.unpack_from(">I4s", content, position)
         if size < 8:
@@ -106,7 +106,7 @@ def _boxes(content: bytes, position: int = 0) -> Iterator[tuple[bytes, bytes]]:
 
 def _find(content: bytes, *path: bytes) -> Iterator[bytes]:
     """Yield the contents of the boxes at a path."""
-    for kind, inner in _boxes(content):
+    for kind, inner in mp4_boxes(content):
         if kind == path[0]:
             if len(path) == 1:
                 yield inner

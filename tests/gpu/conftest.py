@@ -7,6 +7,7 @@ the CPU, to try the suite itself; figures of speed are then left out.
 import json
 import os
 import platform
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,22 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         machine = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.machine()
         line = {"topic": topic, "device": machine, "torch": torch.__version__, **figures}
         terminalreporter.write_line(json.dumps(line))
+
+
+def time_graph(run: Callable[[], Any], repeats: int) -> tuple[float, Any]:
+    """Return the seconds of a function as a CUDA graph, and what it returned."""
+    for _ in range(2):
+        run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run()
+    graph.replay()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(repeats):
+        graph.replay()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - began) / repeats, output
 
 
 @pytest.fixture

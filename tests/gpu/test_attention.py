@@ -1,7 +1,5 @@
 """FlexAttention, which compiled layers use on a GPU, gives what attention in chunks gives."""
 
-import time
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +8,7 @@ from t2v.batch import TextEmbedding
 from t2v.transformer.attention import causal_attention, flex_window_attention, row_attention
 from t2v.transformer.config import AttentionConfig, TextConfig
 from t2v.transformer.model import VideoTransformer
+from tests.gpu.conftest import time_graph
 
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 4e-2}
 """Largest difference, relative to the largest value; float32 may be computed in TF32."""
@@ -68,7 +67,7 @@ def test_compiled_layers_have_the_gradients_of_uncompiled_ones(device, record, c
 @pytest.mark.parametrize("keys", [128, 256, 512, 4096])
 def test_speed_of_the_attention_of_a_row(device, record, keys):
     """Microseconds in CUDA graphs of compiled code, as in decoding, with 8 key heads and keys that no cache holds."""
-    sets, repeats = 24, 20
+    sets = 24
     q, mask = torch.randn(1, 8, 4, 128, device=device, dtype=torch.bfloat16), torch.rand(1, 1, 1, keys) < 0.9
     pairs = [torch.randn(2, 1, 8, keys, 128, device=device, dtype=torch.bfloat16).unbind() for _ in range(sets)]
     mask = mask.to(device)
@@ -81,18 +80,8 @@ def test_speed_of_the_attention_of_a_row(device, record, keys):
             return [compiled(q, k, v, mask) for k, v in pairs]
 
         with torch.inference_mode():
-            for _ in range(2):
-                run()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                outputs = run()
-            graph.replay()
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            for _ in range(repeats):
-                graph.replay()
-            torch.cuda.synchronize()
-        microseconds[name] = 1e6 * (time.perf_counter() - began) / (repeats * sets)
+            seconds, outputs = time_graph(run, 20)
+        microseconds[name] = 1e6 * seconds / sets
         expected = F.scaled_dot_product_attention(q.double(), *(each.double() for each in pairs[0]), attn_mask=mask)
         assert (outputs[0] - expected).norm() < 0.01 * expected.norm()
     record("attention of a row, microseconds", **{f"{keys} keys": microseconds})

@@ -1,6 +1,7 @@
 """Decoding with caches gives what the forward pass gives, and how fast it is."""
 
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from t2v.generation.sampling import Sampler
 from t2v.transformer.config import TextConfig
 from t2v.transformer.decoding import Decoder
 from t2v.transformer.model import VideoTransformer
+from tests.gpu.conftest import time_graph
 from tests.support.configs import transformer_arguments
 from tests.support.toys import toy_transformer
 
@@ -105,18 +107,8 @@ def test_time_of_a_pass_by_its_places(device, record, size):
     with torch.inference_mode():
         for places in (1, 4, 16, 64, 256, 512, 1024):
             decoder = Decoder(model, text_for(model, 1, 16), places=places)
-            for _ in range(2):
-                decoder.logits(tokens, position, places)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                decoder.logits(tokens, position, places)
-            graph.replay()
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            for _ in range(10):
-                graph.replay()
-            torch.cuda.synchronize()
-            milliseconds[places] = 100 * (time.perf_counter() - began)
+            seconds, _ = time_graph(partial(decoder.logits, tokens, position, places), 10)
+            milliseconds[places] = 1000 * seconds
     record("milliseconds of a pass", **{size: milliseconds})
 
 
