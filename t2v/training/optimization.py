@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Container
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import ParamsT
@@ -119,32 +120,53 @@ class Muon(torch.optim.Optimizer):
         """Update the matrices that have a gradient."""
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                state = self.state[weight]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(weight.grad)
-                average = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
-                update = orthogonalize(weight.grad.lerp(average, momentum))
-                weight.mul_(1 - lr * group["weight_decay"])
-                weight.add_(update, alpha=-lr * 0.2 * math.sqrt(max(weight.shape)))
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            for batch in _batches(weights):
+                directions = []
+                for weight in batch:
+                    state, gradient = self.state[weight], cast(Tensor, weight.grad)
+                    if "momentum_buffer" not in state:
+                        state["momentum_buffer"] = torch.zeros_like(gradient)
+                    average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+                    directions.append(gradient.lerp(average, momentum))
+                updates = orthogonalize(torch.stack(directions)) if len(batch) > 1 else [orthogonalize(directions[0])]
+                for weight, update in zip(batch, updates, strict=True):
+                    weight.mul_(1 - lr * group["weight_decay"])
+                    weight.add_(update, alpha=-lr * 0.2 * math.sqrt(max(weight.shape)))
 
 
-def orthogonalize(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
-    """Return a nearly orthogonal matrix with the same singular vectors, by five Newton–Schulz steps.
+_BATCH_ELEMENTS = 2**20
+"""Matrices of one shape are orthogonalized together up to this size: each kernel has to be launched, small or not."""
+
+
+def _batches(weights: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Return the matrices in groups of one shape that are small enough to be stacked; sharded ones are alone."""
+    by_shape: dict[Any, list[nn.Parameter]] = {}
+    for weight in weights:
+        key = id(weight) if isinstance(weight, DTensor) else (weight.shape, weight.dtype, weight.device)
+        by_shape.setdefault(key, []).append(weight)
+    batches = []
+    for group in by_shape.values():
+        size = max(1, _BATCH_ELEMENTS // group[0].numel())
+        batches += [group[start : start + size] for start in range(0, len(group), size)]
+    return batches
+
+
+def orthogonalize(matrix: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch rows columns"]:
+    """Return nearly orthogonal matrices with the same singular vectors, by five Newton–Schulz steps.
 
     The singular values become 0.7 to 1.2 rather than 1, which trains as well (https://kellerjordan.github.io/posts/muon).
     """
     x = matrix.bfloat16() if matrix.is_cuda else matrix.float()
-    tall = x.shape[0] > x.shape[1]
+    tall = x.shape[-2] > x.shape[-1]
     if tall:
-        x = x.T
-    x = x / x.norm().clamp(min=1e-7)
+        x = x.mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    multiply = torch.baddbmm if x.ndim == 3 else torch.addmm
     for _ in range(5):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return (x.T if tall else x).to(matrix.dtype)
+        gram = x @ x.mT
+        x = multiply(x, multiply(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return (x.mT if tall else x).to(matrix.dtype)
 
 
 class MuonAdamW(torch.optim.Optimizer):

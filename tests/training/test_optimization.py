@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from t2v import VQVAE, VideoTransformer
 from t2v.batch import TextEmbedding
+from t2v.training import optimization
 from t2v.training.optimization import Muon, MuonAdamW, orthogonalize, parameter_groups, warmup_cosine
 from t2v.transformer.config import AttentionConfig, TextConfig
 from tests.support.toys import toy_vqvae
@@ -76,24 +77,28 @@ def test_muon_updates_hidden_matrices_orthogonally_and_adamw_the_rest():
             assert torch.equal(moved[name], by_adamw), name
 
 
-@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16)])
-def test_muon_is_torchs_in_float32(shape):
+@pytest.mark.parametrize("elements", [0, 2**20], ids=["one by one", "stacked"])
+def test_muon_is_torchs_in_float32(elements, monkeypatch):
+    monkeypatch.setattr(optimization, "_BATCH_ELEMENTS", elements)
     torch.manual_seed(0)
-    ours = nn.Parameter(torch.randn(shape))
-    theirs = nn.Parameter(ours.detach().clone())
+    ours = [nn.Parameter(torch.randn(shape)) for shape in [(24, 8), (8, 24), (16, 16), (24, 8), (8, 24)]]
+    theirs = [nn.Parameter(weight.detach().clone()) for weight in ours]
     options = {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.9}
     optimizers = [
-        Muon([ours], **options),
-        torch.optim.Muon([theirs], **options, adjust_lr_fn="match_rms_adamw"),
+        Muon(ours, **options),
+        torch.optim.Muon(theirs, **options, adjust_lr_fn="match_rms_adamw"),
     ]
     for _ in range(4):
-        start, gradient = ours.detach().clone(), torch.randn(shape)
-        theirs.data.copy_(start)
-        for weight, optimizer in zip((ours, theirs), optimizers, strict=True):
-            weight.grad = gradient.clone()
+        starts = [weight.detach().clone() for weight in ours]
+        for weight, other, start in zip(ours, theirs, starts, strict=True):
+            other.data.copy_(start)
+            weight.grad = torch.randn(weight.shape)
+            other.grad = weight.grad.clone()
+        for optimizer in optimizers:
             optimizer.step()
-        update, expected = ours.detach() - start, theirs.detach() - start
-        assert (update - expected).norm() < 0.03 * expected.norm()  # torch multiplies in bfloat16
+        for weight, other, start in zip(ours, theirs, starts, strict=True):
+            update, expected = weight.detach() - start, other.detach() - start
+            assert (update - expected).norm() < 0.03 * expected.norm()  # torch multiplies in bfloat16
 
 
 def test_muon_multiplies_in_float32_on_the_cpu():
