@@ -1,9 +1,10 @@
 """Writes the tokens that stage 1 predicts as token shards, the training data of stage 2."""
 
 import shutil
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float16, Int
@@ -11,15 +12,20 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
+from data.partial import begin_or_continue, locked, read_settings, write_settings
 from data.shards import ShardWriter
 from t2v.batch import VideoBatch
 from t2v.errors import UserError, check_range
+from t2v.files import remove
 from t2v.text import TextEncoder
 
 _BATCH_SIZE = 64
 """Captions that are embedded in one pass."""
 _CACHE_BYTES = 2**28
 """Bytes of embeddings that are kept for captions that occur again."""
+
+_COMPLETE = "complete"
+"""The file that says that all shards are complete, and only their folders have not been moved."""
 
 Embedding = tuple[Float16[np.ndarray, "l d"], Float16[np.ndarray, " d"]]
 """Embeddings of the text tokens of a caption without padding, and the pooled text embedding."""
@@ -31,7 +37,8 @@ class TokenShardWriter(BasePredictionWriter):
     A sample is ``KEY.tokens.npy`` (t, h, w); ``KEY.text.npy`` (l, d), the text embeddings of all its captions
     concatenated, and ``KEY.pooled.npy`` (captions, d), both in float16; and ``KEY.json`` with the captions, the number
     of text tokens of each, the frame rate, and a fingerprint of the tokenizer, the text encoder and the frame rate. The
-    folders of the splits appear when all samples are written; until then the shards are in ``OUTPUT_DIR/.partial``.
+    folders of the splits appear when all samples are written; until then the shards are in ``OUTPUT_DIR/.partial``,
+    where the same command, with the same weights and clips, continues after the last complete one.
 
     Args:
         output_dir: Folder for the folders of the splits, which must not contain shards already.
@@ -51,6 +58,8 @@ class TokenShardWriter(BasePredictionWriter):
         self.samples_per_shard = samples_per_shard
         self._embeddings = _EmbeddingCache(text_encoder)
         self._writers: dict[str, ShardWriter] = {}
+        self._lock = ExitStack()
+        self._locked = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that there are no older shards, which would be mixed with new ones.
@@ -61,19 +70,22 @@ class TokenShardWriter(BasePredictionWriter):
         super().setup(trainer, pl_module, stage)
         if stage != "predict":
             return
+        if trainer.is_global_zero and (self.partial / _COMPLETE).exists():
+            self._publish()  # the run was killed while it did
+        trainer.strategy.barrier("TokenShardWriter.setup")
         for split in trainer.datamodule.predict_splits:  # type: ignore[attr-defined]
             folder = self.output_dir / split
             if folder.is_dir() and any(folder.iterdir()):
                 raise UserError(
                     f"{folder} already holds token shards: delete it, or give TokenShardWriter another output_dir."
                 )
-        trainer.strategy.barrier("TokenShardWriter.setup")
-        if trainer.is_global_zero:
-            shutil.rmtree(self.partial, ignore_errors=True)  # of a run that was killed
-        trainer.strategy.barrier("TokenShardWriter.partial")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Collect the metadata that all samples have in common."""
+        """Collect the metadata that all samples have in common, and continue an interrupted run.
+
+        Raises:
+            UserError: If another run is writing the folder, or one with other settings was interrupted.
+        """
         self.text_encoder.to(pl_module.device)
         self._fps = float(trainer.datamodule.fps)  # type: ignore[attr-defined]
         self._fingerprint = {
@@ -82,6 +94,14 @@ class TokenShardWriter(BasePredictionWriter):
             "text_encoder": self.text_encoder.name,
             "text_width": self.text_encoder.width,
         }
+        refused = self._open_partial(trainer) if trainer.is_global_zero else ""
+        if refused := trainer.strategy.broadcast(refused):
+            raise UserError(refused)
+        self._reached = self._read_reached(trainer.global_rank)
+        self._starts = dict(self._reached)
+        splits = trainer.datamodule.predict_splits  # type: ignore[attr-defined]
+        for split, loader in zip(splits, trainer.predict_dataloaders or [], strict=True):
+            loader.sampler.start = self._starts.get(split, _Reached()).batch
 
     def write_on_batch_end(
         self,
@@ -95,17 +115,23 @@ class TokenShardWriter(BasePredictionWriter):
     ) -> None:
         """Write one batch."""
         split = trainer.datamodule.predict_splits[dataloader_idx]  # type: ignore[attr-defined]
+        number = trainer.predict_dataloaders[dataloader_idx].numbers[batch_idx]  # type: ignore[index]
+        start = self._starts.get(split, _Reached())
         if split not in self._writers:
             writer = ShardWriter(
-                self.partial / split, self.samples_per_shard, prefix=f"shard-{trainer.global_rank:04d}"
+                self.partial / split, self.samples_per_shard, _prefix(trainer.global_rank), start.shards
             )
             self._writers[split] = writer.__enter__()
+        writer = self._writers[split]
+        done = start.samples if number == start.batch else 0
         with trainer.profiler.profile(f"[TextEncoder]{self.text_encoder.name}"):  # type: ignore[attr-defined]
-            all_captions = [caption for captions in batch.captions for caption in captions]
+            all_captions = [caption for captions in batch.captions[done:] for caption in captions]
             embeddings = iter(self._embeddings.embed(all_captions))
-        for key, captions, tokens in zip(batch.keys, batch.captions, prediction.cpu().numpy(), strict=True):
+        samples = list(zip(batch.keys, batch.captions, prediction.cpu().numpy(), strict=True))
+        for at, (key, captions, tokens) in enumerate(samples[done:], done):
             texts, pooled = zip(*islice(embeddings, len(captions)), strict=True)
-            self._writers[split].write(
+            complete = writer.shards
+            writer.write(
                 {
                     "__key__": key,
                     "tokens.npy": tokens.astype(np.uint16 if tokens.max() < 2**16 else np.int32),
@@ -119,27 +145,98 @@ class TokenShardWriter(BasePredictionWriter):
                     },
                 }
             )
+            if writer.shards > complete and trainer.limit_predict_batches == 1.0:
+                with_this = writer.complete == writer.samples
+                self._reached[split] = _Reached(writer.shards, number, at + 1 if with_this else at)
+                write_settings(self._reached_file(trainer.global_rank), self._reached)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Move the folders of the splits to their final paths."""
         self._close(None)
         trainer.strategy.barrier("TokenShardWriter.end")
-        if not trainer.is_global_zero:
-            return
-        for folder in sorted(self.partial.iterdir()) if self.partial.is_dir() else []:
+        if trainer.is_global_zero:
+            (self.partial / _COMPLETE).touch()
+            self._publish()
+            self._unlock()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remove incomplete shards."""
+        self._close(exception)
+        if self._locked:
+            if any(self.partial.glob("reached-*.json")):
+                print(f"The complete shards are kept in {self.partial}: the same command continues.", flush=True)
+            else:
+                shutil.rmtree(self.partial, ignore_errors=True)
+            self._unlock()
+
+    def _open_partial(self, trainer: Trainer) -> str:
+        """Lock the folder of incomplete shards and prepare it; return why it cannot be used, or an empty string."""
+        digests = [loader.dataset.digest() for loader in trainer.predict_dataloaders]  # type: ignore[union-attr]
+        settings = {
+            **self._fingerprint,
+            "samples_per_shard": self.samples_per_shard,
+            "devices": trainer.world_size,
+            "precision": str(trainer.precision),
+            "source": digests,
+        }
+        try:
+            self._lock.enter_context(locked(self.partial))
+            if not any(self.partial.glob("reached-*.json")):  # nothing to continue
+                for path in self.partial.iterdir():
+                    if path.name != "lock":
+                        remove(path)
+            begin_or_continue(self.partial, self.partial / "settings.json", settings)
+        except UserError as error:
+            self._unlock()
+            return str(error)
+        self._locked = True
+        return ""
+
+    def _unlock(self) -> None:
+        self._lock.close()
+        self._locked = False
+
+    def _read_reached(self, rank: int) -> dict[str, "_Reached"]:
+        """Return how far this rank has got in each split, after removing shards that were not recorded."""
+        stored = read_settings(self._reached_file(rank)) or {}
+        reached = {split: _Reached(*values) for split, values in stored.items()}
+        for split in self.partial.glob("*/"):
+            recorded = reached.get(split.name, _Reached()).shards
+            names = [f"{_prefix(rank)}-{number:06d}" for number in range(recorded)]
+            if missing := [name for name in names if not (split / f"{name}.tar").exists()]:
+                raise UserError(f"'{split}' lacks {missing[0]}.tar, which was complete: delete {self.partial}.")
+            for path in split.glob(f"{_prefix(rank)}-*"):
+                if path.name.partition(".")[0] not in names:
+                    remove(path)
+        return reached
+
+    def _reached_file(self, rank: int) -> Path:
+        return self.partial / f"reached-{rank:04d}.json"
+
+    def _publish(self) -> None:
+        for folder in sorted(self.partial.glob("*/")):
             folder.replace(self.output_dir / folder.name)
             print(f"Wrote        {self.output_dir / folder.name}", flush=True)
         shutil.rmtree(self.partial, ignore_errors=True)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove incomplete shards."""
-        if self._writers:
-            self._close(exception)
-            shutil.rmtree(self.partial, ignore_errors=True)
-
     def _close(self, error: BaseException | None) -> None:
         while self._writers:
             self._writers.popitem()[1].__exit__(type(error) if error else None, error, None)
+
+
+class _Reached(NamedTuple):
+    """How far a rank has got in a split."""
+
+    shards: int = 0
+    """Complete shards."""
+    batch: int = 0
+    """The batch with the last sample in them."""
+    samples: int = 0
+    """The samples of this batch in them."""
+
+
+def _prefix(rank: int) -> str:
+    return f"shard-{rank:04d}"
 
 
 class _EmbeddingCache:

@@ -9,11 +9,13 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterator
+from itertools import islice
 from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, get_worker_info
 
@@ -23,11 +25,31 @@ from t2v.batch import TextEmbedding, TokenBatch, VideoBatch
 from t2v.errors import UserError
 
 
+class LaterSampler(UnrepeatedDistributedSampler):
+    """The batches of one rank in order, from the one with the number `start`."""
+
+    start = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(super().__iter__(), self.start, None)
+
+
 class NonEmptyLoader(DataLoader[Any]):
-    """A loader that leaves out batches that are None, in which every clip is corrupt."""
+    """A loader that leaves out batches that are None, in which every clip is corrupt.
+
+    Attributes:
+        numbers: For each batch so far, its number in the order of the `LaterSampler`.
+    """
+
+    numbers: list[int]
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        return (batch for batch in super().__iter__() if batch is not None)
+        assert isinstance(self.sampler, LaterSampler)
+        self.numbers = []
+        for number, batch in enumerate(super().__iter__(), self.sampler.start):
+            if batch is not None:
+                self.numbers.append(number)
+                yield batch
 
 
 class Loader(DataLoader[Any]):

@@ -240,17 +240,22 @@ class ShardWriter:
         folder: Folder for the shards; created if it does not exist.
         samples_per_shard: Largest number of samples in a shard.
         prefix: First part of the shards' names.
+        first: Number of the first shard.
 
     Attributes:
         samples: Number of samples written so far.
+        shards: Number of the next shard to complete.
+        complete: Number of samples in the complete shards.
     """
 
-    def __init__(self, folder: str | Path, samples_per_shard: int = 1000, prefix: str = "shard") -> None:
+    def __init__(
+        self, folder: str | Path, samples_per_shard: int = 1000, prefix: str = "shard", first: int = 0
+    ) -> None:
         if samples_per_shard < 1:
             raise UserError(f"samples_per_shard={samples_per_shard} must be at least 1.")
         self.folder, self.samples_per_shard, self.prefix = Path(folder), samples_per_shard, prefix
-        self.samples = 0
-        self._shards = 0
+        self.samples = self.complete = 0
+        self.shards = first
         self._keys: set[str] = set()
         self._tar: Any = None
         self._shard = ExitStack()
@@ -296,7 +301,7 @@ class ShardWriter:
     def _open(self) -> None:
         from webdataset.writer import TarWriter  # takes seconds to import, and only writing needs it
 
-        self._path = self.folder / f"{self.prefix}-{self._shards:06d}.tar"
+        self._path = self.folder / f"{self.prefix}-{self.shards:06d}.tar"
         temporary = self._shard.enter_context(atomic_path(self._path))
         file = self._shard.enter_context(temporary.open("wb"))
         self._tar = TarWriter(file, mtime=0)  # equal samples give equal bytes
@@ -308,9 +313,10 @@ class ShardWriter:
             return
         self._tar = None
         self._keys.clear()
-        self._shards += 1
         self._shard.close()
         make_index(*fsspec.url_to_fs(str(self._path)))
+        self.shards += 1
+        self.complete = self.samples
 
 
 def _members(entry: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:

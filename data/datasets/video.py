@@ -1,10 +1,12 @@
 """Clips of video shards: random windows to train on, and whole clips to tokenize."""
 
+import hashlib
 import math
 import re
 import warnings
 from collections.abc import Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -167,6 +169,17 @@ class WholeClips(Dataset[VideoBatch | None]):
         loaded = [self.clips.load(index, bucket, rng=None) for index in self.batches[number]]
         clips = [clip for clip in loaded if clip is not None]
         return VideoClips.collate(clips) if clips else None
+
+    def digest(self) -> str:
+        """Return a hash of what the batches depend on: the samples, the shards' sizes and dates, and the format."""
+        clips = self.clips
+        digest = hashlib.sha256(repr((clips.buckets, clips.fps, self.batches)).encode())
+        for shard, samples in groupby(clips.samples, lambda sample: sample.shard):
+            stat = Path(shard).stat() if Path(shard).exists() else None  # none of a remote one
+            digest.update(repr(stat and (stat.st_size, stat.st_mtime_ns)).encode())
+            for sample in samples:
+                digest.update(repr(sample).encode())
+        return digest.hexdigest()
 
 
 def _size(bucket: Bucket) -> tuple[int, int]:

@@ -5,11 +5,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader
 
 from data.datasets import VideoClips, WholeClips
-from data.loaders import NonEmptyLoader
+from data.loaders import LaterSampler, NonEmptyLoader
 from data.modules.base import Paths, ShardDataModule
 from data.plan import Bucket
 from data.shards import ShardSet
@@ -107,7 +106,7 @@ class VideoDataModule(ShardDataModule):
         return NonEmptyLoader(
             batches,
             batch_size=None,
-            sampler=UnrepeatedDistributedSampler(batches, **ranks, shuffle=False),
+            sampler=LaterSampler(batches, **ranks, shuffle=False),
             num_workers=self.num_workers,
             prefetch_factor=1 if self.num_workers else None,  # whole clips are large
             pin_memory=torch.cuda.is_available(),

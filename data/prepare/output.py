@@ -1,23 +1,18 @@
 """The output folder: checks an earlier one, locks the one being written, and publishes the complete shards.
 
-A run writes to `OUT.partial`, together with its settings, so that only a run with equal settings continues it.
+A run writes to `OUT.partial`, together with its settings (`prepare.json`), so that only a run with equal settings
+continues it.
 """
 
-import fcntl
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from data.partial import Settings, begin_or_continue, differences, locked, read_settings, write_settings
 from data.prepare.dropped import Dropped
 from data.prepare.packing import Clip
 from data.prepare.report import KeptRow, write_report
 from t2v.errors import UserError
-from t2v.files import atomic_path, remove
-
-Settings = dict[str, Any]
-"""Everything that determines the shards, by name; stored as `prepare.json`."""
 
 
 def is_complete(out: Path, settings: Settings) -> bool:
@@ -32,14 +27,14 @@ def is_complete(out: Path, settings: Settings) -> bool:
     """
     if not out.exists():
         return False
-    stored = _read_settings(out / "prepare.json")
+    stored = read_settings(out / "prepare.json")
     if stored is None:
         if not out.is_dir() or any(out.iterdir()):
             raise UserError(f"'{out}' exists already and holds no shards of this command: choose another folder.")
         return False
     if stored != settings:
         raise UserError(
-            f"'{out}' holds shards made with other settings; what differs: {_differences(stored, settings)}. Delete "
+            f"'{out}' holds shards made with other settings; what differs: {differences(stored, settings)}. Delete "
             "it, or choose another folder."
         )
     return True
@@ -56,29 +51,10 @@ def open_partial(partial: Path, settings: Settings) -> Iterator[None]:
     Raises:
         UserError: If another run is writing the folder, or an earlier run wrote it with other settings.
     """
-    partial.mkdir(parents=True, exist_ok=True)
-    with (partial / "lock").open("w") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, even if it is killed
-        except BlockingIOError:
-            raise UserError(
-                f"Another run is writing '{partial}': wait for its end, or choose another folder."
-            ) from None
-        path = partial / "prepare.json"
-        stored = _read_settings(path)
-        if stored not in (None, settings):
-            raise UserError(
-                f"'{partial}' holds an interrupted run with other settings; what differs: "
-                f"{_differences(stored or {}, settings)}. Repeat its settings to continue it, or delete it."
-            )
-        for leftover in [*partial.rglob("*.partial*"), *partial.rglob("*.current")]:
-            remove(leftover)
+    with locked(partial):
+        begin_or_continue(partial, partial / "prepare.json", settings)
         for name in ("clips", "shards"):
             (partial / name).mkdir(exist_ok=True)
-        if stored is None:
-            _write_settings(path, settings)
-        else:
-            print(f"Continuing '{partial}'.")
         yield
 
 
@@ -105,28 +81,7 @@ def publish(shards: Path, out: Path, clips: list[Clip], dropped: list[Dropped], 
         for clip in clips
     ]
     write_report(shards, kept, dropped, settings)
-    _write_settings(shards / "prepare.json", settings)
+    write_settings(shards / "prepare.json", settings)
     if out.exists():
         out.rmdir()
     shards.rename(out)
-
-
-def _differences(stored: Settings, settings: Settings) -> str:
-    names = [name for name, value in settings.items() if name not in stored or stored[name] != value]
-    return ", ".join(
-        "the videos or their captions" if name == "source" else f"{name} ({stored.get(name)}, now {settings[name]})"
-        for name in names
-    )
-
-
-def _read_settings(path: Path) -> Settings | None:
-    try:
-        settings: Settings = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return settings
-
-
-def _write_settings(path: Path, settings: Settings) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1))

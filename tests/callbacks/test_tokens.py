@@ -11,10 +11,11 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 
 from callbacks import TokenShardWriter, tokens
 from data import TokenDataModule
+from data.loaders import LaterSampler, NonEmptyLoader
 from data.shards import ShardSet, ShardWriter
 from t2v.batch import VideoBatch
 from t2v.errors import UserError
@@ -31,6 +32,10 @@ class LetterEncoder(TextEncoder):
         self.calls += 1
         tokens = torch.tensor([float(ord(letter)) for letter in caption or " "])[:, None].expand(-1, self.width)
         return tokens, tokens.mean(0)
+
+
+class OtherEncoder(LetterEncoder):
+    name = "other"
 
 
 class LitCodes(LightningModule):
@@ -57,14 +62,29 @@ class Clips(LightningDataModule):
         return [self.loader([f"{split}{i}" for i in range(n)]) for split, n in (("train", 5), ("val", 2))]
 
     def loader(self, keys: list[str]) -> DataLoader:
+        batches = Batches([[], *(keys[start : start + 2] for start in range(0, len(keys), 2))])
         ranks = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
-        sampler = DistributedSampler(keys, shuffle=False, **ranks)
-        return DataLoader(keys, batch_size=2, sampler=sampler, collate_fn=collate)
+        return NonEmptyLoader(batches, batch_size=None, sampler=LaterSampler(batches, shuffle=False, **ranks))
 
 
-def collate(keys: list[str]) -> VideoBatch:
-    video = torch.stack([torch.full((2, 3, 4, 4), int(key[-1]), dtype=torch.uint8) for key in keys])
-    return VideoBatch(video, [[""], *([["same caption"]] * (len(keys) - 1))], keys)
+class Batches(Dataset):
+    """Batches of two clips whose pixels are the last digit of their key; the first batch is empty."""
+
+    def __init__(self, batches: list[list[str]]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> VideoBatch | None:
+        keys = self.batches[number]
+        if not keys:
+            return None
+        video = torch.stack([torch.full((2, 3, 4, 4), int(key[-1]), dtype=torch.uint8) for key in keys])
+        return VideoBatch(video, [[""], *([["same caption"]] * (len(keys) - 1))], keys)
+
+    def digest(self) -> str:
+        return str(self.batches)
 
 
 def predict(writer: TokenShardWriter, model: LightningModule | None = None, **flags) -> None:
@@ -158,15 +178,54 @@ def test_existing_shards_raise(tmp_path):
     assert dict(members(tmp_path / "train")) == before
 
 
-def test_a_failed_run_leaves_no_shards_and_can_be_repeated(tmp_path):
-    writer = TokenShardWriter(str(tmp_path), LetterEncoder(), samples_per_shard=1)
+def test_a_run_that_fails_before_the_first_shard_is_complete_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError, match="failed"):
-        predict(writer, LitCodes(fail_at="train4"))
+        predict(TokenShardWriter(str(tmp_path), LetterEncoder()), LitCodes(fail_at="train4"))
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / ".partial/train").mkdir(parents=True)  # as a killed run leaves it
-    (tmp_path / ".partial/train/shard-0000-000000.tar").write_bytes(b"half")
-    predict(writer)
-    assert len(dict(members(tmp_path / "train"))) == 5 * 4
+
+
+@pytest.mark.parametrize(("per_shard", "fail_at"), [(1, "train2"), (2, "train4"), (3, "train4"), (3, "val0")])
+def test_an_interrupted_run_continues_after_the_last_complete_shard(per_shard, fail_at, tmp_path, capsys):
+    def writer(folder: str, encoder: TextEncoder | None = None, samples: int = per_shard) -> TokenShardWriter:
+        return TokenShardWriter(str(tmp_path / folder), encoder or LetterEncoder(), samples)
+
+    predict(writer("whole"))
+    out, partial = tmp_path / "out", tmp_path / "out/.partial"
+    with pytest.raises(RuntimeError, match="failed"):
+        predict(writer("out"), LitCodes(fail_at=fail_at))
+    assert "The complete shards are kept" in capsys.readouterr().out
+    assert [path.name for path in out.iterdir()] == [".partial"]
+    complete = {path: path.stat().st_mtime_ns for path in partial.glob("*/*.tar")}
+    assert complete
+    number = len(list(partial.glob("train/*.tar")))
+    (partial / f"train/shard-0000-{number:06d}.tar").write_bytes(b"half")  # as a killed run may leave it
+    (partial / "train/.shard-0000-000009.7.partial.tar").write_bytes(b"half")
+
+    for other in (writer("out", OtherEncoder()), writer("out", samples=per_shard + 1)):
+        with pytest.raises(UserError, match=r"interrupted run with other settings; what differs: (text_enc|samples_)"):
+            predict(other)
+    assert {path: path.stat().st_mtime_ns for path in complete} == complete
+
+    predict(writer("out"))
+    assert "Continuing" in capsys.readouterr().out
+    for split in ("train", "val"):
+        whole, parts = (tmp_path / name / split for name in ("whole", "out"))
+        assert sorted(path.name for path in parts.iterdir()) == sorted(path.name for path in whole.iterdir())
+        assert list(members(parts)) == list(members(whole))
+    for path, time in complete.items():
+        assert (out / path.relative_to(partial)).stat().st_mtime_ns == time
+    assert not partial.exists()
+
+
+def test_a_run_killed_while_its_folders_are_moved_is_complete(tmp_path):
+    predict(TokenShardWriter(str(tmp_path), LetterEncoder()))
+    (tmp_path / ".partial").mkdir()
+    (tmp_path / "val").rename(tmp_path / ".partial/val")
+    (tmp_path / ".partial/complete").touch()
+    with pytest.raises(UserError, match="already holds token shards"):
+        predict(TokenShardWriter(str(tmp_path), LetterEncoder()))
+    assert {name.split(".")[0] for name, _ in members(tmp_path / "val")} == {"val0", "val1"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train", "val"]
 
 
 @pytest.mark.slow
