@@ -9,6 +9,8 @@ DATA := shapes
 RUN := runs/$(DATA)
 CLIPS_digits := moving_digits $(RUN)/clips --digits 2
 CLIPS_flare := flare $(RUN)/clips
+PREPARE_digits := --filters.min_brightness 0
+PREPARE_flare := --fps 15
 BIN := $(VENV)/bin
 EXTRAS := demo,dev,docs,footage,perceptual,prepare,ray,t5
 ENVIRONMENT := $(if $(filter shapes,$(DATA)),$(VENV)/.demo,$(VENV)/.installed)
@@ -26,8 +28,8 @@ ifeq ($(DATA),shapes)
 else
 	@echo "==> Clips, both stages, generated clips in runs/$(DATA); what is finished is not repeated"
 	$(BIN)/python -m data.examples.$(or $(CLIPS_$(DATA)),$(error DATA=$(DATA) must be shapes, digits or flare))
-	$(BIN)/python -m data.prepare $(RUN)/clips/train $(RUN)/shards/train
-	$(BIN)/python -m data.prepare $(RUN)/clips/val $(RUN)/shards/val
+	$(BIN)/python -m data.prepare $(RUN)/clips/train $(RUN)/shards/train $(PREPARE_$(DATA))
+	$(BIN)/python -m data.prepare $(RUN)/clips/val $(RUN)/shards/val $(PREPARE_$(DATA))
 	$(BIN)/python cli.py fit --config configs/vqvae/$(DATA).yaml --ckpt_path last
 	test -d $(RUN)/tokens/val || $(BIN)/python cli.py predict --config configs/vqvae/$(DATA).yaml --ckpt_path last
 	$(BIN)/python cli.py fit --config configs/transformer/$(DATA).yaml --ckpt_path last

@@ -261,12 +261,11 @@ def _drop_short_scenes(
     video: Video, clips: int, short_scenes: list[float], clip_format: ClipFormat
 ) -> Iterator[Dropped]:
     """Yield each scene that is too short for a clip, or the whole video if it has no clips."""
-    too_short = f"too short (a clip takes {clip_format.frames / clip_format.fps:.3g} s)"
     if clips:
         for start in short_scenes:
-            yield Dropped(video.name, start, f"scene {too_short}")
+            yield Dropped(video.name, start, f"scene {clip_format.too_short}")
     else:
-        yield Dropped(video.name, None, too_short if len(short_scenes) < 2 else f"scenes {too_short}")
+        yield Dropped(video.name, None, clip_format.too_short if len(short_scenes) < 2 else f"scenes {clip_format.too_short}")
 
 
 @contextmanager

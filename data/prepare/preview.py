@@ -38,7 +38,7 @@ def preview(videos: list[Video], dropped: list[Dropped], clip_format: ClipFormat
             reason = reason_to_drop_video(info, clip_format.filters)
             frames = int(info.frames / info.fps * clip_format.fps + 1e-6)
             if reason is None and frames < clip_format.frames:
-                reason = f"too short (a clip takes {clip_format.frames / clip_format.fps:.3g} s)"
+                reason = clip_format.too_short
             if reason:
                 dropped.append(Dropped(video.name, None, reason))
                 continue

@@ -44,6 +44,12 @@ class ClipFormat(NamedTuple):
     max_clips: int | None = None
     """Largest number of clips of a video; None for no limit."""
 
+    @property
+    def too_short(self) -> str:
+        """Why a video or a scene with less than a clip is dropped."""
+        seconds = self.frames / self.fps
+        return f"too short (a clip takes {seconds:.3g} s: {self.frames} frames at {self.fps:g} fps)"
+
     def size_of(self, info: VideoInfo) -> tuple[int, int]:
         """Return height and width of the clips of a video.
 

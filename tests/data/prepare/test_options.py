@@ -67,7 +67,7 @@ def test_a_dry_run_writes_nothing(source, tmp_path, capsys):
     assert "1 of 3 videos would be cut" in printed
     assert "At most 1 clips of 9 frames" in printed
     assert "1 invalid row: captions.csv line 5 (3 values for 2 columns" in printed
-    assert "2 too short: tall.mp4 (a clip takes 1.12 s), wide.mp4" in printed
+    assert "2 too short: tall.mp4 (a clip takes 1.12 s: 9 frames at 8 fps), wide.mp4" in printed
     assert not list(tmp_path.iterdir())
 
 
