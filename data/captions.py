@@ -71,7 +71,7 @@ def read_captions(members: Mapping[str, bytes]) -> list[str]:
         text = members.get("txt", b"").decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise ValueError("caption is not UTF-8") from error
-    first = [text] if text else texts(metadata.get("caption"), "caption")
+    first = texts(text or metadata.get("caption"), "caption")
     captions = [*first, *texts(metadata.get("captions"), "captions")]
     return list(dict.fromkeys(stripped for stripped in (caption.strip() for caption in captions) if stripped))
 
@@ -114,6 +114,8 @@ def texts(value: Any, name: str) -> list[str]:
             raise ValueError(f"its {name} is {_KINDS.get(type(each), type(each).__name__)}, not text")
         if any("\ud800" <= character <= "\udfff" for character in each):
             raise ValueError(f"its {name} has half of a surrogate pair, which is not text")
+        if "\0" in each:
+            raise ValueError(f"its {name} has characters of code 0, as a damaged file has")
     return found
 
 

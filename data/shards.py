@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import fsspec
 from braceexpand import braceexpand
 from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
 from data.index import COMPRESSIONS, check_header, load_index, make_index, read_range, unpack, with_retries
@@ -25,10 +26,12 @@ from t2v.errors import UserError
 from t2v.files import atomic_path
 
 SHARD_SUFFIXES = (".tar", *COMPRESSIONS)
+"""Ends of the names of shards, in lower case."""
 _CHAINED = ("blockcache", "cached", "dir", "filecache", "libarchive", "simplecache", "tar", "zip")
 """Protocols that fsspec joins to another address by `::`."""
 _THREADS = 16
 """Shards that are indexed at a time; over a network most of the time is waiting."""
+_FOLDER = "it is a folder"
 _MAX_GAP = 2**20
 """Bytes between two members of a sample above which each member is read in its own request."""
 
@@ -89,7 +92,7 @@ class ShardSet:
         path: The path, for messages; several are joined by commas.
         samples: All samples, shard after shard in the order of the paths and of their names.
         skipped: Members that form no sample: truncated, with a key that occurs twice, a link, or a name that leads out
-            of the folder; and shards that are no tar. They are never read.
+            of the folder; and shards that are no tar or empty, or a link to nothing. They are never read.
         sources: For each shard, which of the paths it belongs to.
 
     Raises:
@@ -105,6 +108,7 @@ class ShardSet:
         self._filesystems: dict[tuple[int, str], AbstractFileSystem] = {}
         self._addresses: dict[str, str] = {}
         self.sources: dict[str, int] = {}
+        self.skipped: list[SkippedSample] = []
         try:
             for source, each in enumerate(paths):
                 self._find(os.fspath(each), source)
@@ -125,9 +129,9 @@ class ShardSet:
             for shard, index in indices.items()
             for key, entry in index["samples"].items()
         ]
-        self.skipped = [
-            SkippedSample(key, shard, reason) for shard, index in indices.items() for key, reason in index["skipped"]
-        ]
+        for shard, index in indices.items():
+            empty = [("", "it has no samples")] if not index["samples"] else []
+            self.skipped += [SkippedSample(key, shard, reason) for key, reason in index["skipped"] or empty]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -184,13 +188,16 @@ class ShardSet:
         for address in addresses:
             filesystem, root = fsspec.url_to_fs(address)
             for shard in _find(filesystem, root):
-                if _without_query(shard).endswith(tuple(COMPRESSIONS)):
+                if shard != root and (reason := _no_file(filesystem, shard)):
+                    self.skipped.append(SkippedSample("", shard, reason))
+                elif _without_query(shard).lower().endswith(tuple(COMPRESSIONS)):
                     found.setdefault(os.fspath(unpack(filesystem, shard)), "")
                 else:
                     found.setdefault(shard, address)
         if not found:
             filesystem, root = fsspec.url_to_fs(addresses[0])
             cause = "nothing there ends in .tar" if filesystem.exists(root) else "the folder does not exist"
+            cause = "; ".join(f"{each.shard}: {each.reason}" for each in self.skipped[:3]) or cause
             raise UserError(
                 f"No shards (*.tar) in '{path}': {cause}; write them by `{self._command}`, or correct the path."
             )
@@ -347,17 +354,39 @@ def _expand(path: str) -> list[str]:
 
 def _find(filesystem: AbstractFileSystem, root: str) -> list[str]:
     """Return the shards that a path without braces stands for; one tar is returned without a check that it exists."""
-    if _is_tar(root) and (not glob.has_magic(_without_query(root)) or with_retries(filesystem.isfile, root)):
+    is_folder = _no_file(filesystem, root) == _FOLDER  # it may be called clips.tar
+    is_one = is_shard(root) and not is_folder
+    if is_one and (not glob.has_magic(_without_query(root)) or with_retries(filesystem.isfile, root)):
         return [root]
     pattern = f"{glob.escape(root.rstrip('/'))}/*" if with_retries(filesystem.isdir, root) else root
-    found = [path for path in with_retries(filesystem.glob, pattern) if _is_tar(path) and not _is_hidden(path)]
-    stems = {_without_query(path).removesuffix(".tar") for path in found if _without_query(path).endswith(".tar")}
-    unpacked = [path for path in found if any(path.removesuffix(suffix) in stems for suffix in COMPRESSIONS)]
-    return sorted(set(found) - set(unpacked))
+    found = [path for path in with_retries(filesystem.glob, pattern) if is_shard(path) and not _is_hidden(path)]
+    ends = {path: _end(path) for path in found}
+    stems = {_without_query(path).removesuffix(end) for path, end in ends.items() if end.lower() == ".tar"}
+    return sorted(
+        path
+        for path, end in ends.items()
+        if end.lower() == ".tar" or _without_query(path).removesuffix(end) not in stems
+    )
 
 
-def _is_tar(address: str) -> bool:
-    return _without_query(address).endswith(SHARD_SUFFIXES)
+def _end(address: str) -> str:
+    """Return the end of a shard's name that makes it a shard, as it is written."""
+    name = _without_query(address)
+    return name[-max(len(suffix) for suffix in SHARD_SUFFIXES if name.lower().endswith(suffix)) :]
+
+
+def _no_file(filesystem: AbstractFileSystem, path: str) -> str:
+    """Return why a local path is no file that can be read, or an empty string; remote ones are not checked."""
+    if not isinstance(filesystem, LocalFileSystem) or Path(path).is_file():
+        return ""
+    if Path(path).is_dir():
+        return _FOLDER
+    return "it is a link to nothing" if Path(path).is_symlink() else "it is no file"
+
+
+def is_shard(name: str) -> bool:
+    """Return whether a file is a shard by its name."""
+    return _without_query(name).lower().endswith(SHARD_SUFFIXES)
 
 
 def _is_hidden(address: str) -> bool:

@@ -65,6 +65,7 @@ class Clips(Dataset[Any]):
                 f"No sample in '{shards.path}' has a {self._kind}; they have {', '.join(found) or 'nothing'}: "
                 "are these the shards of the other stage?"
             )
+        self._warn_of_others([sample for sample in shards.samples if not self._member(sample)])
         self.skipped = list(shards.skipped)
         readable = self._readable(clips)
         self._warn_of_skipped()
@@ -227,6 +228,21 @@ class Clips(Dataset[Any]):
                 stacklevel=3,
             )
         return kept
+
+    def _warn_of_others(self, others: Sequence[Sample]) -> None:
+        """Name the samples without a clip."""
+        if not others:
+            return
+        rows = [
+            SkippedSample(each.key, each.shard, f"it has {', '.join(each.members)}, but no {self._kind}")
+            for each in others
+        ]
+        self._list_skipped(rows)
+        warnings.warn(
+            f"{len(rows)} samples in '{self.shards.path}' are left out, such as '{rows[0].key}' in {rows[0].shard}: "
+            f"{rows[0].reason}.",
+            stacklevel=3,
+        )
 
     def _warn_of_skipped(self) -> None:
         if self.skipped:

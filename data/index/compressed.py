@@ -39,13 +39,13 @@ def unpack(filesystem: AbstractFileSystem, shard: str) -> Path:
     """
     info = with_retries(filesystem.info, shard)
     name = shard.partition("?")[0].rpartition("/")[2]
-    suffix = next(suffix for suffix in COMPRESSIONS if name.endswith(suffix))
+    suffix = next(suffix for suffix in COMPRESSIONS if name.lower().endswith(suffix))
     compression = COMPRESSIONS[suffix]
     if compression not in compr:
         raise UserError(f"'{shard}' is compressed by {compression}: unpack it, or install the package zstandard.")
     tar = json.dumps([filesystem.unstrip_protocol(info["name"]), info["size"], dates(info)])
     key = hashlib.sha256(tar.encode()).hexdigest()[:16]
-    path = cache_folder() / "tars" / key / f"{name.removesuffix(suffix)}.tar"
+    path = cache_folder() / "tars" / key / f"{name[: -len(suffix)]}.tar"
     if path.exists():
         return path
     try:

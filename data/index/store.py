@@ -101,7 +101,7 @@ def make_index(filesystem: AbstractFileSystem, shard: str) -> dict[str, Any]:
 
 def _index_path(shard: str) -> str:
     """Return the path of the index beside a shard; the query of a URL is kept."""
-    return re.sub(r"\.tar(?=$|\?)", ".index.json", shard)
+    return re.sub(r"\.tar(?=$|\?)", ".index.json", shard, flags=re.IGNORECASE)
 
 
 def _cache_path(filesystem: AbstractFileSystem, info: dict[str, Any]) -> Path:

@@ -73,7 +73,7 @@ class VideoCheck(Check):
         assert video is not None
         decode = (sample.key, sample.shard) in self.decoded
         members = shards.read(sample, *TEXT_EXTENSIONS, *([video] if decode else []))
-        yield from self.captions.problems_of(members)
+        yield from self.captions.problems_of(members, sample.flaw)
         if self.captioned and not (sample.captions or sample.flaw):
             yield "it has no caption"
         if not sample.frames:
@@ -118,7 +118,7 @@ class TokenCheck(Check):
         if missing := missing_text(sample.members):
             yield missing
         members = shards.read(sample, "tokens.npy", *TOKEN_TEXT_MEMBERS)
-        yield from self.captions.problems_of(members)
+        yield from self.captions.problems_of(members, sample.flaw)
         try:
             metadata = read_metadata(members)
         except ValueError:  # reported with the captions
@@ -201,17 +201,20 @@ class CaptionStatistics:
         self.words: list[int] = []
         self.characters: list[int] = []
 
-    def problems_of(self, members: Mapping[str, bytes]) -> Iterator[str]:
+    def problems_of(self, members: Mapping[str, bytes], flaw: str) -> Iterator[str]:
         """Count the captions of a sample, and yield what is wrong with them.
 
         Args:
             members: The members' bytes by their extension.
+            flaw: Why its captions are not read, from the index.
         """
         captions: list[str] = []
         try:
             captions = read_captions(members)
         except ValueError as error:
-            yield str(error)
+            flaw = flaw or str(error)
+        if flaw:
+            yield flaw
         self.captions_per_clip.append(len(captions))
         self.words += [len(caption.split()) for caption in captions]
         self.characters += [len(caption) for caption in captions]

@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from stat import S_ISREG
 from typing import NamedTuple
 
 import fsspec
@@ -103,12 +104,15 @@ def _list_local(source: Path, dropped: list[Dropped]) -> list[File]:
             path = Path(root, name)
             relative = path.relative_to(source).as_posix()
             try:
-                size = path.stat().st_size
+                status = path.stat()
             except OSError as error:
                 cause = "a link to nothing" if path.is_symlink() else error.strerror
                 dropped.append(Dropped(File(relative, path).shown, None, f"missing file ({cause})"))
                 continue
-            files.append(File(relative, Path(os.path.realpath(path)), size))
+            if not S_ISREG(status.st_mode):
+                dropped.append(Dropped(File(relative, path).shown, None, "no file (a pipe or a device)"))
+                continue
+            files.append(File(relative, Path(os.path.realpath(path)), status.st_size))
     return files
 
 

@@ -26,7 +26,7 @@ from data.prepare.dropped import Dropped, summarize
 from data.prepare.files import File, is_remote, list_files, local_copy
 from data.prepare.filters import Filters
 from data.prepare.tables import LINE_FILES, TABLE_SUFFIXES, CaptionTable, Segment, read_table
-from data.shards import SHARD_SUFFIXES, ShardSet
+from data.shards import SHARD_SUFFIXES, ShardSet, is_shard
 from t2v.errors import UserError
 from t2v.video import DecodeError, probe
 
@@ -124,7 +124,7 @@ def _find_rows(
     if captions == NO_CAPTIONS and columns:
         raise _no_effect(columns, "with --captions none")
     files = [] if _is_shards(source) else list_files(source, dropped)
-    shards = [file for file in files if "/" not in file.name and file.name.endswith(SHARD_SUFFIXES)]
+    shards = [file for file in files if "/" not in file.name and is_shard(file.name)]
     videos = _find_videos(files, images) if not shards else [file for file in files if is_video(file.name)]
     if videos and shards:
         raise UserError(
@@ -168,7 +168,7 @@ def _no_effect(options: list[str], cause: str) -> UserError:
 
 def _is_shards(source: str) -> bool:
     """Return whether a source is one or several shards by its name, not a folder."""
-    return source.partition("?")[0].endswith(SHARD_SUFFIXES) or "::" in source or bool(re.search(r"[{*\[]", source))
+    return (is_shard(source) and not Path(source).is_dir()) or "::" in source or bool(re.search(r"[{*\[]", source))
 
 
 def _is_image(name: str) -> bool:

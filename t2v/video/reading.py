@@ -145,15 +145,20 @@ def stream_frames(source: Source, deinterlace: bool = False) -> Iterator[tuple[f
         Time in seconds since the first frame, and the frame as RGB.
 
     Raises:
-        DecodeError: If the file cannot be decoded, or a frame is damaged or larger than `MAX_PIXELS`.
+        DecodeError: If the file cannot be decoded, or a frame is damaged, larger than `MAX_PIXELS`, or of another size
+            than the first.
     """
     picture = _as_picture(source)
     if picture is not None:
         yield 0.0, picture[0]
         return
+    first: tuple[int, ...] = ()
     with open_video(source) as video:
         for shown_at, frame in video.decode(deinterlace):
-            yield shown_at, torch.from_numpy(video.to_rgb(frame)).permute(2, 0, 1)
+            rgb = video.to_rgb(frame)
+            first = first or rgb.shape
+            _check_size(rgb, first)
+            yield shown_at, torch.from_numpy(rgb).permute(2, 0, 1)
 
 
 def resize_and_crop(
@@ -291,6 +296,7 @@ def _read(
     places: list[int] = []  # for each target, the place of its frame in `parts`
     group: list[UInt8[np.ndarray, "height width c"]] = []
     frames = 0
+    first: tuple[int, ...] = ()
 
     def finish_group() -> None:
         full_size = torch.from_numpy(np.stack(group)).permute(0, 3, 1, 2)
@@ -298,8 +304,8 @@ def _read(
         parts.append(transform(full_size) if transform else full_size)
 
     for picture, repeats in pictures(source, targets, timed, check_time, reader):
-        if group and picture.shape != group[0].shape:
-            raise DecodeError(f"its frames change from {group[0].shape[:2]} to {picture.shape[:2]} pixels")
+        first = first or picture.shape
+        _check_size(picture, first)
         group.append(picture)
         places += [frames] * repeats
         frames += 1
@@ -310,3 +316,9 @@ def _read(
     video = torch.cat(parts) if len(parts) > 1 else parts[0]
     order = np.array(places)[np.searchsorted(targets, wanted)]
     return video if np.array_equal(order, np.arange(frames)) else video[order]
+
+
+def _check_size(picture: UInt8[np.ndarray, "height width c"], first: tuple[int, ...]) -> None:
+    if picture.shape != first:
+        (height, width), (new_height, new_width) = first[:2], picture.shape[:2]
+        raise DecodeError(f"its frames change from {width}x{height} to {new_width}x{new_height} pixels")

@@ -350,6 +350,16 @@ def boxed(path: Path, rows: int, columns: int) -> None:
     encode(path, pictures, options={"crf": "23"})
 
 
+def changing(path: Path) -> None:
+    """Write a raw stream whose pictures become larger after the eighth."""
+    parts = [path.with_name(f"{size}-{path.name}") for size in (64, 96)]
+    for part, size in zip(parts, (64, 96), strict=True):
+        encode(part, [numbered(number, size) for number in range(8)], form="h264")
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    for part in parts:
+        part.unlink()
+
+
 def write_corpus(folder: Path) -> None:
     """Write all files into a folder.
 
@@ -366,6 +376,7 @@ def write_corpus(folder: Path) -> None:
     boxed(folder / "letterbox.mp4", 16, 0)
     boxed(folder / "pillarbox.mp4", 0, 20)
     boxed(folder / "windowbox.mp4", 16, 20)
+    changing(folder / "changing.h264")
 
 
 if __name__ == "__main__":

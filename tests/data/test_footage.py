@@ -160,3 +160,11 @@ def test_interlaced_frames_are_deinterlaced(tmp_path):
         rows = frame[:, 8:-8].float()
         assert (rows[:, 1:] - rows[:, :-1]).abs().mean() < 1
     assert read_at(tmp_path / "a.mp4", [0.2])[0].equal(streamed[5][1])
+
+
+def test_frames_that_change_their_size_are_an_error(tmp_path):
+    corpus.changing(tmp_path / "changing.h264")
+    with pytest.raises(DecodeError, match="its frames change from 64x64 to 96x96 pixels"):
+        list(stream_frames(tmp_path / "changing.h264"))
+    with pytest.raises(DecodeError, match="its frames change from 64x64 to 96x96 pixels"):
+        read_at(tmp_path / "changing.h264", [0.0, 1.2])
