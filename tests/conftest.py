@@ -1,5 +1,6 @@
 """Fixtures of all tests: a fixed seed, no network, and the complete pipeline, trained once at toy sizes."""
 
+import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,7 +11,11 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in parallel, one process per core
 
-import jaxtyping
+from t2v.training.startup import defer_torchmetrics
+
+defer_torchmetrics()
+
+import jaxtyping  # after what shortens the import of Lightning
 import torch
 
 from tests.support.pipeline import Pipeline
@@ -41,13 +46,26 @@ def unchecked_shapes() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def trained_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    """Return a pipeline with both stages trained, for tests that only read it."""
-    pipeline = Pipeline(tmp_path_factory.mktemp("pipeline"))
-    pipeline.prepare()
-    pipeline.fit("vqvae")
-    pipeline.cli("predict", "vqvae", "--ckpt_path", "last")
-    pipeline.fit("transformer")
-    return pipeline
+    """Return a pipeline with both stages trained, for tests that only read it.
+
+    The first of the parallel processes that needs it trains it; each has its own copy.
+    """
+    own = Pipeline(tmp_path_factory.mktemp("pipeline"))
+    in_parallel = "PYTEST_XDIST_WORKER" in os.environ
+    shared = tmp_path_factory.getbasetemp().parent / "trained" if in_parallel else own.folder
+    shared.mkdir(exist_ok=True)
+    with (shared / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / ".complete").exists():
+            pipeline = Pipeline(shared)
+            pipeline.prepare()
+            pipeline.fit("vqvae")
+            pipeline.cli("predict", "vqvae", "--ckpt_path", "last")
+            pipeline.fit("transformer")
+            (shared / ".complete").touch()
+    if in_parallel:
+        shutil.copytree(shared, own.folder, dirs_exist_ok=True)
+    return own
 
 
 @pytest.fixture

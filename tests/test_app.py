@@ -1,4 +1,4 @@
-"""The page to play with, by Gradio's own client."""
+"""The page to play with, by Gradio's own client; Gradio is imported where it is used, since that takes seconds."""
 
 import re
 import shutil
@@ -8,16 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from gradio_client import Client, handle_file
-from gradio_client.exceptions import AppError
-from selenium import webdriver
-from selenium.webdriver.common.by import By
-from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import WebDriverWait
 
 from callbacks.gallery import Shown, update_gallery
 from t2v import TextToVideo
-from t2v.app import serve
 from t2v.transformer.config import TextConfig
 from t2v.video import probe, read_clip, read_frames, write_mp4
 from t2v.vqvae.quantizer import FSQuantizer
@@ -41,6 +34,8 @@ def model() -> TextToVideo:
 
 @pytest.fixture(scope="module")
 def page(model) -> Iterator[str]:
+    from t2v.app import serve
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -49,11 +44,13 @@ def page(model) -> Iterator[str]:
     page.close()
 
 
-def connect(page: str) -> Client:
+def connect(page: str):
+    from gradio_client import Client
+
     return Client(page, verbose=False, httpx_kwargs={"timeout": 60})
 
 
-def ask(client: Client, prompt: str, **changes: object):
+def ask(client, prompt: str, **changes: object):
     """Submit a prompt; the job's outputs are one per frame and the last with the file."""
     values = [prompt, *{**DEFAULTS, **changes}.values()]
     return client.submit(*values, 1, api_name="/generate")
@@ -76,6 +73,8 @@ def test_two_people_get_their_own_videos(page, model, tmp_path):
 
 
 def test_the_page_begins_from_a_picture_or_video(page, model, tmp_path):
+    from gradio_client import handle_file
+
     clip = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
     write_mp4(tmp_path / "start.mp4", clip, 8.0)
     job = ask(connect(page), "red", start=handle_file(tmp_path / "start.mp4"))
@@ -93,11 +92,16 @@ def test_the_page_begins_from_a_picture_or_video(page, model, tmp_path):
         ({"frames": 2.5}, "Frames is 2.5: give a whole number."),
         ({"seed": None}, "Seed is empty: give a whole number."),
         ({"top_p": 7}, "top_p=7.0"),
-        ({"start": handle_file("README.md")}, "is not a video or picture that can be read"),
+        ({"start": "README.md"}, "is not a video or picture that can be read"),
     ],
     ids=["no frames", "half a frame", "no seed", "top_p", "start"],
 )
 def test_an_error_is_a_sentence(page, changes, message):
+    from gradio_client import handle_file
+    from gradio_client.exceptions import AppError
+
+    if "start" in changes:
+        changes = {"start": handle_file(changes["start"])}
     job = ask(connect(page), "red", **changes)
     with pytest.raises(AppError, match=re.escape(message)):
         job.result(timeout=60)
@@ -106,6 +110,8 @@ def test_an_error_is_a_sentence(page, changes, message):
 
 @pytest.fixture
 def browser():
+    from selenium import webdriver
+
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1280,1000"):
@@ -118,6 +124,10 @@ def browser():
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's packages chromium and chromium-driver")
 def test_the_page_in_a_browser(page, model, browser, tmp_path):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import WebDriverWait
+
     def until(condition):
         return WebDriverWait(browser, 120).until(lambda driver: condition())
 
@@ -159,6 +169,9 @@ def test_the_page_in_a_browser(page, model, browser, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's packages chromium and chromium-driver")
 def test_the_gallery_in_a_browser(browser, tmp_path):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
     write_mp4(tmp_path / "clip.mp4", torch.zeros(8, 3, 16, 16, dtype=torch.uint8), 8.0)
     gallery = update_gallery(
         tmp_path, "Clips", [Shown("clip.mp4", "a <b>red</b> circle", "clip")], {"Accuracy": "97 %"}, final=True

@@ -121,24 +121,26 @@ def test_an_incomplete_command(line, message, fails, trained_pipeline):
     assert message in fails(trained_pipeline.main, *line)
 
 
-@pytest.mark.parametrize("stage", ["vqvae", "transformer"])
+OF_ANY_RUN = [
+    (("--data.train=nowhere",), "No shards (*.tar) in 'nowhere': the folder does not exist"),
+    (("--data.val=runs",), "No shards (*.tar) in 'runs': nothing there ends in .tar"),
+    (("--data.frames=17",), "shorter than 17 frames"),
+    (("--data.batch_size=25",), "24 training clips in 'runs/demo/"),
+    (("--data.batch_size=0",), "data.batch_size=0 must be greater than 0"),
+    (("--ckpt_path=nowhere.ckpt",), "There is no checkpoint at nowhere.ckpt"),
+    (("--ckpt_path=runs/demo/shards/train/prepare.json",), "is not a checkpoint of this program"),
+    (("--data.frame=3",), "Option 'frame' is not accepted"),
+    (("--model.model.codebok_size=3",), "Option 'codebok_size' is not accepted"),
+    (("--trainer.max_stepz=3",), "--trainer.max_stepz=3"),
+    (("--data.batch_size=x",), "Expected a <class 'int'>. Got value: x"),
+    (("--config={data: {init_args: {frame: 3}}}",), "Option 'frame' is not accepted"),
+    (("--config=nowhere.yaml",), "nowhere.yaml"),
+]
+
+
 @pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--data.train=nowhere",), "No shards (*.tar) in 'nowhere': the folder does not exist"),
-        (("--data.val=runs",), "No shards (*.tar) in 'runs': nothing there ends in .tar"),
-        (("--data.frames=17",), "shorter than 17 frames"),
-        (("--data.batch_size=25",), "24 training clips in 'runs/demo/"),
-        (("--data.batch_size=0",), "data.batch_size=0 must be greater than 0"),
-        (("--ckpt_path=nowhere.ckpt",), "There is no checkpoint at nowhere.ckpt"),
-        (("--ckpt_path=runs/demo/shards/train/prepare.json",), "is not a checkpoint of this program"),
-        (("--data.frame=3",), "Option 'frame' is not accepted"),
-        (("--model.model.codebok_size=3",), "Option 'codebok_size' is not accepted"),
-        (("--trainer.max_stepz=3",), "--trainer.max_stepz=3"),
-        (("--data.batch_size=x",), "Expected a <class 'int'>. Got value: x"),
-        (("--config={data: {init_args: {frame: 3}}}",), "Option 'frame' is not accepted"),
-        (("--config=nowhere.yaml",), "nowhere.yaml"),
-    ],
+    ("stage", "flags", "message"),
+    [*(("vqvae", *case) for case in OF_ANY_RUN), *(("transformer", *case) for case in OF_ANY_RUN[:4])],
     ids=lambda value: value[0].split("=")[0].strip("-") if isinstance(value, tuple) else "",
 )
 def test_fit(stage, flags, message, mistaken):

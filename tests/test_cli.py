@@ -1,6 +1,4 @@
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cli import main
 from t2v.errors import UserError
+from tests.support import forked
 
 
 class Network(nn.Module):
@@ -287,9 +286,7 @@ def test_an_error_in_the_loader(config, capsys, workers):
 
 
 def test_the_process_exits_with_status_2(config):
-    done = subprocess.run(
-        [sys.executable, "cli.py", "predict", *config, "--ckpt_path", "last"], capture_output=True, text=True
-    )
+    done = forked.run("cli.py", "predict", *config, "--ckpt_path", "last")
     assert done.returncode == 2
     assert done.stderr.startswith("error: There is no last.ckpt")
     assert done.stdout == ""

@@ -21,10 +21,11 @@ from t2v.checkpoints.storage import MARKER, read_checkpoint, replace_checkpoint
 from t2v.errors import UserError
 from t2v.training.planner.run import alternative_optimizers, takes_sharded_parameters
 from t2v.vqvae.loading import load_vqvae
+from tests.support import forked
 from tests.support.pipeline import ROOT, Pipeline, differences, training_state
 from tests.support.recorder import losses
 
-STEPS = 20
+STEPS, FEW_STEPS = 20, 8
 SHARDED = ["-c", str(ROOT / "configs/cluster/fsdp.yaml"), "--trainer.precision=32-true"]
 TWO = ["--trainer.devices=2", "--data.batch_size=4"]
 ONE = ["--trainer.devices=1", "--data.batch_size=4", "--trainer.accumulate_grad_batches=2"]
@@ -60,16 +61,8 @@ def command(pipeline: Pipeline, stage: str, name: str, *flags: str) -> list[str]
     return ["fit", *pipeline.config(stage), "-c", str(config), *flags]
 
 
-def launch(pipeline: Pipeline, args: list[str], *program: str) -> subprocess.CompletedProcess:
-    program = program or (sys.executable,)
-    return subprocess.run(
-        [*program, str(ROOT / "cli.py"), *args],
-        cwd=pipeline.folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def launch(pipeline: Pipeline, args: list[str], ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    return forked.run_ranks(ranks, ROOT / "cli.py", *args, cwd=pipeline.folder)
 
 
 def at(pipeline: Pipeline, name: str, step: int | str) -> Path:
@@ -105,20 +98,20 @@ def runs(pipeline) -> SimpleNamespace:
     """Runs of the transformer: one process, DDP and FSDP with two processes."""
     flags = ["--model.objective.caption_dropout=0", "--model.objective.corruption=0", ADAMW]  # random per rank
     pipeline.main(*command(pipeline, "transformer", "one", *flags, *ONE))
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     ddp = ["-c", str(ROOT / "configs/cluster/ddp.yaml")]
-    done = launch(pipeline, command(pipeline, "transformer", "ddp", *flags, *ddp, *TWO), *torchrun)
+    few = f"--trainer.max_steps={FEW_STEPS}"
+    done = launch(pipeline, command(pipeline, "transformer", "ddp", *flags, *ddp, *TWO, few))
     assert done.returncode == 0, done.stderr
     done = launch(pipeline, command(pipeline, "transformer", "fsdp", *flags, *SHARDED, *TWO))
     assert done.returncode == 0, done.stderr
     return SimpleNamespace(flags=flags, one=losses(pipeline.run / "one/losses", 1))
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp"])
-def test_two_processes_have_the_losses_of_one(pipeline, runs, name):
+@pytest.mark.parametrize(("name", "steps"), [("ddp", FEW_STEPS), ("fsdp", STEPS)])
+def test_two_processes_have_the_losses_of_one(pipeline, runs, name, steps):
     assert len(runs.one) == 2 * STEPS
     assert runs.one[-1] < 0.8 * runs.one[0]
-    assert losses(pipeline.run / name / "losses", 2) == pytest.approx(runs.one, abs=1e-4)
+    assert losses(pipeline.run / name / "losses", 2) == pytest.approx(runs.one[: 2 * steps], abs=1e-4)
 
 
 @pytest.mark.slow
@@ -163,18 +156,25 @@ def test_optimizers_that_a_plan_recommends_train_and_resume_with_sharded_weights
     assert resumed == whole[8:]
     assert not differences(*(training_state(at(pipeline, run, "last")) for run in (name, f"{name}-resumed")))
     rest = command(pipeline, "transformer", f"{name}-alone", *flags, *ONE, f"--ckpt_path={at(pipeline, name, 4)}")
-    done = launch(pipeline, rest)
+    done = launch(pipeline, rest, ranks=1)
     assert done.returncode == 0, done.stderr
     assert losses(pipeline.run / f"{name}-alone/losses", 1) == pytest.approx(whole[8:], abs=0.01)
 
 
 @pytest.mark.slow
 def test_muon_with_sharded_weights(pipeline, runs):
-    """Muon multiplies full matrices, which are sharded over the ranks."""
+    """Muon multiplies full matrices, which are sharded over the ranks, here started by torchrun."""
     flags = [flag for flag in runs.flags if flag != ADAMW]
     pipeline.main(*command(pipeline, "transformer", "muon-one", *flags, *ONE), "--trainer.max_steps=6")
-    done = launch(
-        pipeline, [*command(pipeline, "transformer", "muon-fsdp", *flags, *SHARDED, *TWO), "--trainer.max_steps=6"]
+    sharded = [*command(pipeline, "transformer", "muon-fsdp", *flags, *SHARDED, *TWO), "--trainer.max_steps=6"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, ROOT / "cli.py", *sharded],
+        cwd=pipeline.folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     alone, sharded = losses(pipeline.run / "muon-one/losses", 1), losses(pipeline.run / "muon-fsdp/losses", 2)
@@ -185,14 +185,15 @@ def test_muon_with_sharded_weights(pipeline, runs):
 @pytest.fixture(scope="module")
 def tensor_parallel(pipeline) -> list[float]:
     """Losses of one process, after a tensor-parallel run too; both drop the same captions."""
-    pipeline.main(*command(pipeline, "transformer", "alone", ADAMW, *ONE))
-    done = launch(pipeline, command(pipeline, "transformer", "tensor", ADAMW, *TENSOR))
+    few = f"--trainer.max_steps={FEW_STEPS}"
+    pipeline.main(*command(pipeline, "transformer", "alone", ADAMW, *ONE, few))
+    done = launch(pipeline, command(pipeline, "transformer", "tensor", ADAMW, *TENSOR, few))
     assert done.returncode == 0, done.stderr
     return losses(pipeline.run / "alone/losses", 1)
 
 
 def test_two_tensor_parallel_processes_have_the_losses_of_one(pipeline, tensor_parallel):
-    assert len(tensor_parallel) == 2 * STEPS
+    assert len(tensor_parallel) == 2 * FEW_STEPS
     for rank in range(2):
         of_rank = [float(line) for line in (pipeline.run / f"tensor/losses/{rank}").read_text().split()]
         assert of_rank == pytest.approx(tensor_parallel, abs=1e-4)
@@ -200,14 +201,14 @@ def test_two_tensor_parallel_processes_have_the_losses_of_one(pipeline, tensor_p
 
 @pytest.mark.slow
 def test_tensor_parallel_and_single_process_runs_resume_from_each_other(pipeline, tensor_parallel):
-    pipeline.main(
-        *command(pipeline, "transformer", "then-alone", ADAMW, *ONE), f"--ckpt_path={at(pipeline, 'tensor', 12)}"
-    )
-    then_tensor = command(pipeline, "transformer", "then-tensor", ADAMW, *TENSOR)
-    done = launch(pipeline, [*then_tensor, f"--ckpt_path={at(pipeline, 'alone', 12)}"])
+    few = f"--trainer.max_steps={FEW_STEPS}"
+    then_alone = command(pipeline, "transformer", "then-alone", ADAMW, *ONE, few)
+    pipeline.main(*then_alone, f"--ckpt_path={at(pipeline, 'tensor', 4)}")
+    then_tensor = command(pipeline, "transformer", "then-tensor", ADAMW, *TENSOR, few)
+    done = launch(pipeline, [*then_tensor, f"--ckpt_path={at(pipeline, 'alone', 4)}"])
     assert done.returncode == 0, done.stderr
     for name in ("then-alone", "then-tensor"):
-        assert losses(pipeline.run / name / "losses", 1) == pytest.approx(tensor_parallel[24:], abs=1e-4)
+        assert losses(pipeline.run / name / "losses", 1) == pytest.approx(tensor_parallel[8:], abs=1e-4)
 
 
 @pytest.mark.parametrize(("one", "two"), [("one", "fsdp"), ("alone", "tensor")])
@@ -223,11 +224,12 @@ def test_a_sharded_checkpoint_equals_that_of_one_process(pipeline, runs, tensor_
 
 
 def test_a_signal_to_one_of_two_ranks_stops_both_and_resuming_is_exact(pipeline, runs):
-    """Two ranks resume from step 12, stop in the middle of step 16, and one rank resumes from there."""
+    """Two ranks, of which Lightning starts the second, resume from step 12 and stop in step 16; one rank goes on."""
     killer = ["--trainer.callbacks+=tests.support.killer.Killer", "--trainer.callbacks.step=15"]
     killer += ["--trainer.callbacks.name=SIGTERM", "--trainer.callbacks.rank=1"]
     resumed = command(pipeline, "transformer", "again", *runs.flags, *SHARDED, *TWO, *killer)
-    done = launch(pipeline, [*resumed, f"--ckpt_path={at(pipeline, 'fsdp', 12)}"])
+    resumed.append(f"--ckpt_path={at(pipeline, 'fsdp', 12)}")
+    done = forked.run(ROOT / "cli.py", *resumed, cwd=pipeline.folder, env={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 75, done.stderr
     assert done.stderr.count("Stopped by SIGTERM at step 16") == 1
     assert not differences(training_state(at(pipeline, "fsdp", 16)), training_state(at(pipeline, "again", "last")))
@@ -239,15 +241,12 @@ def test_a_signal_to_one_of_two_ranks_stops_both_and_resuming_is_exact(pipeline,
 
 
 def test_a_sharded_run_resumes_from_a_file(pipeline, runs):
-    """One process resumes from a single file in the same way with and without sharding."""
-    for name, strategy in (("plain", []), ("sharded", SHARDED)):
-        flags = command(pipeline, "transformer", name, *runs.flags, *strategy, *ONE)
-        pipeline.main(*flags, f"--ckpt_path={at(pipeline, 'one', 12)}")
-    assert losses(pipeline.run / "plain/losses", 1) == runs.one[24:]
+    flags = command(pipeline, "transformer", "sharded", *runs.flags, *SHARDED, *ONE)
+    pipeline.main(*flags, f"--ckpt_path={at(pipeline, 'one', 12)}")
     assert losses(pipeline.run / "sharded/losses", 1) == pytest.approx(runs.one[24:], abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["fsdp", "tensor"])
+@pytest.mark.parametrize("name", ["fsdp", pytest.param("tensor", marks=pytest.mark.slow)])
 def test_generation_validation_and_export_read_a_sharded_checkpoint(pipeline, runs, tensor_parallel, tmp_path, name):
     folder = at(pipeline, name, "last")
     file = consolidated(folder, tmp_path / "one.ckpt")
@@ -300,7 +299,7 @@ def test_stage_one_with_sharded_weights(pipeline, compiled):
 )
 def test_an_impossible_tensor_parallel_size_is_rejected(pipeline, stage, devices, tp_size, message):
     flags = [f"--trainer.devices={devices}", f"--trainer.strategy.tensor_parallel_size={tp_size}"]
-    done = launch(pipeline, ["fit", *pipeline.config(stage), *SHARDED, *flags])
+    done = launch(pipeline, ["fit", *pipeline.config(stage), *SHARDED, *flags], devices)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,14 +1,12 @@
 """The complete pipeline with the shipped configs, through the command line."""
 
-import subprocess
-import sys
-
 import av
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.shards import ShardSet
+from tests.support import forked
 from tests.support.pipeline import ROOT
 
 PROMPTS = ["a small red circle moves left slowly", "the <big> blue square & nothing else"]
@@ -71,7 +69,7 @@ def test_validate_measures_the_checkpoint(trained_pipeline, stage, metric):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_resumes_at_the_step_where_it_stopped(trained_pipeline, stage):
-    before, after = trained_pipeline.halfway[stage], load(trained_pipeline.checkpoint(stage))
+    before, after = load(trained_pipeline.halfway(stage)), load(trained_pipeline.checkpoint(stage))
     for checkpoint, step in ((before, 7), (after, 12)):
         assert checkpoint["global_step"] == checkpoint["lr_schedulers"][0]["last_epoch"] == step
         states = checkpoint["optimizer_states"][0]["state"].values()
@@ -133,13 +131,7 @@ def test_two_processes_train_the_vqvae_with_discriminators(trained_pipeline, tmp
     flags += ["--model.adversarial=t2v.losses.AdversarialLoss", "--model.adversarial.start_step=4"]
     flags += ["--model.adversarial.channels=4", "--model.adversarial.layers=1", "--model.quantize_from_step=2"]
     flags += [f"--data.{split}={trained_pipeline.run / 'shards' / split}" for split in ("train", "val")]
-    process = subprocess.run(
-        [sys.executable, f"{ROOT}/cli.py", "fit", *trained_pipeline.config("vqvae"), *flags],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    process = forked.run(ROOT / "cli.py", "fit", *trained_pipeline.config("vqvae"), *flags, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     checkpoint = torch.load(tmp_path / "runs/demo/vqvae/checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 6

@@ -3,13 +3,12 @@
 import errno
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from t2v.files import atomic_path, remove
+from tests.support import forked
 
 ROOT = Path(__file__).parents[1]
 
@@ -94,8 +93,7 @@ with atomic_path({str(tmp_path / "out")!r}) as temporary:
     temporary.write_bytes(bytes(5000))
 """
     pytest.importorskip("resource")
-    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert "OSError: [Errno 27] File too large" in run.stderr
+    assert "OSError: [Errno 27] File too large" in forked.run("-c", script).stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -113,7 +111,7 @@ with atomic_path({str(path)!r}) as temporary:
     temporary.write_text("incomplete")
     os.kill(os.getpid(), signal.SIGKILL)
 """
-    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == -signal.SIGKILL
+    assert forked.run("-c", script).returncode == -signal.SIGKILL
     assert (path.read_text() if path.exists() else None) == old
     with atomic_path(path) as temporary:  # a later process writes the file all the same
         temporary.write_text("new")

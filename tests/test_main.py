@@ -1,4 +1,4 @@
-"""`python -m t2v` as a subprocess, and the checkpoints it reads."""
+"""`python -m t2v` as a process, and the checkpoints it reads."""
 
 import contextlib
 import runpy
@@ -17,12 +17,12 @@ from t2v.errors import UserError
 from t2v.generation.quantization import Weights
 from t2v.text import MiniLMTextEncoder
 from t2v.video import probe, read_frames, write_mp4
+from tests.support import forked
 
 
 def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run `python -m t2v`."""
-    command = [sys.executable, "-m", "t2v", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd)
+    return forked.run("-m", "t2v", *arguments, cwd=cwd or Path())
 
 
 @pytest.fixture

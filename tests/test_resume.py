@@ -1,13 +1,11 @@
 """A training run that is killed and resumed ends bit-equal to an uninterrupted one."""
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 
+from tests.support import forked
 from tests.support.pipeline import ROOT, differences, resumable, training_state
 
 
@@ -20,17 +18,8 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(copy_pipeline, sta
     expected = training_state(checkpoint)
 
     shutil.rmtree(checkpoint.parent)
-    killed = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "cli.py",
-            *fit,
-            "--trainer.callbacks+=tests.support.killer.Killer",
-            "--trainer.callbacks.step=5",
-        ],
-        cwd=pipeline.folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    killer = ["--trainer.callbacks+=tests.support.killer.Killer", "--trainer.callbacks.step=5"]
+    killed = forked.run(ROOT / "cli.py", *fit, *killer, cwd=pipeline.folder)
     assert killed.returncode == -signal.SIGKILL
     capfd.readouterr()
     pipeline.main(*fit, "--data.num_workers=2")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support import forked
 from tests.support.pipeline import ROOT, Pipeline
 
 OFTEN = """
@@ -19,6 +20,7 @@ trainer:
       init_args: {dirpath: runs/demo/vqvae/checkpoints, save_last: true, OPTIONS}
 """
 EVERY_2_STEPS = "every_n_train_steps: 2, save_top_k: 0"
+EVERY_EPOCH = "--trainer.check_val_every_n_epoch=1"
 
 
 @pytest.fixture
@@ -46,17 +48,6 @@ def status(pipeline: Pipeline, *command: str) -> int:
     return 0
 
 
-IN_CHILD = f"""
-import resource, runpy, signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it
-if int(sys.argv[1]):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
-sys.argv[1:2] = []
-sys.path.insert(0, {str(ROOT)!r})
-runpy.run_path({str(ROOT / "cli.py")!r}, run_name="__main__")
-"""
-
-
 def in_child(pipeline: Pipeline, *command: str, largest_file: int = 0) -> int:
     """Run a command in a process of its own, and return its status: minus a signal, if one killed it.
 
@@ -65,8 +56,7 @@ def in_child(pipeline: Pipeline, *command: str, largest_file: int = 0) -> int:
         command: The command line.
         largest_file: Bytes of a file at which the system ends the process; 0 for any.
     """
-    words = [sys.executable, "-c", IN_CHILD, str(largest_file), *command]
-    return subprocess.run(words, cwd=pipeline.folder, check=False).returncode
+    return forked.run(ROOT / "cli.py", *command, cwd=pipeline.folder, largest_file=largest_file).returncode
 
 
 def killer(step: int, name: str, times: int = 1) -> list[str]:
@@ -215,8 +205,8 @@ def test_time_that_is_up_is_named_and_the_next_command_goes_on(pipeline, capfd):
 def test_early_stopping_at_the_end_of_an_epoch_is_named_and_resumed(pipeline, capfd):
     def stop_early(patience: int, resume: bool) -> str:
         options = f"{{monitor: val/loss, min_delta: 100, patience: {patience}}}"
-        stopping = f"--trainer.callbacks+={{class_path: EarlyStopping, init_args: {options}}}"
-        assert fit(pipeline, stopping, "--trainer.max_steps=60", resume=resume) == 0
+        flags = f"--trainer.callbacks+={{class_path: EarlyStopping, init_args: {options}}}", EVERY_EPOCH
+        assert fit(pipeline, *flags, "--trainer.max_steps=60", resume=resume) == 0
         return next(line for line in capfd.readouterr().out.splitlines() if line.startswith("Stopped "))
 
     advice = "change its patience or remove it to train longer"
@@ -252,7 +242,7 @@ def test_a_logger_without_a_folder_leaves_the_files_in_the_root_folder(pipeline)
     logger = "--trainer.logger=tests.support.recorder.LoggerWithoutFolder"
     callback = "--trainer.callbacks+={class_path: callbacks.ReconstructionLogger}"
     with pytest.warns(UserWarning, match="which shows no videos: they are on the page"):
-        assert fit(pipeline, "--trainer.max_steps=15", logger, callback) == 0
+        assert fit(pipeline, "--trainer.max_steps=15", EVERY_EPOCH, logger, callback) == 0
     assert (pipeline.run / "config.yaml").exists()
     assert (pipeline.run / "samples/reconstruction-0000015-00.mp4").exists()
 

@@ -2,12 +2,11 @@
 
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 
+from tests.support import forked
 from tests.support.pipeline import ROOT, differences, resumable, training_state
 
 SLURM = {
@@ -39,14 +38,8 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(copy_pipeline, tm
     scontrol.chmod(0o755)
     killer = ["+=tests.support.killer.Killer", ".step=4", f".name={name}"]
     flags = [f"--trainer.callbacks{option}" for option in killer]
-    stopped = subprocess.run(
-        [sys.executable, ROOT / "cli.py", *fit, *flags],
-        cwd=pipeline.folder,
-        env={**os.environ, **SLURM, "PYTHONPATH": str(ROOT), "PATH": f"{scontrol.parent}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    environment = {**SLURM, "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
+    stopped = forked.run(ROOT / "cli.py", *fit, *flags, cwd=pipeline.folder, env=environment)
     assert stopped.returncode == 75, stopped.stderr
     assert f"Stopped by {name} at step 5; the same command with --ckpt_path last resumes the run.\n" in stopped.stderr
     assert "Traceback" not in stopped.stderr

@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from multiprocessing import get_context
@@ -49,16 +50,15 @@ def write_split(
         captions: For each clip its captions, one row each.
         render: Draws a clip; a function of a module.
         fps: Frames per second.
-        num_workers: Processes that draw and encode.
+        num_workers: Processes that draw and encode; 1 is this process.
     """
     rows = []
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         paths = [temporary / f"{number:06d}.mp4" for number in range(len(clips))]
-        with get_context("spawn").Pool(num_workers) as pool:
-            written = pool.imap_unordered(
-                partial(_write_clip, render, fps), zip(paths, clips, strict=True), chunksize=16
-            )
+        write, jobs = partial(_write_clip, render, fps), zip(paths, clips, strict=True)
+        with get_context("spawn").Pool(num_workers) if num_workers > 1 else nullcontext() as pool:
+            written = pool.imap_unordered(write, jobs, chunksize=16) if pool else map(write, jobs)
             for _ in tqdm(written, total=len(clips), desc="drawing clips", unit="clip"):
                 pass
         for path, clip, texts in zip(paths, clips, captions, strict=True):

@@ -1,7 +1,5 @@
 """Compiled decoding compiles the same few graphs whatever the prompts are, and never runs uncompiled instead."""
 
-import subprocess
-import sys
 from functools import partial
 from unittest.mock import patch
 
@@ -14,11 +12,11 @@ from t2v.generation import Interval, Linear, Sampler, Schedule
 from t2v.generation.decode import generate_frames
 from t2v.transformer.model import VideoTransformer
 from tests.cuda_policy.toys import TEXT_DIM, transformer
-from tests.support.pipeline import ROOT
+from tests.support import forked
 
 
 def tokens(model: VideoTransformer, videos: int, text_tokens: int, frames: int, guidance: float | Schedule) -> Tensor:
-    """Generate videos with compiled passes of four places."""
+    """Generate videos with compiled passes of four positions."""
     generator = torch.Generator().manual_seed(text_tokens)
     text = TextEmbedding(
         torch.randn(videos, text_tokens, TEXT_DIM, generator=generator),
@@ -58,5 +56,5 @@ def check_graphs() -> None:
 def test_prompts_and_videos_of_all_lengths_share_a_graph_and_other_batches_are_compiled_too():
     """In a process without the checks of shapes, which are graphs of their own."""
     script = f"import {__name__} as module; module.check_graphs()"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = forked.run("-c", script)
     assert done.returncode == 0, done.stderr

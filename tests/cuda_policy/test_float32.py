@@ -38,6 +38,7 @@ def test_rms_norm_returns_the_type_of_its_input_under_autocast(dtype):
     torch.testing.assert_close(y.float(), norm(x.float()), atol=0.02, rtol=0.01)
 
 
+@torch.compiler.set_stance("force_eager")
 @pytest.mark.parametrize("rows", [2, 20])
 @pytest.mark.parametrize("weights", ["fp8", "int8", "nf4"])
 def test_quantized_layers_return_the_type_of_autocast_for_few_and_for_many_rows(weights, rows):

@@ -6,10 +6,18 @@ import sys
 
 import pytest
 
+from tests.cuda_policy.matrix import OPERATIONS, cell
 from tests.support.pipeline import ROOT
 
 
-@pytest.mark.parametrize("compiled", ["no", pytest.param("yes", marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("run", OPERATIONS, ids="-".join)
+def test_a_run_in_mixed_precision_works_under_the_rules_of_cuda(run):
+    assert cell(*run, "bf16-mixed", compiled=False) == "ok"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", ["no", "yes"])
 def test_every_run_works_under_the_rules_of_cuda_as_documented(compiled):
     done = subprocess.run(
         [sys.executable, "-m", "tests.cuda_policy.matrix", f"--compiled={compiled}"],

@@ -1,8 +1,6 @@
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +8,7 @@ from PIL import Image
 
 from data.inspect import inspect
 from t2v.errors import UserError
+from tests.support import forked
 from tests.support.corpus import corrupted_corpus
 
 
@@ -29,14 +28,7 @@ def run_inspect(shards, capsys, **options):
 
 
 def command(folder, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "data.inspect", *map(str, arguments)],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return forked.run("-m", "data.inspect", *arguments, cwd=folder)
 
 
 def test_the_command_reports_and_draws_a_sheet(videos, tmp_path):

@@ -1,7 +1,6 @@
 import csv
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from data.prepare import prepare
 from data.shards import ShardSet
 from t2v.errors import UserError
 from t2v.video import read_frames, write_mp4
+from tests.support import forked
 
 
 def write_captions(folder, rows, columns=("path", "caption")):
@@ -45,8 +45,9 @@ def source(make, tmp_path_factory):
 @pytest.fixture(scope="module")
 def prepared(source, tmp_path_factory):
     out = tmp_path_factory.mktemp("shards") / "train"
-    command = [sys.executable, "-m", "data.prepare", source, out, "--size=32", "--frames=4", "--samples_per_shard=2"]
-    return out, subprocess.run(command, capture_output=True, text=True, check=True)
+    done = forked.run("-m", "data.prepare", source, out, "--size=32", "--frames=4", "--samples_per_shard=2")
+    assert done.returncode == 0, done.stderr
+    return out, done
 
 
 def prepare_small(source, out, **options):
@@ -171,17 +172,15 @@ def test_invalid_folders(source, tmp_path):
 
 
 def test_a_wrong_argument_gives_one_sentence_and_status_2(source, tmp_path):
-    command = [sys.executable, "-m", "data.prepare", source, tmp_path / "out", "--size=33"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = forked.run("-m", "data.prepare", source, tmp_path / "out", "--size=33")
     assert result.returncode == 2
     assert result.stderr == "error: size=33: all must be greater than 0, and size even, as H.264 requires.\n"
     assert not list(tmp_path.iterdir())
 
 
 def test_help_names_the_command():
-    result = subprocess.run(
-        [sys.executable, "-m", "data.prepare", "--help"], capture_output=True, text=True, check=True
-    )
+    result = forked.run("-m", "data.prepare", "--help")
+    assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("usage: python -m data.prepare ")
 
 

@@ -3,8 +3,6 @@ import io
 import os
 import re
 import struct
-import subprocess
-import sys
 import tarfile
 import time
 import tracemalloc
@@ -19,6 +17,7 @@ from data.shards import ShardSet, ShardWriter
 from t2v.errors import UserError
 from t2v.video import encode_mp4, probe
 from tests.data import corpus
+from tests.support import forked
 from tests.support.corpus import corrupted_corpus
 
 
@@ -150,7 +149,7 @@ def test_a_killed_writer_leaves_no_shard(tmp_path):
         "with ShardWriter(sys.argv[1]) as writer:\n"
         "    writer.write({'__key__': 'a', 'txt': 'text'}); os._exit(9)"
     )
-    assert subprocess.run([sys.executable, "-c", script, tmp_path], check=False).returncode == 9
+    assert forked.run("-c", script, tmp_path).returncode == 9
     assert not list(tmp_path.glob("[!.]*"))
     with pytest.raises(UserError, match="No shards"):
         ShardSet(tmp_path)

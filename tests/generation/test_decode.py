@@ -31,25 +31,24 @@ def video(*args, **kwargs) -> Tensor:
     return torch.cat(list(generate_frames(*args, **kwargs)), dim=1)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0, Linear(4.0, 1.0)])
-@pytest.mark.parametrize("start_frames", [0, 2])
+@pytest.mark.parametrize(("guidance", "start_frames"), [(1.0, 0), (3.0, 2), (Linear(4.0, 1.0), 0)])
 def test_a_video_depends_only_on_its_own_text_seed_and_start_frames(transformer, guidance, start_frames):
     sampler = Sampler(temperature=4.0)  # guidance makes the toy model's probabilities extreme
     generator = torch.Generator().manual_seed(6)
     start = torch.randint(16, (3, start_frames, 2, 2), generator=generator) if start_frames else None
-    batch = video(transformer, texts(), 8, sampler, [7, 8, 9], guidance, start)
-    assert batch.shape == (3, 8 - start_frames, 2, 2)
+    batch = video(transformer, texts(), 5, sampler, [7, 8, 9], guidance, start)
+    assert batch.shape == (3, 5 - start_frames, 2, 2)
     for i in range(3):
         own_start = None if start is None else start[i : i + 1]
-        single = video(transformer, single_text(i), 8, sampler, [7 + i], guidance, own_start)
+        single = video(transformer, single_text(i), 5, sampler, [7 + i], guidance, own_start)
         assert torch.equal(batch[i : i + 1], single)
-        reseeded = video(transformer, single_text(i), 8, sampler, [17 + i], guidance, own_start)
-        assert not torch.equal(single, reseeded)
+    reseeded = video(transformer, single_text(i), 5, sampler, [17], guidance, own_start)
+    assert not torch.equal(single, reseeded)
 
 
 def test_text_and_guidance_change_the_video(transformer):
     streams = [
-        generate_frames(transformer, single_text(i), 8, Sampler(), [7], guidance)
+        generate_frames(transformer, single_text(i), 4, Sampler(), [7], guidance)
         for i in (0, 1)
         for guidance in (1.0, 5.0)
     ]
@@ -69,19 +68,18 @@ def test_with_guidance_0_the_text_has_no_effect(transformer):
     assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("start_frames", [1, 4, 7])
+@pytest.mark.parametrize(("guidance", "start_frames"), [(3.0, 1), (1.0, 3), (3.0, 4)])
 def test_a_video_continued_from_its_own_first_frames_is_the_same_video(transformer, guidance, start_frames):
     """The window is 2 frames: the start frames fill the caches once, and more than once."""
-    full = video(transformer, texts(), 8, GREEDY, [0, 0, 0], guidance)
-    rest = video(transformer, texts(), 8, GREEDY, [0, 0, 0], guidance, full[:, :start_frames])
+    full = video(transformer, texts(), 5, GREEDY, [0, 0, 0], guidance)
+    rest = video(transformer, texts(), 5, GREEDY, [0, 0, 0], guidance, full[:, :start_frames])
     assert torch.equal(rest, full[:, start_frames:])
-    other = video(transformer, texts(), 8, GREEDY, [0, 0, 0], guidance, (full[:, :start_frames] + 1) % 16)
+    other = video(transformer, texts(), 5, GREEDY, [0, 0, 0], guidance, (full[:, :start_frames] + 1) % 16)
     assert not torch.equal(other, rest)
 
 
 def test_frames_are_yielded_one_by_one(transformer):
-    stream = generate_frames(transformer, texts(), 100_000, Sampler(), [1, 2, 3])
+    stream = generate_frames(transformer, texts(), 5_000, Sampler(), [1, 2, 3])
     assert next(stream).shape == next(stream).shape == (3, 1, 2, 2)
 
 

@@ -1,8 +1,7 @@
 """The complete pipeline at toy sizes: the shipped configs with an overlay of small sizes."""
 
 import contextlib
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from t2v.checkpoints.storage import read_checkpoint
 ROOT = Path(__file__).parents[2]
 TRAINER = {
     "accelerator": "cpu",
-    "check_val_every_n_epoch": 1,
+    "check_val_every_n_epoch": 2,
     "enable_progress_bar": False,
     "log_every_n_steps": 1,
     "max_steps": 12,
@@ -73,8 +72,6 @@ class Pipeline:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.run = folder / "runs/demo"
-        self.halfway: dict[str, Any] = {}
-        """The checkpoint of each stage after the first of its two runs."""
 
     def config(self, stage: str) -> list[str]:
         """Return the flags of a stage's shipped config and of the overlay with toy sizes."""
@@ -85,19 +82,11 @@ class Pipeline:
 
     def prepare(self) -> None:
         """Draw clips and pack them into shards."""
+        from data.examples.shapes import make_shapes
         from data.prepare import prepare
 
         clips = self.run / "clips"
-        draw = [
-            sys.executable,
-            "-m",
-            "data.examples.shapes",
-            clips,
-            "--train_clips=24",
-            "--val_clips=8",
-            "--num_workers=1",
-        ]
-        subprocess.run(draw, cwd=ROOT, check=True, capture_output=True)
+        make_shapes(clips, train_clips=24, val_clips=8, num_workers=1)
         for part in ("train", "val"):
             prepare(clips / part, self.run / "shards" / part, num_workers=1)
 
@@ -108,7 +97,7 @@ class Pipeline:
     def fit(self, stage: str) -> None:
         """Train a stage in two runs: 7 steps, then 5 more after resuming."""
         self.cli("fit", stage, "--ckpt_path", "last", "--trainer.max_steps", "7")
-        self.halfway[stage] = torch.load(self.checkpoint(stage), weights_only=True)
+        shutil.copy(self.checkpoint(stage), self.halfway(stage))
         self.cli("fit", stage, "--ckpt_path", "last")
 
     def main(self, *args: str) -> Any:
@@ -120,6 +109,10 @@ class Pipeline:
 
     def checkpoint(self, stage: str) -> Path:
         return self.run / stage / "checkpoints/last.ckpt"
+
+    def halfway(self, stage: str) -> Path:
+        """Return the path of the checkpoint after the first of the two runs of `fit`."""
+        return self.folder / f"{stage}-halfway.ckpt"
 
     def files(self) -> dict[str, bytes]:
         """Return all files of the run folder except TensorBoard logs, which every command creates."""

@@ -135,6 +135,14 @@ def folder(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
+def test_two_processes_draw_the_same_files(folder, tmp_path):
+    make_shapes(tmp_path, train_clips=6, val_clips=3, num_workers=2)
+    for part in ("train", "val"):
+        for path in (folder / part).iterdir():
+            assert path.read_bytes() == (tmp_path / part / path.name).read_bytes()
+
+
 def test_the_files_show_the_attributes_in_their_table(folder, capsys):
     for part, count in (("train", 6), ("val", 3)):
         with (folder / part / "captions.csv").open(newline="") as file:

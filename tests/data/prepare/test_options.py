@@ -1,10 +1,9 @@
 """Options of `data.prepare`: sizes, stride, captions, addresses; and errors of the system."""
 
 import json
+import os
 import resource
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import fsspec
@@ -15,6 +14,7 @@ from data.prepare import Filters, prepare
 from data.shards import ShardSet
 from t2v.errors import UserError
 from t2v.video import read_frames, write_mp4
+from tests.support import forked
 
 
 @pytest.fixture(scope="module")
@@ -141,15 +141,14 @@ def test_a_full_disk_keeps_what_is_finished(source, tmp_path):
     assert len(run(source, tmp_path / "out")) == 7
 
 
-@pytest.mark.slow
 def test_ctrl_c_prints_one_line(source, tmp_path, make):
     write_mp4(tmp_path / "long.mp4", make.numbered(31).repeat(40, 1, 1, 1), 8.0)
-    command = [sys.executable, "-m", "data.prepare", tmp_path, tmp_path / "out", "--captions=none", "--frames=4"]
-    process = subprocess.Popen([*command, "--size=512"], stderr=subprocess.PIPE, text=True)
+    fork = forked.Fork("-m", "data.prepare", tmp_path, tmp_path / "out", "--captions=none", "--frames=4", "--size=512")
     while not list((tmp_path / "out.partial").glob("clips/*.current")):  # until the first video is being cut
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    *_, last = process.communicate(timeout=60)[1].splitlines()
-    assert process.returncode == 130
+        assert fork.process.exitcode is None
+    os.kill(fork.process.pid, signal.SIGINT)
+    done = fork.wait()
+    *_, last = done.stderr.splitlines()
+    assert done.returncode == 130
     assert last.startswith("error: Interrupted. What is finished stays in ")
     assert Path(tmp_path / "out.partial").is_dir()

@@ -1,8 +1,6 @@
 """A killed run continues, and its shards equal those of an uninterrupted run, with any engine."""
 
 import signal
-import subprocess
-import sys
 import tarfile
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 from data.prepare import Filters, prepare
 from t2v.errors import UserError
 from t2v.video import write_mp4
+from tests.support import forked
 
 OPTIONS = {"size": 32, "fps": 8.0, "frames": 4, "samples_per_shard": 1, "videos_per_job": 2}
 FLAGS = [f"--{name}={value}" for name, value in OPTIONS.items()]
@@ -48,13 +47,13 @@ def files(folder):
 
 def kill_run_when(pattern, source, out):
     """Start a run, kill it when a file of this pattern exists, and return the times of its complete files."""
-    command = [sys.executable, "-m", "data.prepare", source, out, *FLAGS, "--filters.max_hash_distance=16"]
-    process = subprocess.Popen([*command, "--num_workers=1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    flags = [*FLAGS, "--filters.max_hash_distance=16", "--num_workers=1"]
+    fork = forked.Fork("-m", "data.prepare", source, out, *flags)
     partial = out.with_name(f"{out.name}.partial")
-    while process.poll() is None and not list(partial.glob(pattern)):
+    while fork.process.exitcode is None and not list(partial.glob(pattern)):
         pass
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    fork.process.kill()
+    assert fork.wait().returncode == -signal.SIGKILL
     assert not out.exists()
     complete = [path for pattern in ("clips/*.json", "shards/*.tar") for path in partial.glob(pattern)]
     return {path.relative_to(partial): path.stat().st_mtime_ns for path in complete}
@@ -91,8 +90,7 @@ def test_ray_writes_equal_shards(source, uninterrupted, tmp_path):
 
 
 def test_an_unknown_engine_is_rejected(source, tmp_path):
-    command = [sys.executable, "-m", "data.prepare", source, tmp_path / "out", "--engine=spark"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = forked.run("-m", "data.prepare", source, tmp_path / "out", "--engine=spark")
     assert result.returncode == 2
     assert 'Parser key "engine"' in result.stderr
     assert "'process', 'ray']. Got value: spark" in result.stderr
