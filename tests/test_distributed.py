@@ -25,7 +25,7 @@ from tests.support import forked
 from tests.support.pipeline import ROOT, Pipeline, differences, training_state
 from tests.support.recorder import losses
 
-STEPS, FEW_STEPS = 20, 8
+STEPS = 12
 SHARDED = ["-c", str(ROOT / "configs/cluster/fsdp.yaml"), "--trainer.precision=32-true"]
 TWO = ["--trainer.devices=2", "--data.batch_size=4"]
 ONE = ["--trainer.devices=1", "--data.batch_size=4", "--trainer.accumulate_grad_batches=2"]
@@ -99,19 +99,18 @@ def runs(pipeline) -> SimpleNamespace:
     flags = ["--model.objective.caption_dropout=0", "--model.objective.corruption=0", ADAMW]  # random per rank
     pipeline.main(*command(pipeline, "transformer", "one", *flags, *ONE))
     ddp = ["-c", str(ROOT / "configs/cluster/ddp.yaml")]
-    few = f"--trainer.max_steps={FEW_STEPS}"
-    done = launch(pipeline, command(pipeline, "transformer", "ddp", *flags, *ddp, *TWO, few))
+    done = launch(pipeline, command(pipeline, "transformer", "ddp", *flags, *ddp, *TWO))
     assert done.returncode == 0, done.stderr
     done = launch(pipeline, command(pipeline, "transformer", "fsdp", *flags, *SHARDED, *TWO))
     assert done.returncode == 0, done.stderr
     return SimpleNamespace(flags=flags, one=losses(pipeline.run / "one/losses", 1))
 
 
-@pytest.mark.parametrize(("name", "steps"), [("ddp", FEW_STEPS), ("fsdp", STEPS)])
-def test_two_processes_have_the_losses_of_one(pipeline, runs, name, steps):
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_two_processes_have_the_losses_of_one(pipeline, runs, name):
     assert len(runs.one) == 2 * STEPS
-    assert runs.one[-1] < 0.8 * runs.one[0]
-    assert losses(pipeline.run / name / "losses", 2) == pytest.approx(runs.one[: 2 * steps], abs=1e-4)
+    assert runs.one[-1] < 0.9 * runs.one[0]
+    assert losses(pipeline.run / name / "losses", 2) == pytest.approx(runs.one, abs=1e-4)
 
 
 @pytest.mark.slow
@@ -185,15 +184,14 @@ def test_muon_with_sharded_weights(pipeline, runs):
 @pytest.fixture(scope="module")
 def tensor_parallel(pipeline) -> list[float]:
     """Losses of one process, after a tensor-parallel run too; both drop the same captions."""
-    few = f"--trainer.max_steps={FEW_STEPS}"
-    pipeline.main(*command(pipeline, "transformer", "alone", ADAMW, *ONE, few))
-    done = launch(pipeline, command(pipeline, "transformer", "tensor", ADAMW, *TENSOR, few))
+    pipeline.main(*command(pipeline, "transformer", "alone", ADAMW, *ONE))
+    done = launch(pipeline, command(pipeline, "transformer", "tensor", ADAMW, *TENSOR))
     assert done.returncode == 0, done.stderr
     return losses(pipeline.run / "alone/losses", 1)
 
 
 def test_two_tensor_parallel_processes_have_the_losses_of_one(pipeline, tensor_parallel):
-    assert len(tensor_parallel) == 2 * FEW_STEPS
+    assert len(tensor_parallel) == 2 * STEPS
     for rank in range(2):
         of_rank = [float(line) for line in (pipeline.run / f"tensor/losses/{rank}").read_text().split()]
         assert of_rank == pytest.approx(tensor_parallel, abs=1e-4)
@@ -201,10 +199,9 @@ def test_two_tensor_parallel_processes_have_the_losses_of_one(pipeline, tensor_p
 
 @pytest.mark.slow
 def test_tensor_parallel_and_single_process_runs_resume_from_each_other(pipeline, tensor_parallel):
-    few = f"--trainer.max_steps={FEW_STEPS}"
-    then_alone = command(pipeline, "transformer", "then-alone", ADAMW, *ONE, few)
+    then_alone = command(pipeline, "transformer", "then-alone", ADAMW, *ONE)
     pipeline.main(*then_alone, f"--ckpt_path={at(pipeline, 'tensor', 4)}")
-    then_tensor = command(pipeline, "transformer", "then-tensor", ADAMW, *TENSOR, few)
+    then_tensor = command(pipeline, "transformer", "then-tensor", ADAMW, *TENSOR)
     done = launch(pipeline, [*then_tensor, f"--ckpt_path={at(pipeline, 'alone', 4)}"])
     assert done.returncode == 0, done.stderr
     for name in ("then-alone", "then-tensor"):
@@ -224,26 +221,26 @@ def test_a_sharded_checkpoint_equals_that_of_one_process(pipeline, runs, tensor_
 
 
 def test_a_signal_to_one_of_two_ranks_stops_both_and_resuming_is_exact(pipeline, runs):
-    """Two ranks, of which Lightning starts the second, resume from step 12 and stop in step 16; one rank goes on."""
-    killer = ["--trainer.callbacks+=tests.support.killer.Killer", "--trainer.callbacks.step=15"]
+    """Two ranks, of which Lightning starts the second, resume from step 4 and stop in step 8; one rank goes on."""
+    killer = ["--trainer.callbacks+=tests.support.killer.Killer", "--trainer.callbacks.step=7"]
     killer += ["--trainer.callbacks.name=SIGTERM", "--trainer.callbacks.rank=1"]
     resumed = command(pipeline, "transformer", "again", *runs.flags, *SHARDED, *TWO, *killer)
-    resumed.append(f"--ckpt_path={at(pipeline, 'fsdp', 12)}")
+    resumed.append(f"--ckpt_path={at(pipeline, 'fsdp', 4)}")
     done = forked.run(ROOT / "cli.py", *resumed, cwd=pipeline.folder, env={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 75, done.stderr
-    assert done.stderr.count("Stopped by SIGTERM at step 16") == 1
-    assert not differences(training_state(at(pipeline, "fsdp", 16)), training_state(at(pipeline, "again", "last")))
-    assert losses(pipeline.run / "again/losses", 2) == losses(pipeline.run / "fsdp/losses", 2)[24:32]
+    assert done.stderr.count("Stopped by SIGTERM at step 8") == 1
+    assert not differences(training_state(at(pipeline, "fsdp", 8)), training_state(at(pipeline, "again", "last")))
+    assert losses(pipeline.run / "again/losses", 2) == losses(pipeline.run / "fsdp/losses", 2)[8:16]
 
     rest = command(pipeline, "transformer", "rest", *runs.flags, *ONE)
     pipeline.main(*rest, f"--ckpt_path={at(pipeline, 'again', 'last')}")
-    assert losses(pipeline.run / "rest/losses", 1) == pytest.approx(runs.one[32:], abs=1e-4)
+    assert losses(pipeline.run / "rest/losses", 1) == pytest.approx(runs.one[16:], abs=1e-4)
 
 
 def test_a_sharded_run_resumes_from_a_file(pipeline, runs):
     flags = command(pipeline, "transformer", "sharded", *runs.flags, *SHARDED, *ONE)
-    pipeline.main(*flags, f"--ckpt_path={at(pipeline, 'one', 12)}")
-    assert losses(pipeline.run / "sharded/losses", 1) == pytest.approx(runs.one[24:], abs=1e-4)
+    pipeline.main(*flags, f"--ckpt_path={at(pipeline, 'one', 4)}")
+    assert losses(pipeline.run / "sharded/losses", 1) == pytest.approx(runs.one[8:], abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["fsdp", pytest.param("tensor", marks=pytest.mark.slow)])

@@ -265,7 +265,8 @@ def _drop_short_scenes(
         for start in short_scenes:
             yield Dropped(video.name, start, f"scene {clip_format.too_short}")
     else:
-        yield Dropped(video.name, None, clip_format.too_short if len(short_scenes) < 2 else f"scenes {clip_format.too_short}")
+        scenes = "" if len(short_scenes) < 2 else "scenes "
+        yield Dropped(video.name, None, scenes + clip_format.too_short)
 
 
 @contextmanager

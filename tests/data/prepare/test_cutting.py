@@ -70,7 +70,8 @@ def test_a_scene_shorter_than_a_clip_is_reported(source, tmp_path, capsys):
     add(source, "cut", torch.cat([dark, bright]), fps=24)
     small(source, tmp_path / "out", frames=6)
     assert {sample["start"] for sample in read_json(tmp_path / "out").values()} == {0.583333}
-    assert "Dropped 1: 1 scene too short: cut.mp4 at 0 s (a clip takes 0.75 s: 6 frames at 8 fps)" in capsys.readouterr().out
+    dropped = "Dropped 1: 1 scene too short: cut.mp4 at 0 s (a clip takes 0.75 s: 6 frames at 8 fps)"
+    assert dropped in capsys.readouterr().out
 
 
 def test_filters_and_near_duplicates(source, tmp_path, capsys):
