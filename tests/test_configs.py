@@ -93,7 +93,7 @@ def test_the_stages_of_the_demo_match(build):
 @pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(path, marks=[] if path.stem in ("shapes", "footage") else pytest.mark.slow) for path in CONFIGS],
+    [pytest.param(path, marks=[] if path.stem == "shapes" else pytest.mark.slow) for path in CONFIGS],
     ids=lambda path: f"{path.parent.name}-{path.stem}",
 )
 def test_every_recipe_can_be_planned_without_weights(path, tmp_path, monkeypatch, capsys):

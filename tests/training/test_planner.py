@@ -245,6 +245,7 @@ def test_a_large_batch_is_extrapolated_from_measured_ones(monkeypatch):
     assert run.step("bf16-mixed", "none", 1) == pytest.approx(long, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_plan_for_any_number_of_clips_ends():
     data = TokenDataModule("a", "b", frames=10**6, batch_size=10**6)
     assert "extrapolated beyond" in report(lit(), data)

@@ -11,6 +11,11 @@ from t2v.transformer.model import VideoTransformer
 from t2v.transformer.rope import raster_positions, rotation_at
 from tests.support.toys import random_text, random_tokens, toy_transformer
 
+needs_compiler = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler"),
+]
+
 
 def positions_with_gradient(model: VideoTransformer, frames: int, query: int) -> list[int]:
     """Return the positions whose input to the first layer has a gradient from the logits at `query`."""
@@ -36,14 +41,19 @@ def test_a_spatial_layer_attends_to_its_own_frame_only():
     assert positions_with_gradient(model, frames=4, query=10) == [8, 9, 10]
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
-def test_compiled_attention_in_chunks_equals_eager_attention(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "backend"),
+    [
+        (torch.float32, "eager"),
+        *(pytest.param(dtype, "inductor", marks=needs_compiler) for dtype in (torch.float32, torch.bfloat16)),
+    ],
+)
+def test_compiled_attention_in_chunks_equals_eager_attention(dtype, backend):
     attention = SelfAttention(32, heads=4, kv_heads=2)
     rotate = rotation_at(raster_positions(0, 320, 8, 8, torch.device("cpu")), (8, 0, 0), 100.0)
     x = torch.randn(2, 320, 32)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        compiled = torch.compile(attention, dynamic=False)(x, rotate, 300)
+        compiled = torch.compile(attention, dynamic=False, backend=backend)(x, rotate, 300)
         eager = attention(x, rotate, 300)
     torch.testing.assert_close(compiled, eager, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=0)
 

@@ -38,10 +38,9 @@ def forward(model: VideoTransformer, tokens: torch.Tensor, text: TextEmbedding) 
     return model(tokens, text).flatten(1, 3)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("window", [1, 4, 32])
+@pytest.mark.parametrize(("window", "batch"), [(1, 2), (4, 1), (32, 2)])
 def test_decoding_equals_the_full_forward(window, batch):
-    model, tokens, text = toy_transformer(window), random_tokens(batch, 20), random_text(batch)
+    model, tokens, text = toy_transformer(window), random_tokens(batch, 10), random_text(batch)
     full, cached = forward(model, tokens, text), decode(model, tokens, text)
     torch.testing.assert_close(cached, full, atol=1e-4, rtol=1e-4)
     assert torch.equal(cached.argmax(-1), full.argmax(-1))
