@@ -246,6 +246,7 @@ def _check_on_all_ranks(trainer: Trainer, module: LightningModule, source: str) 
 def _gradient_norm(parameters: list[nn.Parameter]) -> Float[Tensor, ""]:
     """Return the norm of norms, so that gradients in bfloat16 are summed in float32."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [each.float() if each.dtype == torch.float64 else each for each in gradients]
     norm = torch.nn.utils.get_total_norm(
         [g if g.dtype == torch.float32 else torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
     )

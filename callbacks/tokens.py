@@ -86,6 +86,12 @@ class TokenShardWriter(BasePredictionWriter):
         Raises:
             UserError: If another run is writing the folder, or one with other settings was interrupted.
         """
+        size, expected = trainer.datamodule.size, pl_module.fingerprint()["image_size"]  # type: ignore[attr-defined, operator]
+        if size != expected:
+            raise UserError(
+                f"data.size={size}, but the tokens must be those of frames of {expected} pixels, the image_size of the "
+                "VQ-VAE: set data.size to it."
+            )
         self.text_encoder.to(pl_module.device)
         self._fps = float(trainer.datamodule.fps)  # type: ignore[attr-defined]
         self._fingerprint = {

@@ -95,9 +95,9 @@ class VideoGalleryWriter(BasePredictionWriter):
         """Return the record of each video of a batch; none if the settings are not known."""
         if self._settings is None:
             return []
-        names = ("name", "prompt", "seed", "start", "settings")
-        starts = batch.starts or [None] * len(batch.names)
-        columns = (batch.names, batch.prompts, batch.seeds, map(_file, starts))
+        names = ("name", "prompt", "seed", "start", "negative_prompt", "settings")
+        none = [None] * len(batch.names)
+        columns = (batch.names, batch.prompts, batch.seeds, map(_file, batch.starts or none), batch.negatives or none)
         return [dict(zip(names, (*row, self._settings), strict=True)) for row in zip(*columns, strict=True)]
 
     def _is_finished(self, path: Path, record: dict[str, Any]) -> bool:

@@ -31,6 +31,7 @@ def generate(
     text_device: str | None = None,
     parallel: int | Literal["auto"] = "auto",
     revision: str | None = None,
+    negative_prompt: str = "",
 ) -> None:
     """Generate one video from text and write it as an mp4.
 
@@ -50,6 +51,7 @@ def generate(
         parallel: Tokens that a pass of the transformer computes; 1 is one after the other, auto as many as are worth it
             on this kind of device. The video is the same with any number, up to rounding.
         revision: Branch, tag or commit of a repository.
+        negative_prompt: What the video should not show; it needs guidance.
 
     Raises:
         UserError: If an argument is invalid, the model cannot be loaded, or the video cannot be written.
@@ -59,7 +61,7 @@ def generate(
     from t2v.video import Mp4Writer
 
     model = TextToVideo.from_pretrained(folder, weights, compiled, dtype, device, text_device, revision)
-    stream = model.stream(prompt, frames, seed, guidance=guidance, parallel=parallel)
+    stream = model.stream(prompt, frames, seed, guidance=guidance, parallel=parallel, negative_prompt=negative_prompt)
     try:
         with Mp4Writer(output, model.fps) as file:
             for frame in stream:

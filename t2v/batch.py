@@ -66,6 +66,8 @@ class PromptBatch(NamedTuple):
     """File name, without suffix, to which each video is written."""
     starts: list[str | None] | None = None
     """Picture or video that each video begins with, for all or for none; None for the model's setting."""
+    negatives: list[str | None] | None = None
+    """Negative prompt of each video; None for the model's setting, empty for none."""
 
 
 class GeneratedVideos(NamedTuple):

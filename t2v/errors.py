@@ -35,7 +35,19 @@ _CHECKERS = ("jsonargparse", "lightning", "torch/optim", "torch/utils/data", "to
 """Parts of other libraries whose `ValueError` is about an argument that the user gave."""
 _TYPE_CHECKERS = ("lightning/fabric/accelerators", "lightning/pytorch/callbacks")
 """The same for `TypeError` and `RuntimeError`."""
-_REMOTE = ("aiohttp", "botocore", "gcsfs", "httpcore", "httpx", "huggingface_hub", "requests", "s3fs", "urllib3")
+_REMOTE = (
+    "aiohttp",
+    "botocore",
+    "gcsfs",
+    "httpcore",
+    "httpcore2",
+    "httpx",
+    "httpx2",
+    "huggingface_hub",
+    "requests",
+    "s3fs",
+    "urllib3",
+)
 _OWN = ("t2v", "data", "callbacks", "cli")
 
 
@@ -210,8 +222,8 @@ def _explain_one(error: BaseException) -> str | None:
         return f"A package that this command needs is not installed ({_one_line(text)}): install it, or do without it."
     if isinstance(error, MemoryError) or kind.__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return (
-            f"The memory does not suffice ({_one_line(text, 200)}): lower data.batch_size or the size of the model; "
-            "`python cli.py plan` prints what a run needs."
+            f"The memory does not suffice ({_one_line(parsing_message(error), 200)}): lower data.batch_size or the "
+            "size of the model; `python cli.py plan` prints what a run needs."
         )
     if text.startswith("Error(s) in loading state_dict"):
         return f"The checkpoint does not fit the model that the config describes. {_one_line(text)}"

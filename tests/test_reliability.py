@@ -32,6 +32,7 @@ OF_THE_TRAINER = [
     (("--trainer.max_steps=-1", "--trainer.max_epochs=-1"), "leave training without an end"),
     (("--trainer.accumulate_grad_batches=0",), "accumulate_grad_batches=0 must be at least 1"),
     (("--trainer.check_val_every_n_epoch=0",), "check_val_every_n_epoch=0 must be at least 1"),
+    (("--trainer.val_check_interval=0",), "val_check_interval=0 must be greater than 0"),
     (("--trainer.gradient_clip_val=-1",), "gradient_clip_val=-1 must be at least 0"),
     (("--trainer.val_check_interval=1000",), "`val_check_interval` (1000) must be less than or equal to"),
     (("--trainer.strategy=none",), "invalid strategy name"),
@@ -71,6 +72,7 @@ def test_arguments_of_a_run(stage, flags, message, fails, trained_pipeline):
     [
         ("vqvae", "--model.losses=[]", "model.losses is empty"),
         ("vqvae", "--model.model.base_channels=0", "base_channels=0 must be at least 1 (VQVAE)"),
+        ("vqvae", "--model.model.encoder_kernel_size=2", "encoder_kernel_size=2 must be odd"),
         ("vqvae", "--model.model.channel_multipliers=[]", "channel_multipliers=[] must not be empty"),
         ("vqvae", "--model.model.quantizer.decay=1.5", "decay=1.5 must lie in (0, 1) (VectorQuantizer)"),
         ("vqvae", "--model.model.quantizer.codebook_size=0", "codebook_size=0 must be at least 2"),
@@ -220,6 +222,15 @@ def test_classes_of_ones_own_are_imported_when_asked_for(fails, copy_pipeline, m
     cli = pipeline.cli("predict", "transformer", *flags, "--import", "own_quantizers")
     assert type(cli.model.tokenizer.quantizer).__name__ == "OwnQuantizer"
     assert "--import gone" in fails(pipeline, "predict", "transformer", *flags, "--import=gone")
+
+
+def test_tokens_of_another_size_than_the_models_are_refused(fails, trained_pipeline, tmp_path):
+    checkpoint = str(trained_pipeline.checkpoint("vqvae"))
+    flags = ("--ckpt_path", checkpoint, "--data.size=32", f"--trainer.default_root_dir={tmp_path}")
+    data = ("--data.train=runs/demo/shards/train", "--data.val=runs/demo/shards/val", "--trainer.logger=false")
+    message = fails(trained_pipeline, "predict", "vqvae", *flags, *data)
+    assert "data.size=32, but the tokens must be those of frames of 64 pixels" in message
+    assert not (tmp_path / "tokens").exists()
 
 
 def test_a_flag_sets_an_argument_of_a_lists_item(trained_pipeline, capsys):

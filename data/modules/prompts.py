@@ -17,7 +17,7 @@ _HINT = (
     "give a prompt, a list such as '[\"a red circle moves left\"]', a text file with one prompt a line, or a table "
     "(.csv or .jsonl) with a column prompt."
 )
-_COLUMNS = ("prompt", "seed", "start")
+_COLUMNS = ("prompt", "seed", "start", "negative_prompt")
 _TABLES = (".csv", ".jsonl")
 _NAME_BYTES = 60
 """Bytes of a prompt in the name of its file; file systems allow 255 for the whole name."""
@@ -31,11 +31,13 @@ class Prompt:
         prompt: The text.
         seed: Seed of the first sample; None to count up from the DataModule's.
         start: Picture or video that the video begins with; None for the setting of the model.
+        negative: Negative prompt; None for the setting of the model, empty for none.
     """
 
     prompt: str
     seed: int | None = None
     start: str | None = None
+    negative: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ def read_prompts(source: list[str] | str) -> list[Prompt]:
 
     Args:
         source: A list, in which an empty prompt counts; the path of a file in UTF-8, whose empty lines are left out; or
-            a prompt. A table has the column `prompt`, and may have `seed` and `start`, a path relative to the table.
+            a prompt. A table has the column `prompt`, and may have `seed`, `start`, a path relative to the table,
+            and `negative_prompt`.
 
     Raises:
         UserError: If there are no prompts, or the file cannot be read.
@@ -102,6 +105,7 @@ def collate_prompts(jobs: list[PromptJob]) -> PromptBatch:
         [job.seed for job in jobs],
         [job.name for job in jobs],
         [prompt.start for prompt in prompts],
+        [prompt.negative for prompt in prompts],
     )
 
 
@@ -153,7 +157,12 @@ def _prompt(row: dict[str, Any], path: Path, where: str) -> Prompt:
         raise UserError(f"{where} {problem}: the columns are {', '.join(_COLUMNS)}.")
     if not isinstance(row["prompt"], str):
         raise UserError(f"{where} has prompt={row['prompt']!r}, which is not text: write one row for each prompt.")
-    prompt = Prompt(row["prompt"], start=str(row["start"]) if "start" in row else None)
+    negative = row.get("negative_prompt")
+    if not isinstance(negative, str | None):
+        raise UserError(f"{where} has negative_prompt={negative!r}, which is not text: correct it.")
+    prompt = Prompt(
+        row["prompt"], start=str(row["start"]) if "start" in row else None, negative=negative and negative.strip()
+    )
     if "seed" in row:
         try:
             seed = int(str(row["seed"]))

@@ -26,8 +26,8 @@ class TokenDataModule(ShardDataModule):
         batch_size: Clips or prompts in a batch on each rank.
         num_workers: Processes that read, on each rank.
         prompts: Prompts that `predict` generates from: one, a list, a text file with one prompt a line, or a table
-            (.csv or .jsonl) with the column `prompt` and, if needed, `seed` and `start` (the path of a picture or a
-            video that the video begins with).
+            (.csv or .jsonl) with the column `prompt` and, if needed, `seed`, `start` (the path of a picture or a video
+            that the video begins with) and `negative_prompt`.
         samples: Videos that `predict` generates from each prompt.
         seed: Seed of the order of the clips and the random windows; video number i is generated with seed + i.
         buckets: Train on batches of these kinds instead of `batch_size` clips of `frames` frames. Their height and

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from t2v.batch import TextEmbedding, check_token_range
@@ -45,6 +45,7 @@ def generate_frames(
     start: Int[Tensor, "b t h w"] | None = None,
     compiled: bool = False,
     parallel: Parallel = 1,
+    negative: TextEmbedding | None = None,
 ) -> "FrameStream":
     """Generate videos and yield the tokens of each frame as soon as they are final in all videos.
 
@@ -64,6 +65,8 @@ def generate_frames(
         parallel: Tokens of each video that a pass of the transformer computes: 1 is one after the other; "auto" is as
             many as a pass computes in about the time of one on this kind of device. It does not change the video, up
             to rounding.
+        negative: Text embedding of the negative prompt of each video, from which guidance leads away in place of "no
+            text"; a row whose mask has no text token is "no text".
 
     Returns:
         The frames in order, from the first after the start frames.
@@ -81,7 +84,11 @@ def generate_frames(
         _check_start(model, start, batch, frames)
     check_parallel(parallel)
     schedules = check_schedules(sampler, guidance, frames)
-    return FrameStream(model, text, sampler, seeds, schedules, start, compiled, parallel)
+    if negative is not None:
+        if len(negative.pooled) != batch:
+            raise UserError(f"There are {len(negative.pooled)} negative prompts for {batch} prompts: give one or each.")
+        check_negative(schedules.guidance[0 if start is None else start.shape[1] :])
+    return FrameStream(model, text, sampler, seeds, schedules, start, compiled, parallel, negative)
 
 
 class Schedules(NamedTuple):
@@ -103,6 +110,19 @@ def check_schedules(sampler: Sampler, guidance: float | Schedule, frames: int) -
         if not math.isfinite(scale):
             raise UserError(f"guidance={scale} must be a finite number; 1 is no guidance, and 2 to 8 are usual.")
     return Schedules(scales, temperatures)
+
+
+def check_negative(scales: Sequence[float]) -> None:
+    """Check that a negative prompt has an effect.
+
+    Args:
+        scales: Guidance scale of each generated frame.
+
+    Raises:
+        UserError: If there is no guidance.
+    """
+    if all(scale == 1.0 for scale in scales):
+        raise UserError("The negative prompt has no effect with guidance=1: raise guidance to 2 to 8, or leave it out.")
 
 
 def check_parallel(parallel: Parallel, argument: str = "parallel") -> None:
@@ -146,8 +166,9 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
         start: Int[Tensor, "b t h w"] | None,
         compiled: bool,
         parallel: Parallel,
+        negative: TextEmbedding | None = None,
     ) -> None:
-        self._model, self._text, self._sampler, self._seeds = model, text, sampler, seeds
+        self._model, self._text, self._sampler, self._seeds, self._negative = model, text, sampler, seeds, negative
         self._schedules, self._start, self._compiled = schedules, start, compiled
         self._frames, self.frame_size, self.videos = len(schedules.guidance), model.grid_size**2, len(seeds)
         self._emitted = self._first = 0 if start is None else start.shape[1]
@@ -184,8 +205,10 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
         """Put everything that passes need on the device; the host keeps the progress of each video."""
         model, device, places, size = self._model, self._text.pooled.device, self._most, self.frame_size
         batch = self.videos
-        drop = torch.arange(2 * batch, device=device) >= batch if self._guided_frames else None
-        self._decoder = Decoder(model, _repeat_text(self._text, self._branches), drop, self._compiled, places)
+        text, drop = self._text, None
+        if self._guided_frames:
+            text, drop = _with_negative(text, self._negative)
+        self._decoder = Decoder(model, text, drop, self._compiled, places)
         self._noise = GumbelNoise(self._seeds, size, model.vocab_size, places, device)
         self._guidance, self._temperature = (torch.tensor(values, device=device) for values in self._schedules)
         reach = -(-(places - 1) // size)
@@ -333,6 +356,17 @@ def _check_start(model: VideoTransformer, start: Int[Tensor, "_ t h w"], batch: 
     )
 
 
-def _repeat_text(text: TextEmbedding, times: int) -> TextEmbedding:
-    """Return the batch of texts repeated."""
-    return TextEmbedding(*(tensor.repeat(times, *[1] * (tensor.ndim - 1)) for tensor in text))
+def _with_negative(text: TextEmbedding, negative: TextEmbedding | None) -> tuple[TextEmbedding, Bool[Tensor, " rows"]]:
+    """Return the texts of both branches of guidance, and which of them are replaced by "no text"."""
+    batch = len(text.pooled)
+    if negative is None:
+        both = TextEmbedding(*(tensor.repeat(2, *[1] * (tensor.ndim - 1)) for tensor in text))
+        return both, torch.arange(2 * batch, device=text.mask.device) >= batch
+    length = max(text.mask.shape[1], negative.mask.shape[1])
+    padded = [
+        (F.pad(each.tokens, (0, 0, 0, length - each.mask.shape[1])), F.pad(each.mask, (0, length - each.mask.shape[1])))
+        for each in (text, negative)
+    ]
+    tokens, mask = (torch.cat(parts) for parts in zip(*padded, strict=True))
+    drop = torch.cat([torch.zeros_like(negative.mask[:, 0]), ~negative.mask.any(1)])
+    return TextEmbedding(tokens, mask, torch.cat([text.pooled, negative.pooled])), drop

@@ -1,4 +1,4 @@
-"""Settings of generation: sampler, length, guidance scale, start frames, storage of the weights."""
+"""Settings of generation: sampler, length, guidance scale, start frames, storage of the weights; which parts fit."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,11 +8,14 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from t2v.errors import UserError
-from t2v.generation.decode import Parallel, check_parallel, check_schedules
+from t2v.generation.decode import Parallel, check_negative, check_parallel, check_schedules
 from t2v.generation.quantization import Weights
 from t2v.generation.sampling import Sampler
 from t2v.generation.schedules import Schedule
+from t2v.text import TextEncoder
+from t2v.transformer.model import VideoTransformer
 from t2v.video import read_clip
+from t2v.vqvae.model import VQVAE
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class GenerationSettings:
         start_frames: Number of start frames, at least 1 and fewer than `frames`.
         weights: How the weights of the large layers are stored: unchanged ("full"), or quantized to 8 or 4 bits.
         compiled: Whether to compile the transformer's decoding pass, which takes a minute or more at the first frame.
+        negative_prompt: What the videos should not show: guidance leads away from it in place of "no text".
         parallel: Tokens of each video that a pass of the transformer computes; 1 is one after the other. "auto" is as
             many as are worth it on this kind of device. The videos are the same with any number, up to rounding.
 
@@ -42,17 +46,24 @@ class GenerationSettings:
     weights: Weights = "full"
     compiled: bool = False
     parallel: Parallel = "auto"
+    negative_prompt: str = ""
 
     def __post_init__(self) -> None:
         if self.frames < 1:
             raise UserError(f"generation.frames={self.frames} must be at least 1.")
         check_parallel(self.parallel, "generation.parallel")
-        check_schedules(self.sampler, self.guidance, self.frames)
+        schedules = check_schedules(self.sampler, self.guidance, self.frames)
+        if self.negative_prompt:
+            check_negative(schedules.guidance)
         if self.start is not None and not 0 < self.start_frames < self.frames:
             raise UserError(
                 f"generation.start_frames={self.start_frames} must be at least 1 and less than "
                 f"generation.frames={self.frames}, so that there are frames left to generate."
             )
+
+    def negative_prompts(self, own: Sequence[str | None] | None, batch: int) -> list[str]:
+        """Return the negative prompt of each video: its own, or that of the settings; empty for none."""
+        return [self.negative_prompt if each is None else each for each in own or [None] * batch]
 
     def read_start(
         self, paths: Sequence[str | None] | None, size: int, fps: float
@@ -69,3 +80,22 @@ class GenerationSettings:
         """
         own = [path for path in paths or [] if path is not None] or [path for path in [self.start] if path is not None]
         return torch.stack([read_clip(path, self.start_frames, size, fps) for path in own]) if own else None
+
+
+def check_parts(transformer: VideoTransformer, vqvae: VQVAE, text_encoder: TextEncoder) -> None:
+    """Check that models and text encoder fit each other.
+
+    Raises:
+        UserError: If a size differs, with both values.
+    """
+    if (vqvae.codebook_size, vqvae.grid_size) != (transformer.vocab_size, transformer.grid_size):
+        raise UserError(
+            f"The VQ-VAE has {vqvae.codebook_size} codes on a grid of {vqvae.grid_size}×{vqvae.grid_size}, but the "
+            f"transformer has vocab_size={transformer.vocab_size} and grid_size={transformer.grid_size}: they must be "
+            "equal."
+        )
+    if text_encoder.width != transformer.text.dim:
+        raise UserError(
+            f"The text encoder {text_encoder.name} has width {text_encoder.width}, but the transformer has "
+            f"text.dim={transformer.text.dim}: they must be equal."
+        )

@@ -25,6 +25,7 @@ from t2v.generation.loading import check_target, load_checkpoint
 from t2v.generation.quantization import Weights, convert
 from t2v.generation.sampling import Sampler
 from t2v.generation.schedules import Schedule
+from t2v.generation.settings import check_parts
 from t2v.generation.stream import VideoStream
 from t2v.text import TextEncoder
 from t2v.transformer.model import VideoTransformer
@@ -112,9 +113,11 @@ class TextToVideo:
         guidance: float | Schedule | None = None,
         sampler: Sampler | None = None,
         parallel: Parallel = "auto",
+        negative_prompt: str | Sequence[str] = "",
     ) -> UInt8[Tensor, "b t c height width"]:
         """Generate one whole video per prompt; the arguments are those of `stream`."""
-        return torch.cat(list(self.stream(prompts, frames, seed, start, guidance, sampler, parallel)), dim=1)
+        stream = self.stream(prompts, frames, seed, start, guidance, sampler, parallel, negative_prompt)
+        return torch.cat(list(stream), dim=1)
 
     def stream(
         self,
@@ -125,6 +128,7 @@ class TextToVideo:
         guidance: float | Schedule | None = None,
         sampler: Sampler | None = None,
         parallel: Parallel = "auto",
+        negative_prompt: str | Sequence[str] = "",
     ) -> VideoStream:
         """Generate one video per prompt and yield frame after frame, in constant memory for any length.
 
@@ -140,6 +144,8 @@ class TextToVideo:
             sampler: Draws the tokens; `self.sampler` by default.
             parallel: Tokens of each video that a pass of the transformer computes; 1 is one after the other. "auto" is
                 as many as are worth it on this kind of device. The video is the same with any number, up to rounding.
+            negative_prompt: What the videos should not show, for all or one per prompt; empty for none. Guidance leads
+                away from its text in place of "no text".
 
         Returns:
             The frames in order, start frames included.
@@ -160,6 +166,7 @@ class TextToVideo:
             start_tokens,
             self.compiled,
             parallel,
+            self._embed_negative(negative_prompt, batch),
         )
         return VideoStream(self.vqvae, tokens, start_tokens)
 
@@ -180,6 +187,14 @@ class TextToVideo:
             raise UserError("There are no prompts: give at least one; an empty string is a prompt too.")
         with torch.autocast(self.text_encoder.device.type, enabled=False):
             return self._to_model(self.text_encoder.encode(prompts))
+
+    def _embed_negative(self, prompts: str | Sequence[str], batch: int) -> TextEmbedding | None:
+        """Return the negative prompts' embeddings, without text tokens for empty ones, or None if all are empty."""
+        each = [prompts] * batch if isinstance(prompts, str) else list(prompts)
+        if not any(each):
+            return None
+        text = self.embed(each)
+        return text._replace(mask=text.mask & torch.tensor([bool(e) for e in each], device=text.mask.device)[:, None])
 
     def _to_model(self, text: TextEmbedding) -> TextEmbedding:
         """Return text embeddings on the device of the models and in the type of the transformer."""
@@ -376,22 +391,3 @@ class TextToVideo:
         convert(transformer, weights)
         prompts, training = checkpoint.get("prompts", []), training_record(checkpoint, Path(path))
         return cls(transformer, vqvae, encoder, fps, sampler, guidance, frames, compiled, prompts, training)
-
-
-def check_parts(transformer: VideoTransformer, vqvae: VQVAE, text_encoder: TextEncoder) -> None:
-    """Check that models and text encoder fit each other.
-
-    Raises:
-        UserError: If a size differs, with both values.
-    """
-    if (vqvae.codebook_size, vqvae.grid_size) != (transformer.vocab_size, transformer.grid_size):
-        raise UserError(
-            f"The VQ-VAE has {vqvae.codebook_size} codes on a grid of {vqvae.grid_size}×{vqvae.grid_size}, but the "
-            f"transformer has vocab_size={transformer.vocab_size} and grid_size={transformer.grid_size}: they must be "
-            "equal."
-        )
-    if text_encoder.width != transformer.text.dim:
-        raise UserError(
-            f"The text encoder {text_encoder.name} has width {text_encoder.width}, but the transformer has "
-            f"text.dim={transformer.text.dim}: they must be equal."
-        )

@@ -41,6 +41,8 @@ def check_trainer_arguments(config: Namespace) -> None:
             "trainer.max_steps=-1 and trainer.max_epochs=-1 leave training without an end, so the learning rate has "
             "nothing to decay to: set one of them."
         )
+    if trainer.get("val_check_interval") == 0:
+        raise UserError("val_check_interval=0 must be greater than 0 (trainer); limit_val_batches: 0 turns it off.")
 
 
 def check_same_classes(path: str, saved: dict[str, Any], configured: Namespace, *, training: bool) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 from t2v.batch import GeneratedVideos, PromptBatch, TextEmbedding, TokenBatch
 from t2v.errors import check_range
 from t2v.generation.quantization import convert
-from t2v.generation.settings import GenerationSettings
-from t2v.generation.text_to_video import TextToVideo, check_parts
+from t2v.generation.settings import GenerationSettings, check_parts
+from t2v.generation.text_to_video import TextToVideo
 from t2v.losses.tokens import token_loss_
 from t2v.metrics import WeightedMean
 from t2v.text import TextEncoder
@@ -170,9 +170,9 @@ class LitVideoTransformer(LightningModule):
             text: The prompts' embeddings from `embed_prompts`; computed here by default.
             start: Start frames of every video, or of each.
         """
-        generator = self._text_to_video()
-        prompts, parallel = batch.prompts if text is None else text, self.generation.parallel
-        stream = generator.stream(prompts, seed=batch.seeds, start=start, parallel=parallel)
+        generator, parallel = self._text_to_video(), self.generation.parallel
+        prompts, negative = text or batch.prompts, self.generation.negative_prompts(batch.negatives, len(batch.seeds))
+        stream = generator.stream(prompts, None, batch.seeds, start, parallel=parallel, negative_prompt=negative)
         frames = unsharded(self.model, in_context(self.trainer.precision_plugin.forward_context, stream))
         return GeneratedVideos(frames, self.generation.frames, batch.prompts, batch.names, generator.fps, stream.speed)
 

@@ -105,6 +105,8 @@ class VQVAE(
         )
         check_range(self, "[0, inf)", encoder_blocks=encoder_blocks, decoder_blocks=decoder_blocks)
         check_range(self, "[0, inf)", temporal_blocks=temporal_blocks)
+        if encoder_kernel_size % 2 == 0:
+            raise UserError(f"encoder_kernel_size={encoder_kernel_size} must be odd, such as 3 (VQVAE).")
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
         self.image_size = image_size
         self.frames_at_once = frames_at_once

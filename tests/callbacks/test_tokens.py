@@ -51,11 +51,12 @@ class LitCodes(LightningModule):
         return batch.video[:, :, 0, ::2, ::2].long() + self.offset
 
     def fingerprint(self) -> dict[str, str | int]:
-        return {"tokenizer": "0123abcd", "size": 4}
+        return {"tokenizer": "0123abcd", "image_size": 4}
 
 
 class Clips(LightningDataModule):
     fps = 8.0
+    size = 4
     predict_splits = ("train", "val")
 
     def predict_dataloader(self) -> list[DataLoader]:
@@ -119,7 +120,13 @@ def test_a_sample_has_tokens_text_embeddings_and_metadata(tmp_path, capsys):
         "captions": ["same caption"],
         "text_lengths": [len("same caption")],
         "fps": 8.0,
-        "fingerprint": {"tokenizer": "0123abcd", "size": 4, "fps": 8.0, "text_encoder": "letters", "text_width": 3},
+        "fingerprint": {
+            "tokenizer": "0123abcd",
+            "image_size": 4,
+            "fps": 8.0,
+            "text_encoder": "letters",
+            "text_width": 3,
+        },
     }
     assert array(train["train0.text.npy"]).shape == (1, 3)  # an empty caption
     assert {name.split(".")[0] for name, _ in members(tmp_path / "val")} == {"val0", "val1"}

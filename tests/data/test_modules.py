@@ -282,18 +282,19 @@ def test_a_table_of_prompts(kind, tmp_path):
     rows = [
         {"prompt": "a, b", "seed": "9"},
         {"prompt": "c", "start": "start.png"},
-        {"prompt": "d", "start": "start.png"},
+        {"prompt": "d", "start": "start.png", "negative_prompt": "grey"},
     ]
     path = tmp_path / f"prompts.{kind}"
     if kind == "csv":
-        lines = ['"a, b",9,', "c,,start.png", "d,,start.png"]
-        path.write_text("\n".join(["prompt,seed,start", *lines]))
+        lines = ['"a, b",9,,', "c,,start.png,", "d,,start.png,grey"]
+        path.write_text("\n".join(["prompt,seed,start,negative_prompt", *lines]))
     else:
         path.write_text("\n".join(map(json.dumps, rows)))
     plain, started = predicted(tmp_path, prompts=str(path), samples=2, seed=100)
-    assert plain == (["a, b"] * 2, [9, 10], ["0000-a-b-00", "0000-a-b-01"], [None] * 2)
+    assert plain == (["a, b"] * 2, [9, 10], ["0000-a-b-00", "0000-a-b-01"], [None] * 2, [None] * 2)
     assert started.seeds == [102, 103, 104, 105]
     assert started.starts == [str(tmp_path / "start.png")] * 4
+    assert started.negatives == [None, None, "grey", "grey"]
 
 
 @pytest.mark.parametrize(

@@ -69,10 +69,32 @@ def test_a_video_begins_with_the_reconstruction_of_start(model, vqvae, start):
     assert not close(videos[:, batch.shape[1] :], model.generate(PROMPTS, start=255 - start)[:, batch.shape[1] :])
 
 
+def test_negative_prompts(model):
+    plain = model.generate(PROMPTS, guidance=3.0)
+    no_guidance = model.generate(PROMPTS)
+    # Guidance away from the prompt itself cancels out; away from no text it is the usual one.
+    assert close(model.generate(PROMPTS, guidance=3.0, negative_prompt=PROMPTS)[:2], no_guidance[:2])
+    assert torch.equal(model.generate(PROMPTS, guidance=3.0, negative_prompt=""), plain)
+    mixed = model.generate(PROMPTS, guidance=3.0, negative_prompt=["a blue circle moves", "", "small"])
+    assert close(mixed[1:2], plain[1:2])
+    assert not close(mixed[:1], plain[:1])
+    alone = model.generate(PROMPTS[2], seed=2, guidance=3.0, negative_prompt="small", parallel=1)
+    assert close(mixed[2:], alone)
+    start = clips(1, 1)[0, 0]
+    one = model.generate(PROMPTS, start=start, guidance=Linear(4.0, 1.0), negative_prompt=PROMPTS)
+    assert close(one[:2], model.generate(PROMPTS, start=start)[:2])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"prompts": []}, "There are no prompts"),
+        ({"negative_prompt": "grey"}, "The negative prompt has no effect with guidance=1"),
+        ({"negative_prompt": ["grey"], "guidance": 2.0}, "1 negative prompts for 3 prompts"),
+        (
+            {"negative_prompt": "x", "guidance": Interval(3.0, 0.0, 0.2), "start": clips(1, 2)},
+            "has no effect with guidance=1",
+        ),
         ({"frames": 0}, "frames=0 must be at least 1"),
         ({"seed": [1, 2]}, "2 seeds for 3 texts"),
         ({"start": clips(1, 5)}, "number of start frames, 5, must be .* less than frames=5"),
