@@ -13,20 +13,26 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from t2v.errors import UserError, reason_of
-from t2v.files import allow_by_umask
+from t2v.files import allow_by_umask, sha256
+
+WEIGHTS = "model.safetensors"
+"""The file of the weights in a model's folder."""
 
 
 class HubModel(PyTorchModelHubMixin):
     """Base of models with `save_pretrained` and `from_pretrained`, for a local folder or the Hugging Face Hub.
 
-    Loading reads no pickles, and refuses missing or unexpected weights.
+    Loading reads no pickles, and refuses missing, unexpected or damaged weights: `model.safetensors.sha256`, which
+    `sha256sum --check` reads too, has their hash.
     """
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """Write the weights, readable for whom the umask allows; safetensors allows the user alone."""
+        """Write the weights and their hash, readable for whom the umask allows; safetensors allows the user alone."""
+        path = save_directory / WEIGHTS
+        _hash_path(path).unlink(missing_ok=True)
         super()._save_pretrained(save_directory)
-        for path in save_directory.glob("*.safetensors"):
-            allow_by_umask(path)
+        allow_by_umask(path)
+        _hash_path(path).write_text(f"{sha256(path)}  {path.name}\n")
 
     @classmethod
     def _from_pretrained(
@@ -48,20 +54,21 @@ class HubModel(PyTorchModelHubMixin):
             arguments: Options of the download, and the arguments that the model was built with.
 
         Raises:
-            UserError: If there are no weights.
+            UserError: If there are no weights, or they are damaged.
         """
         download = {
             name: arguments.pop(name)
             for name in ("revision", "cache_dir", "force_download", "local_files_only", "token")
         }
         arguments.pop("device", None)  # the device it was trained on
-        path = Path(model_id) / "model.safetensors"
+        path = Path(model_id) / WEIGHTS
         with torch.device("meta"):  # weights that are replaced anyway take no time or memory
             model = cls(**arguments)
         assert isinstance(model, nn.Module)
         try:
             if not Path(model_id).is_dir():
                 path = Path(hf_hub_download(model_id, path.name, **download))
+            _check_hash(path)
             weights = _read(path, model.state_dict(), torch.device(map_location), dtype)
         except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
             raise UserError(
@@ -70,6 +77,24 @@ class HubModel(PyTorchModelHubMixin):
             ) from error
         model.load_state_dict(weights, strict=strict, assign=True)
         return model.to(map_location, dtype).requires_grad_(False).eval()  # and the buffers that are not stored
+
+
+def _hash_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _check_hash(path: Path) -> None:
+    """Check a file against the hash beside it; earlier versions wrote none.
+
+    Raises:
+        UserError: If it is damaged.
+    """
+    stored = _hash_path(path)
+    if path.is_file() and stored.is_file() and stored.read_text().split()[:1] != [sha256(path)]:
+        raise UserError(
+            f"'{path}' is damaged: its sha256 is not that in {stored.name}. Copy it or export the model again; if you "
+            f"have changed it yourself, remove {stored.name}."
+        )
 
 
 def _read(path: Path, layouts: dict[str, Tensor], device: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:

@@ -301,7 +301,7 @@ class TextToVideo:
         device = find_device(device)
         text_device = device if text_device is None else find_device(text_device, "text_device")
         model_dtype, text_dtype = find_dtype(dtype, device), find_dtype(dtype, text_device)
-        given, folder = folder, find_folder(folder, revision, FILES)
+        given, folder = folder, find_folder(folder, revision, [*FILES, "*.sha256"])
         missing = [name for name in FILES if not (folder / name).is_file()]
         if missing:
             raise UserError(

@@ -10,6 +10,7 @@ import torch
 from t2v import TextToVideo
 from t2v.errors import UserError
 from t2v.generation import Cosine, Interval, Linear, Sampler
+from t2v.vqvae.loading import load_vqvae
 from t2v.vqvae.model import to_model_range, to_uint8
 
 PROMPTS = ["a red circle", "one large blue square moves", ""]
@@ -144,7 +145,11 @@ def test_a_loaded_model_generates_what_the_saved_one_generates(model, folder):
     assert files == {
         "README.md",
         "text_to_video.json",
-        *(f"{part}/{name}" for part in ("transformer", "vqvae") for name in ("config.json", "model.safetensors")),
+        *(
+            f"{part}/{name}"
+            for part in ("transformer", "vqvae")
+            for name in ("config.json", "model.safetensors", "model.safetensors.sha256")
+        ),
     }
 
 
@@ -193,6 +198,21 @@ def test_a_missing_or_damaged_file_is_an_error(folder, name):
         TextToVideo.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("part", ["transformer", "vqvae"])
+def test_damage_in_the_middle_of_the_weights_is_found(folder, part):
+    path = folder / part / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-len(content) // 3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{part}/model.safetensors' is damaged: its sha256 is not that in model"):
+        TextToVideo.from_pretrained(folder)
+    if part == "vqvae":
+        with pytest.raises(UserError, match="is damaged: its sha256"):
+            load_vqvae(str(folder / part))
+    (folder / part / "model.safetensors.sha256").unlink()  # as in folders of earlier versions
+    TextToVideo.from_pretrained(folder)
+
+
 def rewrite(folder: Path, **changes) -> None:
     path = folder / "text_to_video.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -225,7 +245,8 @@ def test_invalid_settings_are_refused_and_name_no_code(folder, changes, message)
 
 
 def test_weights_of_another_model_are_refused(folder, tmp_path):
-    shutil.copy(folder / "vqvae/model.safetensors", folder / "transformer/model.safetensors")
+    for name in ("model.safetensors", "model.safetensors.sha256"):
+        shutil.copy(folder / "vqvae" / name, folder / "transformer" / name)
     with pytest.raises(UserError) as refused:
         TextToVideo.from_pretrained(folder)
     assert "transformer" in str(refused.value)
