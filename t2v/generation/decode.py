@@ -1,10 +1,10 @@
 """The generation loop: tokens of a video, frame by frame, one or several in each pass of the transformer.
 
-The token at a place is the argmax of the filtered log-probabilities plus Gumbel noise, and the noise depends only on
-the seed, the frame and the place. So a video is a function of its noise, and can be computed by fixed-point iteration
-(Jacobi iteration, https://arxiv.org/abs/2002.09928, https://arxiv.org/abs/2410.01699): a pass takes drafts of the next
-tokens, and returns for each the token that follows those before it. Up to the first draft that differs, all are final,
-and equal to those that decoding one after the other draws; the others are the drafts of the next pass.
+The token at a position is the argmax of the filtered log-probabilities plus Gumbel noise, and the noise depends only on
+the seed and the position. So a video is a function of its noise, and can be computed by fixed-point iteration (Jacobi
+iteration, https://arxiv.org/abs/2002.09928, https://arxiv.org/abs/2410.01699): a pass takes drafts of the next tokens,
+and returns for each the token that follows those before it. Up to the first draft that differs, all are final, and
+equal to those that decoding one after the other draws; the others are the drafts of the next pass.
 """
 
 import math
@@ -25,10 +25,10 @@ from t2v.transformer.model import VideoTransformer
 
 Parallel = int | Literal["auto"]
 
-_PLACES = 256
-"""Places of all videos, both branches of guidance counted, that a GPU computes in about the time of one."""
-_COMPILED_PLACES = 64
-"""The same for compiled passes on a CPU, whose number of places cannot follow the drafts."""
+_POSITIONS = 256
+"""Positions of all videos, both branches of guidance counted, that a GPU computes in about the time of one."""
+_COMPILED_POSITIONS = 64
+"""The same for compiled passes on a CPU, whose number of positions cannot follow the drafts."""
 _ADAPTATION = 0.2
 """Weight of the last pass in the average of right drafts."""
 _LEAD = 16
@@ -135,7 +135,7 @@ def check_parallel(parallel: Parallel, argument: str = "parallel") -> None:
         raise UserError(f"{argument}={parallel} must be at least 1 (one token after the other), or auto.")
 
 
-def most_places(parallel: Parallel, rows: int, compiled_on_cpu: bool = False) -> int:
+def most_positions(parallel: Parallel, rows: int, compiled_on_cpu: bool = False) -> int:
     """Return the most tokens of each video that a pass computes.
 
     Args:
@@ -143,7 +143,7 @@ def most_places(parallel: Parallel, rows: int, compiled_on_cpu: bool = False) ->
         rows: Videos, twice as many with guidance.
         compiled_on_cpu: Whether passes are compiled for a CPU.
     """
-    most = _COMPILED_PLACES if compiled_on_cpu else _PLACES
+    most = _COMPILED_POSITIONS if compiled_on_cpu else _POSITIONS
     return max(most // rows, 1) if parallel == "auto" else parallel
 
 
@@ -178,9 +178,8 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
         on_cpu = text.pooled.device.type == "cpu"
         self._adaptive = parallel == "auto" and not compiled and on_cpu
         self._branches = 2 if self._guided_frames else 1  # with text, and without
-        places = most_places(parallel, self._branches * self.videos, compiled and on_cpu)
-        self._most = min(places, self.frame_size * (self._frames - self._first))
-        self._places = self._most
+        positions = most_positions(parallel, self._branches * self.videos, compiled and on_cpu)
+        self._most = min(positions, self.frame_size * (self._frames - self._first))
         self._streak = 4.0
         """Average number of drafts at the beginning of a pass that turned out to be right."""
         self._begun = False
@@ -203,15 +202,15 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
 
     def _begin(self) -> None:
         """Put everything that passes need on the device; the host keeps the progress of each video."""
-        model, device, places, size = self._model, self._text.pooled.device, self._most, self.frame_size
+        model, device, positions, size = self._model, self._text.pooled.device, self._most, self.frame_size
         batch = self.videos
         text, drop = self._text, None
         if self._guided_frames:
             text, drop = _with_negative(text, self._negative)
-        self._decoder = Decoder(model, text, drop, self._compiled, places)
-        self._noise = GumbelNoise(self._seeds, size, model.vocab_size, places, device)
+        self._decoder = Decoder(model, text, drop, self._compiled, positions)
+        self._noise = GumbelNoise(self._seeds, size, model.vocab_size, positions, device)
         self._guidance, self._temperature = (torch.tensor(values, device=device) for values in self._schedules)
-        reach = -(-(places - 1) // size)
+        reach = -(-(positions - 1) // size)
         self._tokens = torch.zeros(batch, size * (_LEAD + 2 + reach), dtype=torch.long, device=device)
         if self._start is not None:
             start = self._start.to(device)
@@ -228,21 +227,21 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
         self._begun = True
 
     def _pass(self) -> None:
-        """Compute the next places of each video, and keep the tokens that are final."""
+        """Compute the next positions of each video, and keep the tokens that are final."""
         self._leave()
-        size, ring, places = self.frame_size, self._tokens.shape[1], self._next_places()
+        size, ring, positions = self.frame_size, self._tokens.shape[1], self._next_positions()
         rows = self._all_rows
         for number, row in enumerate(rows):
-            last = self._done[row] + places - 1
+            last = self._done[row] + positions - 1
             self._noise.reach(number, self._done[row] // size, min(last // size + 1, self._frames))
-        at = self._position[:, None] + torch.arange(places, device=self._position.device)
+        at = self._position[:, None] + torch.arange(positions, device=self._position.device)
         frame = (at // size).clamp(max=self._frames - 1)
         tokens = self._tokens[self._rows]
         draft = _draft(tokens, at, self._drafted[:, None], self._model.grid_size)
         tokens.scatter_(1, at % ring, draft)
 
         inputs = tokens.repeat(self._branches, 1), self._position.repeat(self._branches)
-        logits = self._decoder.logits(*inputs, places, max(self._done[row] for row in rows) + places)
+        logits = self._decoder.logits(*inputs, positions, max(self._done[row] for row in rows) + positions)
         if self._branches == 2:
             with_text, without_text = wide(logits).chunk(2)
             logits = without_text.lerp(with_text, self._guidance[frame][..., None].to(with_text.dtype))
@@ -250,7 +249,7 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
         drawn = self._sampler(*(each.flatten(0, 1) for each in (logits, noise, temperature))).view_as(draft)
 
         right = (drawn == draft).cumprod(dim=1)
-        final = F.pad(right[:, :-1], (1, 0), value=1)  # the token at a place is final if the drafts before it are right
+        final = F.pad(right[:, :-1], (1, 0), value=1)  # a token is final if the drafts before it are right
         failed = final.bool() & ~logits.amax(dim=-1).isfinite()
         self._failed = torch.minimum(self._failed, torch.where(failed, frame, self._frames).amin())
         self._tokens[self._rows] = tokens.scatter_(1, at % ring, drawn)
@@ -268,12 +267,12 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
         for row, final_tokens in zip(rows, done, strict=True):  # each pass makes at least one more token final
             self._done[row] = min(max(final_tokens, self._done[row] + 1), limit)
 
-    def _next_places(self) -> int:
-        """Return the number of places of the next pass.
+    def _next_positions(self) -> int:
+        """Return the number of positions of the next pass.
 
-        On the CPU, where each place costs time, a pass computes about three times as many places as there were right
-        drafts in the last passes, and only one if drafts are hardly ever right. It does not depend on measured times,
-        so that a video is the same in every run.
+        On the CPU, where each position costs time, a pass computes about three times as many positions as there were
+        right drafts in the last passes, and only one if drafts are hardly ever right. It does not depend on measured
+        times, so that a video is the same in every run.
         """
         if not self._adaptive:
             return self._most
@@ -309,7 +308,7 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
 def _draft(
     tokens: Int[Tensor, "b ring"], at: Int[Tensor, "b n"], drafted: Int[Tensor, "b 1"], grid: int
 ) -> Int[Tensor, "b n"]:
-    """Return the guesses of the tokens at places: those of the last pass, else those of the frame before.
+    """Return the guesses of the tokens at positions: those of the last pass, else those of the frame before.
 
     Args:
         tokens: Ring buffer of tokens, final and drafted.
@@ -319,7 +318,7 @@ def _draft(
     """
     size = grid * grid
     period = torch.where(drafted < size, grid, size)
-    newest = at - ((at - drafted) // period + 1) * period  # the last drafted position at the same place
+    newest = at - ((at - drafted) // period + 1) * period  # the last drafted one at the same row and column
     source = torch.where(at < drafted, at, newest.clamp(min=0))
     return tokens.gather(1, source % tokens.shape[1])
 

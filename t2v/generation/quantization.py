@@ -278,7 +278,7 @@ _LAYERS: dict[str, Callable[[Tensor], QuantizedLinear]] = {"fp8": Fp8Linear, "in
 def e4m3_to_float(stored: Int8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Return the values of finite e4m3 numbers, by shifts that `torch.compile` vectorizes.
 
-    Sign, exponent and mantissa are moved to their places in float32, whose exponent has a bias of 127 instead of 7.
+    Sign, exponent and mantissa are moved to where float32 has them, whose exponent has a bias of 127 instead of 7.
     """
     return ((stored.to(torch.int32) << 20) & -0x78000001).view(torch.float32) * 2.0**120
 

@@ -137,23 +137,23 @@ class Sampler:
 
 
 class GumbelNoise:
-    """Gumbel noise for the tokens of a video, a function of its seed, the frame and the place in the frame only.
+    """Gumbel noise for the tokens of a video, a function of its seed and the position only.
 
     Kept for the frames that a decoding pass may reach, in constant memory.
 
     Args:
         seeds: One for each video; any integers.
-        frame_size: Places of a frame.
+        frame_size: Number of positions of a frame.
         vocab_size: Tokens to draw from.
-        places: Successive places that `at` is asked for.
+        positions: Number of successive positions that `at` is asked for.
         device: Device of the noise. The noise depends on the kind of device.
     """
 
     def __init__(
-        self, seeds: Sequence[int], frame_size: int, vocab_size: int, places: int, device: torch.device
+        self, seeds: Sequence[int], frame_size: int, vocab_size: int, positions: int, device: torch.device
     ) -> None:
         self._frame_size, self._seeds = frame_size, list(seeds)
-        self._frames = 1 + -(-(places - 1) // frame_size)
+        self._frames = 1 + -(-(positions - 1) // frame_size)
         self._next = [0] * len(seeds)
         self._generator = torch.Generator(device)
         self._noise = torch.zeros(len(seeds), self._frames, frame_size, vocab_size, device=device)
@@ -174,10 +174,10 @@ class GumbelNoise:
             noise.copy_(uniform.log_().neg_().log_().neg_())
         self._next[row] = max(stop, self._next[row])
 
-    def at(self, places: Int[Tensor, "b n"]) -> Float[Tensor, "b n v"]:
+    def at(self, positions: Int[Tensor, "b n"]) -> Float[Tensor, "b n v"]:
         """Return the noise at raster positions of each video."""
         noise = self._noise.flatten(1, 2)
-        return noise[torch.arange(len(noise), device=noise.device)[:, None], places % noise.shape[1]]
+        return noise[torch.arange(len(noise), device=noise.device)[:, None], positions % noise.shape[1]]
 
     def select(self, rows: Sequence[int], index: Int[Tensor, " rows"]) -> None:
         """Keep some videos, whose numbers are given on the host and on the device."""

@@ -43,7 +43,7 @@ class Decoder:
         drop_text: True for videos whose prompt is replaced by "no text".
         compiled: Whether to run passes by `torch.compile`, on GPUs as CUDA graphs. It takes a minute or more in the
             first pass, once per model, batch size and number of positions.
-        places: Most positions that a pass computes.
+        positions: Most positions that a pass computes.
 
     Attributes:
         position: Raster position of the next `step`.
@@ -57,7 +57,7 @@ class Decoder:
         text: TextEmbedding,
         drop_text: Bool[Tensor, " b"] | None = None,
         compiled: bool = False,
-        places: int = 1,
+        positions: int = 1,
     ) -> None:
         tokens, mask, self._pooled = model.project_text(text, drop_text)
         if compiled:
@@ -72,7 +72,7 @@ class Decoder:
         self.position = 0
         self._recent: Int[Tensor, "b two_frames"] | None = None
         self.text = [block.text_attention.project_text(tokens) for block in self._blocks]
-        reach = -(-(places - 1) // self._frame_size)  # frames after the current one
+        reach = -(-(positions - 1) // self._frame_size)  # frames after the current one
         self.caches = [
             KVCache(self._frame_size * ((model.attention.window if block.temporal else 1) + reach), like=values)
             for block, (_, values) in zip(self._blocks, self.text, strict=True)
@@ -80,32 +80,32 @@ class Decoder:
         self._graphs: dict[int, _CudaGraph] = {}
 
     def logits(
-        self, tokens: Int[Tensor, "b ring"], position: Int[Tensor, " b"], places: int = 1, stop: int | None = None
-    ) -> Float[Tensor, "b {places} v"]:
-        """Run a pass, and return the logits of the tokens at `places` positions of each video.
+        self, tokens: Int[Tensor, "b ring"], position: Int[Tensor, " b"], positions: int = 1, stop: int | None = None
+    ) -> Float[Tensor, "b {positions} v"]:
+        """Run a pass, and return the logits of the next `positions` tokens of each video.
 
         Args:
             tokens: Tokens of the last frames as a ring buffer: that of raster position p is at p modulo its length, a
                 multiple of a frame. They are read from the frame before `position` up to the last position but one of
                 the pass; the logits at a position are those of the model if all tokens before it are right.
             position: The first position of each video.
-            places: Number of positions, at most that of the decoder.
+            positions: Number of positions, at most that of the decoder.
             stop: No video's pass reaches beyond this position; slots of the caches after it are not read. Compiled
                 passes always read whole caches.
         """
         if not self._compiled:
-            return self._decode(tokens, position, places, stop)
+            return self._decode(tokens, position, positions, stop)
         if self._device.type != "cuda":
-            return self._decode(tokens, position, places)
-        if places not in self._graphs:
-            self._graphs[places] = _CudaGraph(partial(self._decode, places=places), tokens, position)
-        return self._graphs[places](tokens, position)
+            return self._decode(tokens, position, positions)
+        if positions not in self._graphs:
+            self._graphs[positions] = _CudaGraph(partial(self._decode, positions=positions), tokens, position)
+        return self._graphs[positions](tokens, position)
 
     def _decode(
-        self, tokens: Int[Tensor, "b ring"], position: Int[Tensor, " b"], places: int, stop: int | None = None
-    ) -> Float[Tensor, "b {places} v"]:
+        self, tokens: Int[Tensor, "b ring"], position: Int[Tensor, " b"], positions: int, stop: int | None = None
+    ) -> Float[Tensor, "b {positions} v"]:
         inputs = tokens, position, self._pooled, self.text, self._mask, self._gates
-        logits: Tensor = self._run(self._model, *inputs, self.caches, places, stop)
+        logits: Tensor = self._run(self._model, *inputs, self.caches, positions, stop)
         return logits
 
     def step(self, tokens: Int[Tensor, " b"] | None) -> Float[Tensor, "b v"]:
@@ -224,9 +224,9 @@ def decode_pass(
     mask: Bool[Tensor, "b l"] | None,
     gates: list[Float[Tensor, "window heads"]] | list[None],
     caches: list[KVCache],
-    places: int,
+    positions: int,
     stop: int | None,
-) -> Float[Tensor, "b {places} v"]:
+) -> Float[Tensor, "b {positions} v"]:
     """Compute one pass, which is what is compiled; see `Decoder.logits`.
 
     Args:
@@ -238,14 +238,14 @@ def decode_pass(
         mask: True for text tokens; None where there is no padding.
         gates: Scales of text attention of each layer by frame; the last is that of all later frames.
         caches: Cache of each layer.
-        places: Number of positions.
+        positions: Number of positions.
         stop: Position before which all end; None if it is not known.
     """
     grid, window = model.grid_size, model.attention.window
     frame_size, ring = grid * grid, tokens.shape[1]
-    at = position[:, None] + torch.arange(places, device=position.device)
-    frame, place = at // frame_size, at % frame_size
-    axes = torch.stack([frame, place // grid, place % grid], dim=-1)
+    at = position[:, None] + torch.arange(positions, device=position.device)
+    frame, in_frame = at // frame_size, at % frame_size
+    axes = torch.stack([frame, in_frame // grid, in_frame % grid], dim=-1)
 
     x = model.token_embedding(tokens.gather(1, (at - 1) % ring))
     x = torch.where((at == 0)[..., None], local_tensor(model.start).to(x.dtype), x) + pooled[:, None]

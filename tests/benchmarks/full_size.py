@@ -68,9 +68,9 @@ def generate(tokens: int = 4) -> None:
     noise.reach(0, 0, 1)
     with torch.inference_mode():
         decoder = Decoder(model, text)
-        for place in range(tokens):
+        for position in range(tokens):
             start = time.perf_counter()
-            token = sampler(decoder.step(token), noise.at(torch.tensor([[place]]))[:, 0])
+            token = sampler(decoder.step(token), noise.at(torch.tensor([[position]]))[:, 0])
             times.append(time.perf_counter() - start)
             drawn.append(int(token))
     print(f"tokens {drawn}; seconds per token {[round(each, 2) for each in times]}; peak {peak():.2f} GiB")

@@ -2,7 +2,7 @@
 
 With a checkpoint of stage 2, float32, all cores, the sampler and the guidance of the checkpoint. Three tables:
 
-- passes of the transformer per frame, one video at a time, for several numbers of places in a pass and for other
+- passes of the transformer per frame, one video at a time, for several numbers of positions in a pass and for other
   drafts than those that are used, and how many videos equal sequential decoding's;
 - time of a batch of 1 and of 16 videos, sequential and parallel in every round, medians;
 - time and memory per frame far into a long video.
@@ -30,18 +30,18 @@ Video = tuple[Tensor, list[int]]
 
 
 def row_above(tokens: Tensor, at: Tensor, drafted: Tensor, grid: int) -> Tensor:
-    """Draft a new place by the token above it."""
+    """Draft a new position by the token above it."""
     source = torch.where(at < drafted, at, (at - ((at - drafted) // grid + 1) * grid).clamp(min=0))
     return tokens.gather(1, source % tokens.shape[1])
 
 
 def constant(tokens: Tensor, at: Tensor, drafted: Tensor, grid: int) -> Tensor:
-    """Draft a new place by token 0."""
+    """Draft a new position by token 0."""
     return torch.where(at < drafted, tokens.gather(1, at % tokens.shape[1]), 0)
 
 
 DRAFTS = {"the frame before": decode._draft, "the row above": row_above, "token 0": constant}
-"""Drafts of places that no pass has computed; others have the token of the last pass."""
+"""Drafts of positions that no pass has computed; others have the token of the last pass."""
 
 
 def generate(
@@ -70,15 +70,16 @@ def passes_per_frame(model: TextToVideo, prompts: list[str]) -> None:
     ]
     rows += [(2 * size, drafts) for drafts in DRAFTS]
     print(f"\n{len(prompts)} videos of {model.frames} frames of {size} tokens, one at a time\n")
-    print("| places | drafts | passes per video | fewer | passes until frame 1, 2, … | equal videos |")
+    print("| positions | drafts | passes per video | fewer | passes until frame 1, 2, … | equal videos |")
     print("|---|---|---|---|---|---|")
-    for places, drafts in rows:
+    for positions, drafts in rows:
         with patch.object(decode, "_draft", DRAFTS[drafts]):
-            videos = [generate(model, [prompt], seed, places) for seed, prompt in enumerate(prompts)]
+            videos = [generate(model, [prompt], seed, positions) for seed, prompt in enumerate(prompts)]
         equal = sum(torch.equal(found, expected) for (found, _), expected in zip(videos, sequential, strict=True))
         mean = torch.tensor([passes for _, passes in videos]).double().mean(0).tolist()
         until = ", ".join(f"{each:.1f}" for each in mean)
-        print(f"| {places} | {drafts} | {mean[-1]:.1f} | {size * model.frames / mean[-1]:.1f}× | {until} | {equal} |")
+        fewer = size * model.frames / mean[-1]
+        print(f"| {positions} | {drafts} | {mean[-1]:.1f} | {fewer:.1f}× | {until} | {equal} |")
 
 
 def times(model: TextToVideo, prompts: list[str], rounds: int) -> None:

@@ -48,7 +48,7 @@ def video(*args, **kwargs) -> tuple[Tensor, int]:
     return torch.cat(list(stream), dim=1), stream.passes
 
 
-def compare(seed: int, videos: int, places: list[int]) -> None:
+def compare(seed: int, videos: int, positions: list[int]) -> None:
     """Compare decoding of random videos by passes of several sizes with sequential decoding."""
     grid, window, start_frames = 2 + seed % 2, 1 + seed % 3, (0, 0, 1, 3)[seed % 4]
     model = network(seed, grid, window=window)
@@ -57,7 +57,7 @@ def compare(seed: int, videos: int, places: list[int]) -> None:
     arguments = model, text, start_frames + 4, sampler, range(seed, seed + videos), guidance, start
     sequential, passes = video(*arguments)
     assert passes == 4 * grid * grid
-    for each in places:
+    for each in positions:
         found, fewer = video(*arguments, parallel=each)
         assert torch.equal(found, sequential), (seed, each)
         assert fewer <= passes
@@ -65,7 +65,7 @@ def compare(seed: int, videos: int, places: list[int]) -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_parallel_decoding_equals_sequential_decoding(seed):
-    """Passes of 2 and of 7 places, a row, a frame, two frames, and as many as drafts are right for."""
+    """Passes of 2 and of 7 positions, a row, a frame, two frames, and as many as drafts are right for."""
     grid = 2 + seed % 2
     compare(seed, 5, [2 if seed % 3 else 7, (grid, grid**2, 2 * grid**2)[seed % 3], "auto"])
 

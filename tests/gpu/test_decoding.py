@@ -99,16 +99,16 @@ def test_speed_of_decoding(device, record, size, weights):
 
 @pytest.mark.parametrize("size", ["300m", "8b"])
 @pytest.mark.usefixtures("needs_gpu")
-def test_time_of_a_pass_by_its_places(device, record, size):
-    """Milliseconds of an uncompiled pass of one video, as a CUDA graph: "auto" takes 256 places."""
+def test_time_of_a_pass_by_its_positions(device, record, size):
+    """Milliseconds of an uncompiled pass of one video, as a CUDA graph: "auto" takes 256 positions."""
     model, milliseconds = shipped_model(size, device), {}
     tokens = torch.randint(model.vocab_size, (1, 6 * model.grid_size**2), device=device)
     position = torch.full((1,), 4500, device=device)
     with torch.inference_mode():
-        for places in (1, 4, 16, 64, 256, 512, 1024):
-            decoder = Decoder(model, text_for(model, 1, 16), places=places)
-            seconds, _ = time_graph(partial(decoder.logits, tokens, position, places), 10)
-            milliseconds[places] = 1000 * seconds
+        for positions in (1, 4, 16, 64, 256, 512, 1024):
+            decoder = Decoder(model, text_for(model, 1, 16), positions=positions)
+            seconds, _ = time_graph(partial(decoder.logits, tokens, position, positions), 10)
+            milliseconds[positions] = 1000 * seconds
     record("milliseconds of a pass", **{size: milliseconds})
 
 

@@ -196,16 +196,16 @@ def test_fsdp_divides_weights_gradients_and_state_and_ddp_nothing():
 
 @pytest.mark.parametrize("weights", ["full", "fp8", "int8", "nf4"])
 def test_planned_generation_has_the_weights_and_caches_of_real_decoding(weights):
-    places = 7
-    planned = generation_budget(shapes(), weights, torch.float32, 2, TEXT_LENGTH, guided=True, places=places)
+    positions = 7
+    planned = generation_budget(shapes(), weights, torch.float32, 2, TEXT_LENGTH, guided=True, positions=positions)
     real = shapes(device="cpu").eval()
     embedded = torch.randn(4, TEXT_LENGTH, real.text.dim)
     text = TextEmbedding(embedded, torch.ones(4, TEXT_LENGTH, dtype=torch.bool), embedded.mean(1))
-    decoder = Decoder(real, text, places=places)
+    decoder = Decoder(real, text, positions=positions)
     assert planned.cache == tensor_bytes(tensor for cache in decoder.caches for tensor in (cache.keys, cache.values))
     full = tensor_bytes(real.parameters())
     assert planned.weights == full if weights == "full" else planned.weights < 0.6 * full
-    assert planned.temporary >= 4 * places * real.vocab_size * 4  # the logits of a pass
+    assert planned.temporary >= 4 * positions * real.vocab_size * 4  # the logits of a pass
 
 
 def test_a_vqvae_step_in_groups_of_frames_saves_less():

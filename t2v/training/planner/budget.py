@@ -315,7 +315,7 @@ def generation_budget(
     videos: int,
     text_length: int,
     guided: bool,
-    places: int,
+    positions: int,
 ) -> GenerationBudget:
     """Return the bytes that the transformer takes to generate.
 
@@ -326,18 +326,18 @@ def generation_budget(
         videos: Batch size.
         text_length: Text tokens of the longest prompt.
         guided: Whether classifier-free guidance doubles the batch.
-        places: Tokens of each video that a pass computes.
+        positions: Tokens of each video that a pass computes.
     """
     model = without_data(model, dtype).eval().requires_grad_(False)
     batch = 2 * videos if guided else videos
     convert(model, weights)
     text = _empty_text(batch, text_length, model.text.dim, dtype)
     with torch.no_grad(), Meter(model) as meter:
-        decoder = Decoder(model, text, places=places)
+        decoder = Decoder(model, text, positions=positions)
         kept = meter.live
         meter.restart()
         tokens = torch.empty(batch, 2 * model.grid_size**2, dtype=torch.long, device="meta")
-        decoder.logits(tokens, tokens[:, 0], places)
+        decoder.logits(tokens, tokens[:, 0], positions)
     cache = tensor_bytes(tensor for each in decoder.caches for tensor in (each.keys, each.values))
     text_cache = tensor_bytes(tensor for keys_and_values in decoder.text for tensor in keys_and_values)
     return GenerationBudget(stored_bytes(model), cache, text_cache, meter.peak - kept)

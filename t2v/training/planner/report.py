@@ -9,7 +9,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import nn
 
 from t2v.errors import UserError
-from t2v.generation.decode import most_places
+from t2v.generation.decode import most_positions
 from t2v.training.planner.budget import decoding_bytes, generation_budget, parameter_counts
 from t2v.training.planner.run import MEASURED_FRAMES, Layout, PlannedRun, Setting
 from t2v.training.planner.step import Device
@@ -173,16 +173,16 @@ def _generation(model: VideoTransformer, run: PlannedRun, memory: float) -> str:
         ("int8", "int8", torch.bfloat16),
         ("nf4", "nf4", torch.bfloat16),
     ]
-    places = most_places(run.generation.parallel if run.generation else "auto", 2 if guided else 1)
+    positions = most_positions(run.generation.parallel if run.generation else "auto", 2 if guided else 1)
     budgets = [
-        generation_budget(model, weights, dtype, 1, run.text_length, guided, places) for _, weights, dtype in kinds
+        generation_budget(model, weights, dtype, 1, run.text_length, guided, positions) for _, weights, dtype in kinds
     ]
     guidance = ", with guidance" if guided else ""
     lines = {
         "weights": [budget.weights for budget in budgets],
         f"KV cache of {model.attention.window} frames{guidance}": [budget.cache for budget in budgets],
         f"KV cache of {run.text_length} text tokens": [budget.text_cache for budget in budgets],
-        f"temporaries of a pass of {places} tokens": [budget.temporary for budget in budgets],
+        f"temporaries of a pass of {positions} tokens": [budget.temporary for budget in budgets],
     }
     notes = ["not included: the text encoder, if it is on the same device"]
     path = getattr(run.module, "tokenizer_path", "")
