@@ -244,6 +244,8 @@ class T2VCLI(LightningCLI):
     @rank_zero_only
     def after_fit(self) -> None:
         """Print the command that uses the trained model, or that trains on if the time was up."""
+        if not self.trainer.global_step:  # there is no checkpoint
+            return
         if self.trainer.checkpoint_callback is not None and ended_by_time(self.trainer):
             command = [*self._other_args, "--ckpt_path", "last", "--trainer.max_time", "null"]
             print(f"Next         python cli.py {shlex.join(command)}")

@@ -67,6 +67,8 @@ def end_of_training(trainer: Trainer) -> tuple[str, str]:
     """Return what ended training, and what to do to train longer."""
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return "trainer.fast_dev_run is a test, which saves nothing", "remove it to train"
+    if trainer.limit_train_batches == 0:  # type: ignore[attr-defined]
+        return "trainer.limit_train_batches=0 leaves no batch", "raise it to train"
     if 0 <= trainer.max_steps <= trainer.global_step:
         return f"trainer.max_steps={trainer.max_steps} is reached", "raise trainer.max_steps to train longer"
     if ended_by_time(trainer):

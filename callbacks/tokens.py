@@ -1,7 +1,7 @@
 """Writes the tokens that stage 1 predicts as token shards, the training data of stage 2."""
 
 import shutil
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -167,7 +167,8 @@ class TokenShardWriter(BasePredictionWriter):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove incomplete shards."""
-        self._close(exception)
+        with suppress(OSError):  # a full disk also refuses the end of a file
+            self._close(exception)
         if self._locked:
             if any(self.partial.glob("reached-*.json")):
                 print(f"The complete shards are kept in {self.partial}: the same command continues.", flush=True)

@@ -13,7 +13,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from errno import EACCES, EDQUOT, EIO, EMFILE, ENAMETOOLONG, ENOENT, ENOSPC, EPERM, EROFS
+from errno import EACCES, EDQUOT, EFBIG, EIO, EMFILE, ENAMETOOLONG, ENOENT, ENOSPC, EPERM, EROFS
 from textwrap import shorten
 from types import TracebackType
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 _ADVICE = {
     EACCES: "give yourself the permission, or choose another place",
     EDQUOT: "delete files, or choose another disk",
+    EFBIG: "raise the limit of a file's size by `ulimit -f`, or choose another disk",
     EIO: "the disk or the network file system fails: choose another",
     EMFILE: "raise the limit by `ulimit -n`, or lower data.num_workers",
     ENAMETOOLONG: "choose a shorter name",

@@ -224,6 +224,22 @@ def test_classes_of_ones_own_are_imported_when_asked_for(fails, copy_pipeline, m
     assert "--import gone" in fails(pipeline, "predict", "transformer", *flags, "--import=gone")
 
 
+@pytest.mark.parametrize(
+    ("flag", "reason"),
+    [
+        ("--trainer.limit_train_batches=0", "trainer.limit_train_batches=0 leaves no batch"),
+        ("--trainer.max_steps=0", "trainer.max_steps=0 is reached"),
+    ],
+)
+def test_a_run_without_a_step_says_why_and_names_no_next_command(flag, reason, trained_pipeline, tmp_path, capsys):
+    data = ("--data.train=runs/demo/shards/train", "--data.val=runs/demo/shards/val", "--trainer.logger=false")
+    capsys.readouterr()
+    trained_pipeline.cli("fit", "vqvae", *data, f"--trainer.default_root_dir={tmp_path}", flag)
+    printed = capsys.readouterr().out
+    assert reason in printed
+    assert "Next " not in printed
+
+
 def test_tokens_of_another_size_than_the_models_are_refused(fails, trained_pipeline, tmp_path):
     checkpoint = str(trained_pipeline.checkpoint("vqvae"))
     flags = ("--ckpt_path", checkpoint, "--data.size=32", f"--trainer.default_root_dir={tmp_path}")

@@ -1,5 +1,6 @@
 import io
 import json
+import signal
 import subprocess
 import sys
 import tarfile
@@ -189,6 +190,20 @@ def test_a_run_that_fails_before_the_first_shard_is_complete_leaves_nothing(tmp_
     with pytest.raises(RuntimeError, match="failed"):
         predict(TokenShardWriter(str(tmp_path), LetterEncoder()), LitCodes(fail_at="train4"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_no_half_shards(tmp_path):
+    resource = pytest.importorskip("resource")
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))
+        with pytest.raises(OSError, match="File too large"):
+            predict(TokenShardWriter(str(tmp_path), LetterEncoder()))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(tmp_path.iterdir()) == []
+    predict(TokenShardWriter(str(tmp_path), LetterEncoder()))
 
 
 @pytest.mark.parametrize(("per_shard", "fail_at"), [(1, "train2"), (2, "train4"), (3, "train4"), (3, "val0")])
