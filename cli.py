@@ -54,7 +54,7 @@ from t2v.checkpoints.config import import_modules
 from t2v.checkpoints.lookup import best_checkpoint, newest_last, read_model_config
 from t2v.checkpoints.pretrained import without_weights
 from t2v.errors import UserError, exit_on_expected_error, shorten_tracebacks
-from t2v.training.arguments import check_same_classes, check_trainer_arguments
+from t2v.training.arguments import check_nulls, check_same_classes, check_trainer_arguments
 from t2v.training.lightning_private import command_parser, saves_sharded_checkpoints
 from t2v.training.list_items import set_items, split_items
 from t2v.training.recipe import RecipeFile, escape_arguments
@@ -187,6 +187,7 @@ class T2VCLI(LightningCLI):
                 self.config = parser.parse_args(args)
         config = self.config[self.config.subcommand]
         check_trainer_arguments(config)
+        check_nulls(config)
         if path is None and self.config.subcommand == "predict":
             raise UserError("`predict` needs trained weights: give a checkpoint that `fit` wrote to --ckpt_path.")
         if path != config.get("ckpt_path"):

@@ -130,6 +130,7 @@ OF_ANY_RUN = [
     (("--ckpt_path=nowhere.ckpt",), "There is no checkpoint at nowhere.ckpt"),
     (("--ckpt_path=runs/demo/shards/train/prepare.json",), "is not a checkpoint of this program"),
     (("--data.frame=3",), "Option 'frame' is not accepted"),
+    (("--data.buckets=null",), "data.buckets is null, but it needs a value"),
     (("--model.model.codebok_size=3",), "Option 'codebok_size' is not accepted"),
     (("--trainer.max_stepz=3",), "--trainer.max_stepz=3"),
     (("--data.batch_size=x",), "Expected a <class 'int'>. Got value: x"),

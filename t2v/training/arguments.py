@@ -1,7 +1,7 @@
 """Checks of a command's config that Lightning makes late, with another error, or not at all."""
 
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from jsonargparse import Namespace
 
@@ -43,6 +43,42 @@ def check_trainer_arguments(config: Namespace) -> None:
         )
     if trainer.get("val_check_interval") == 0:
         raise UserError("val_check_interval=0 must be greater than 0 (trainer); limit_val_batches: 0 turns it off.")
+
+
+def check_nulls(config: Namespace, prefix: str = "") -> None:
+    """Check that no argument of a class is null unless its annotation allows it: jsonargparse accepts it for lists.
+
+    Args:
+        config: The config of a command, or a part of it.
+        prefix: The keys that lead to the part.
+
+    Raises:
+        UserError: If one is null.
+    """
+    for key, value in vars(config).items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Namespace) and isinstance(value.get("init_args"), Namespace):
+            hints = _annotations(value["class_path"])
+            for argument, given in vars(value["init_args"]).items():
+                if given is None and argument in hints and not _allows_none(hints[argument]):
+                    raise UserError(f"{name}.{argument} is null, but it needs a value: leave it out for the default.")
+            check_nulls(value["init_args"], f"{name}.")
+        elif isinstance(value, Namespace):
+            check_nulls(value, f"{name}.")
+        elif isinstance(value, list):
+            check_nulls(Namespace(**{str(i): each for i, each in enumerate(value)}), f"{name}.")
+
+
+def _annotations(class_path: str) -> dict[str, Any]:
+    """Return the types of the arguments of a class, or none if they cannot be told."""
+    try:
+        return get_type_hints(resolve_name(class_path).__init__)
+    except Exception:  # names that exist for the type checker only, or a class without annotations
+        return {}
+
+
+def _allows_none(annotation: Any) -> bool:
+    return annotation in (Any, None, type(None)) or any(_allows_none(each) for each in get_args(annotation))
 
 
 def check_same_classes(path: str, saved: dict[str, Any], configured: Namespace, *, training: bool) -> None:

@@ -48,7 +48,8 @@ class RecipeFile(ActionConfigFile):
     """The `--config` of a parser, for files that may name a base.
 
     ``base: OTHER.yaml`` at the top of a YAML file, a path relative to the file, stands for ``--config OTHER.yaml``
-    before the file itself: the file holds only what differs. A base may have a base.
+    before the file itself: the file holds only what differs. A base may have a base. A list replaces that of an earlier
+    file; jsonargparse alone would give an item the arguments of the earlier item of the same class and place.
     """
 
     def __call__(  # type: ignore[override]
@@ -60,7 +61,17 @@ class RecipeFile(ActionConfigFile):
             UserError: If a base is missing, or is based on itself.
         """
         for config in _with_bases(values, ()):
+            _forget_lists(cfg, _read(str(config)) or {})
             super().__call__(parser, cfg, config, option_string)  # type: ignore[no-untyped-call]
+
+
+def _forget_lists(config: Namespace, replacing: dict[str, Any]) -> None:
+    """Empty the lists of a config that the content of another file replaces."""
+    for key, value in replacing.items():
+        if isinstance(value, list) and isinstance(config.get(key), list):
+            config[key] = []
+        elif isinstance(value, dict) and isinstance(config.get(key), Namespace):
+            _forget_lists(config[key], value)
 
 
 def _with_bases(value: Any, seen: tuple[Path, ...]) -> list[Any]:

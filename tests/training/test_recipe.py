@@ -2,6 +2,7 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from t2v.errors import UserError
+from t2v.losses.term import LossTerm
 from t2v.training.recipe import RecipeFile
 
 
@@ -41,6 +42,19 @@ def test_flags_and_later_files_override_a_file_with_a_base(parse, write):
     write("general.yaml", "a: 1\nb: {x: 2, y: 3}\n")
     recipe, overlay = write("recipe.yaml", "base: general.yaml\nb: {y: 6}\n"), write("overlay.yaml", "b: {x: 7}\n")
     assert parse("--config", recipe, "--config", overlay, "--a", 9) == (9, 7, 6)
+
+
+def test_an_item_of_a_list_has_no_arguments_of_an_earlier_files_item(write):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action=RecipeFile)
+    parser.add_argument("--terms", type=list[LossTerm])
+    item = "terms: [{{class_path: t2v.losses.L1Loss, init_args: {{{}}}}}]\n"
+    first = write("first.yaml", item.format("weight: 0.5"))
+    second = write("second.yaml", item.format("start_step: 3"))
+    based = write("based.yaml", "base: first.yaml\n" + item.format("start_step: 3"))
+    for arguments in (["--config", str(first), "--config", str(second)], ["--config", str(based)]):
+        (term,) = parser.parse_args(arguments).terms
+        assert (term.init_args.weight, term.init_args.start_step) == (1.0, 3)
 
 
 def test_a_missing_base_and_a_circle_are_refused(parse, write):
