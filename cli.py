@@ -36,6 +36,7 @@ from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -220,6 +221,9 @@ class T2VCLI(LightningCLI):
             defaults = self.trainer_defaults["callbacks"]
             self.trainer_defaults["callbacks"] = [each for each in defaults if not isinstance(each, NaNGuard)]
         trainer = super().instantiate_trainer(**kwargs)
+        bar = trainer.progress_bar_callback
+        if isinstance(bar, RichProgressBar) and bar not in configured:  # without max_epochs it shows "Epoch 3/-2"
+            trainer.callbacks[trainer.callbacks.index(bar)] = TQDMProgressBar()
         strategy = trainer.strategy
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = FolderCheckpointIO(optimizers=self.subcommand == "fit")

@@ -1,5 +1,6 @@
 """Base class of the encoders that run in `transformers`."""
 
+import logging
 import warnings
 from abc import abstractmethod
 from functools import cached_property
@@ -16,6 +17,9 @@ from t2v.text.encoder import TextEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+"""torchao, which transformers imports, calls a function that PyTorch warns about."""
 
 
 class HuggingFaceTextEncoder(TextEncoder):
