@@ -223,7 +223,8 @@ class T2VCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         bar = trainer.progress_bar_callback
         if isinstance(bar, RichProgressBar) and bar not in configured:  # without max_epochs it shows "Epoch 3/-2"
-            trainer.callbacks[trainer.callbacks.index(bar)] = TQDMProgressBar()
+            callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+            callbacks[callbacks.index(bar)] = TQDMProgressBar()
         strategy = trainer.strategy
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = FolderCheckpointIO(optimizers=self.subcommand == "fit")
