@@ -82,6 +82,7 @@ class OpenVideo:
         self._ratio = Fraction(ratio.numerator, ratio.denominator) if ratio and ratio.denominator else Fraction(1)
         if self._ratio <= 0:
             self._ratio = Fraction(1)
+        self._windows: dict[tuple[int, int], tuple[slice, slice, int, int]] = {}
 
     @property
     def step(self) -> float:
@@ -158,6 +159,8 @@ class OpenVideo:
 
     def _window(self, height: int, width: int) -> tuple[slice, slice, int, int]:
         """Return the rows and columns to show of a frame stretched to square pixels, and its size then."""
+        if (height, width) in self._windows:  # all frames, as a rule
+            return self._windows[height, width]
         left, top, right, bottom = self.shape.crop
         x, y = max(self._ratio, Fraction(1)), max(1 / self._ratio, Fraction(1))
         if left + right >= width or top + bottom >= height:
@@ -165,7 +168,9 @@ class OpenVideo:
         stretched = round(height * y), round(width * x)
         _check_size(*stretched)
         rows = slice(round(top * y), stretched[0] - round(bottom * y))
-        return rows, slice(round(left * x), stretched[1] - round(right * x)), *stretched
+        window = rows, slice(round(left * x), stretched[1] - round(right * x)), *stretched
+        self._windows[height, width] = window
+        return window
 
 
 class Clock:

@@ -43,7 +43,7 @@ from data.examples.shapes import ShapeClip, render
 from data.modules import ShardDataModule, TokenDataModule, VideoDataModule
 from data.plan import Plan
 from data.shards import ShardWriter
-from t2v.errors import run_tool
+from t2v.errors import UserError, run_tool
 from t2v.video import encode_mp4, resize_and_crop
 
 FRAMES, FPS = 16, 8
@@ -122,6 +122,8 @@ def loading(rounds: int = 7, workers: int = 2, epochs: int = 20, fraction: float
         epochs: Epochs of the memory measurement.
         fraction: Fraction of the usual number of clips.
     """
+    if epochs < 2:
+        raise UserError(f"epochs={epochs} must be at least 2: memory is compared from the second on.")
     torch.set_num_threads(1)
     print(
         f"python -m tests.benchmarks.loading --rounds {rounds} --workers {workers} --epochs {epochs} "

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -5,6 +8,7 @@ from data.datasets import TokenClips, VideoClips
 from data.loaders import TrainLoader
 from data.plan import Bucket, Plan, TrainSampler
 from data.shards import ShardSet
+from tests.support.documents import ROOT
 
 
 def train_loader(clips, num_workers, epoch=0):
@@ -83,3 +87,20 @@ def test_texts_of_every_length_are_delivered(clips):
     batches = list(train_loader(clips("tokens", [Bucket(6, 4)]), 1))
     assert {int(n) for batch in batches for n in batch.text.mask.sum(1)} == {1, 2, 3, 4, 5}
     assert all(torch.equal(batch.text.tokens.abs().sum(-1) > 0, batch.text.mask) for batch in batches)
+
+
+FAILING = """
+from torch.utils.data import DataLoader
+from data.loaders import _outlive_signals
+
+loader = DataLoader(range(64), num_workers=2, worker_init_fn=_outlive_signals, persistent_workers=True)
+batches = iter(loader)
+next(batches)
+raise RuntimeError("while the workers are there")
+"""
+
+
+def test_a_program_that_fails_with_workers_ends():
+    run = subprocess.run([sys.executable, "-c", FAILING], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 1
+    assert run.stderr.strip().endswith("RuntimeError: while the workers are there")
