@@ -58,7 +58,7 @@ docs: $(VENV)/.installed
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf $(VENV) build dist site .cache *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 
 # What the demo of the shapes needs; the whole environment has it too.
 $(VENV)/.demo: pyproject.toml constraints.txt
