@@ -1,10 +1,13 @@
-"""Reading a checkpoint to generate with, and the check of a folder to write."""
+"""Reading a checkpoint to generate with; checks of the parts of a model, and of a folder to write."""
 
 from pathlib import Path
 from typing import Any
 
 from t2v.checkpoints.storage import read_checkpoint
 from t2v.errors import UserError, reason_of
+from t2v.text import TextEncoder
+from t2v.transformer.model import VideoTransformer
+from t2v.vqvae.model import VQVAE
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -36,3 +39,22 @@ def check_target(folder: Path) -> None:
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"'{folder}' exists already and is not an empty folder: give another, or remove it.")
+
+
+def check_parts(transformer: VideoTransformer, vqvae: VQVAE, text_encoder: TextEncoder) -> None:
+    """Check that models and text encoder fit each other.
+
+    Raises:
+        UserError: If a size differs, with both values.
+    """
+    if (vqvae.codebook_size, vqvae.grid_size) != (transformer.vocab_size, transformer.grid_size):
+        raise UserError(
+            f"The VQ-VAE has {vqvae.codebook_size} codes on a grid of {vqvae.grid_size}×{vqvae.grid_size}, but the "
+            f"transformer has vocab_size={transformer.vocab_size} and grid_size={transformer.grid_size}: they must be "
+            "equal."
+        )
+    if text_encoder.width != transformer.text.dim:
+        raise UserError(
+            f"The text encoder {text_encoder.name} has width {text_encoder.width}, but the transformer has "
+            f"text.dim={transformer.text.dim}: they must be equal."
+        )

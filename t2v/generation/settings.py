@@ -1,4 +1,4 @@
-"""Settings of generation: sampler, length, guidance scale, start frames, storage of the weights; which parts fit."""
+"""Settings of generation: sampler, length, guidance scale, start frames, storage of the weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +12,7 @@ from t2v.generation.decode import Parallel, check_negative, check_parallel, chec
 from t2v.generation.quantization import Weights
 from t2v.generation.sampling import Sampler
 from t2v.generation.schedules import Schedule
-from t2v.text import TextEncoder
-from t2v.transformer.model import VideoTransformer
 from t2v.video import read_clip
-from t2v.vqvae.model import VQVAE
 
 
 @dataclass(frozen=True)
@@ -80,22 +77,3 @@ class GenerationSettings:
         """
         own = [path for path in paths or [] if path is not None] or [path for path in [self.start] if path is not None]
         return torch.stack([read_clip(path, self.start_frames, size, fps) for path in own]) if own else None
-
-
-def check_parts(transformer: VideoTransformer, vqvae: VQVAE, text_encoder: TextEncoder) -> None:
-    """Check that models and text encoder fit each other.
-
-    Raises:
-        UserError: If a size differs, with both values.
-    """
-    if (vqvae.codebook_size, vqvae.grid_size) != (transformer.vocab_size, transformer.grid_size):
-        raise UserError(
-            f"The VQ-VAE has {vqvae.codebook_size} codes on a grid of {vqvae.grid_size}×{vqvae.grid_size}, but the "
-            f"transformer has vocab_size={transformer.vocab_size} and grid_size={transformer.grid_size}: they must be "
-            "equal."
-        )
-    if text_encoder.width != transformer.text.dim:
-        raise UserError(
-            f"The text encoder {text_encoder.name} has width {text_encoder.width}, but the transformer has "
-            f"text.dim={transformer.text.dim}: they must be equal."
-        )

@@ -21,11 +21,10 @@ from t2v.files import atomic_path
 from t2v.generation.card import CARD, model_card, training_record
 from t2v.generation.decode import Parallel, generate_frames
 from t2v.generation.devices import find_device, find_dtype, float_type
-from t2v.generation.loading import check_target, load_checkpoint
+from t2v.generation.loading import check_parts, check_target, load_checkpoint
 from t2v.generation.quantization import Weights, convert
 from t2v.generation.sampling import Sampler
 from t2v.generation.schedules import Schedule
-from t2v.generation.settings import check_parts
 from t2v.generation.stream import VideoStream
 from t2v.text import TextEncoder
 from t2v.transformer.model import VideoTransformer

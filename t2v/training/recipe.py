@@ -60,8 +60,8 @@ class RecipeFile(ActionConfigFile):
         Raises:
             UserError: If a base is missing, or is based on itself.
         """
-        for config in _with_bases(values, ()):
-            _forget_lists(cfg, _read(str(config)) or {})
+        for config, content in _with_bases(values, ()):
+            _forget_lists(cfg, content)
             super().__call__(parser, cfg, config, option_string)  # type: ignore[no-untyped-call]
 
 
@@ -74,23 +74,23 @@ def _forget_lists(config: Namespace, replacing: dict[str, Any]) -> None:
             _forget_lists(config[key], value)
 
 
-def _with_bases(value: Any, seen: tuple[Path, ...]) -> list[Any]:
-    """Return the configs that a config stands for, in the order in which they apply."""
+def _with_bases(value: Any, seen: tuple[Path, ...]) -> list[tuple[Any, dict[str, Any]]]:
+    """Return the configs that a config stands for, in the order in which they apply, with the content of each."""
     path = Path(str(value))
     read = _read(str(value))
     if read is None:
-        return [value]
+        return [(value, {})]
     content = _escape(read)
     if "base" not in content:
         if _is_moved(content, path):
-            return [json.dumps(_moved(content, path.parent))]
-        return [value if content == read else json.dumps(content)]
+            content = _moved(content, path.parent)
+        return [(value if content == read else json.dumps(content), content)]
     base = path.parent / str(content.pop("base"))
     if not base.is_file():
         raise UserError(f"{path} is based on {base}, which is not there: correct its `base`.")
     if base.resolve() in seen:
         raise UserError(f"{path} is based on {base}, which is based on {path.name} again: remove one `base`.")
-    return [*_with_bases(base, (*seen, path.resolve())), json.dumps(content)]
+    return [*_with_bases(base, (*seen, path.resolve())), (json.dumps(content), content)]
 
 
 def _run_folder(content: dict[str, Any]) -> str:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from t2v.batch import GeneratedVideos, PromptBatch, TextEmbedding, TokenBatch
 from t2v.errors import check_range
+from t2v.generation.loading import check_parts
 from t2v.generation.quantization import convert
-from t2v.generation.settings import GenerationSettings, check_parts
+from t2v.generation.settings import GenerationSettings
 from t2v.generation.text_to_video import TextToVideo
 from t2v.losses.tokens import token_loss_
 from t2v.metrics import WeightedMean
