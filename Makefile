@@ -1,4 +1,4 @@
-# make demo       from nothing to generated clips, on one CPU; DATA=digits or DATA=flare with other clips, which take longer
+# make demo       from nothing to generated clips, on one CPU; DATA=digits, two_digits or flare with other clips, which take longer
 # make test       what CI runs: lint and tests
 # make test-all   the slow tests too, with the coverage of the source
 # make docs       the documentation as a site, in site/
@@ -7,9 +7,11 @@ PYTHON ?= python3
 VENV := .venv
 DATA := shapes
 RUN := runs/$(DATA)
-CLIPS_digits := moving_digits $(RUN)/clips --digits 2
+CLIPS_digits := moving_digits $(RUN)/clips
+CLIPS_two_digits := $(CLIPS_digits) --digits 2
 CLIPS_flare := flare $(RUN)/clips
 PREPARE_digits := --filters.min_brightness 0
+PREPARE_two_digits := $(PREPARE_digits)
 PREPARE_flare := --fps 15
 BIN := $(VENV)/bin
 EXTRAS := demo,dev,docs,footage,perceptual,prepare,ray,t5
@@ -27,7 +29,7 @@ ifeq ($(DATA),shapes)
 	$(BIN)/python demo.py
 else
 	@echo "==> Clips, both stages, generated clips in runs/$(DATA); what is finished is not repeated"
-	$(BIN)/python -m data.examples.$(or $(CLIPS_$(DATA)),$(error DATA=$(DATA) must be shapes, digits or flare))
+	$(BIN)/python -m data.examples.$(or $(CLIPS_$(DATA)),$(error DATA=$(DATA) must be shapes, digits, two_digits or flare))
 	$(BIN)/python -m data.prepare $(RUN)/clips/train $(RUN)/shards/train $(PREPARE_$(DATA))
 	$(BIN)/python -m data.prepare $(RUN)/clips/val $(RUN)/shards/val $(PREPARE_$(DATA))
 	$(BIN)/python cli.py fit --config configs/vqvae/$(DATA).yaml --ckpt_path last

@@ -74,6 +74,8 @@ class GenerationEvaluation(MetricsReport):
         clips: Number of held-out clips, evenly spread; by default all. As many training clips are compared.
         batch_size: Videos that are generated together.
         frames: Frames of a clip that I3D sees, at least 9.
+        probe_clips: Number of training clips that the linear map is fitted on, evenly spread: all of them if there are
+            fewer; at least as many as are compared, which is the default.
     """
 
     def __init__(
@@ -86,13 +88,20 @@ class GenerationEvaluation(MetricsReport):
         clips: int | None = None,
         batch_size: int = 16,
         frames: int = 16,
+        probe_clips: int | None = None,
     ) -> None:
         super().__init__(path)
         check_range(self, "[1, inf)", batch_size=batch_size)
         check_range(self, "[2, inf)", clips=clips)
         check_range(self, "[9, inf)", frames=frames)
+        check_range(self, "[2, inf)", probe_clips=probe_clips)
+        if probe_clips is not None and not attributes:
+            raise UserError(
+                f"probe_clips={probe_clips} has no effect without attributes: set attributes of GenerationEvaluation "
+                "to what the linear map shall recognize, or remove probe_clips."
+            )
         self.train, self.val, self.attributes, self.judge = train, val, attributes, judge
-        self.clips, self.batch_size, self.frames = clips, batch_size, frames
+        self.clips, self.batch_size, self.frames, self.probe_clips = clips, batch_size, frames, probe_clips
         self._passes = 0
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
@@ -133,14 +142,16 @@ class GenerationEvaluation(MetricsReport):
         try:
             with torch.no_grad(), trainer.precision_plugin.forward_context():
                 self._measure_held_out(pl_module, real, _spread(len(real), count)[mine], measured)
-                self._measure_training(pl_module, training, _spread(len(training), count)[mine], measured)
+                fitted = min(max(self.probe_clips or count, count), len(training)) // ranks * ranks
+                mine = slice(trainer.global_rank, fitted, ranks)
+                self._measure_training(pl_module, training, _spread(len(training), fitted)[mine], measured)
         finally:
             hook.remove()
         fps = float(pl_module.fingerprint["fps"])
         log_gif(trainer, "test: real, reconstructed, generated", torch.cat(measured.shown, -1), fps)
         measured = _gather(measured, ranks)
         scores = self._scores(measured)
-        values |= self._distances(measured) | {name: accuracy.value for name, accuracy in scores.items()}
+        values |= self._distances(measured, count) | {name: accuracy.value for name, accuracy in scores.items()}
         values["videos_per_second"] = count / measured.seconds
         if self._passes:
             batches = math.ceil(count / ranks / self.batch_size)
@@ -149,6 +160,7 @@ class GenerationEvaluation(MetricsReport):
             **self._network.protocol(),
             **clips_protocol(count, self._network.num_features),
             "split": {"held_out": self.val, "training": self.train},
+            "probe_clips": len(measured.truths["training"]) if self.attributes else 0,
             "fps": fps,
             "pixels": pl_module.tokenizer.image_size,
             "generated_frames": pl_module.generation.frames,
@@ -225,18 +237,22 @@ class GenerationEvaluation(MetricsReport):
     def _measure_training(
         self, pl_module: Any, training: VideoClips, numbers: Int[np.ndarray, " n"], measured: _Measured
     ) -> None:
+        progress = ProgressPrinter("Training clip")
         for start in range(0, len(numbers), self.batch_size):
             videos, _, metadata = self._load(training, numbers[start : start + self.batch_size])
             measured.pooled["training"].append(self._network.pool(to_model_range(videos.to(pl_module.device))))
             measured.truths["training"] += [self._attributes(each) for each in metadata]
+            progress.update(len(measured.truths["training"]), len(numbers))
 
     def _count_pass(self, *_: Any) -> None:
         self._passes += 1
 
-    def _distances(self, measured: _Measured) -> dict[str, float]:
+    def _distances(self, measured: _Measured, count: int) -> dict[str, float]:
         """Return the distances from the real held-out clips."""
         network = self._network.cpu()
-        logits = {kind: network.to_logits(torch.cat(pooled).float()) for kind, pooled in measured.pooled.items()}
+        pooled = {kind: torch.cat(each).float() for kind, each in measured.pooled.items()}
+        pooled["training"] = pooled["training"][_spread(len(pooled["training"]), count)]
+        logits = {kind: network.to_logits(each) for kind, each in pooled.items()}
         values = {}
         for name, distance in _DISTANCES.items():
             for kind in ("generated", "reconstruction", "training", "last_window"):

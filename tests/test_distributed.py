@@ -190,6 +190,7 @@ def tensor_parallel(pipeline) -> list[float]:
     return losses(pipeline.run / "alone/losses", 1)
 
 
+@pytest.mark.slow
 def test_two_tensor_parallel_processes_have_the_losses_of_one(pipeline, tensor_parallel):
     assert len(tensor_parallel) == 2 * STEPS
     for rank in range(2):
@@ -208,8 +209,9 @@ def test_tensor_parallel_and_single_process_runs_resume_from_each_other(pipeline
         assert losses(pipeline.run / name / "losses", 1) == pytest.approx(tensor_parallel[8:], abs=1e-4)
 
 
-@pytest.mark.parametrize(("one", "two"), [("one", "fsdp"), ("alone", "tensor")])
-def test_a_sharded_checkpoint_equals_that_of_one_process(pipeline, runs, tensor_parallel, one, two):
+@pytest.mark.parametrize(("one", "two"), [("one", "fsdp"), pytest.param("alone", "tensor", marks=pytest.mark.slow)])
+def test_a_sharded_checkpoint_equals_that_of_one_process(pipeline, request, one, two):
+    request.getfixturevalue("tensor_parallel" if two == "tensor" else "runs")
     alone, sharded = (training_state(at(pipeline, name, "last")) for name in (one, two))
     numbers = {name: value for name, value in alone.items() if isinstance(value, torch.Tensor)}
     weights = [name for name in numbers if not name.startswith("/optimizer")]
@@ -220,6 +222,7 @@ def test_a_sharded_checkpoint_equals_that_of_one_process(pipeline, runs, tensor_
     assert moments == sum(name.endswith("exp_avg_sq") for name in alone) > 20
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_ranks_stops_both_and_resuming_is_exact(pipeline, runs):
     """Two ranks, of which Lightning starts the second, resume from step 4 and stop in step 8; one rank goes on."""
     killer = ["--trainer.callbacks+=tests.support.killer.Killer", "--trainer.callbacks.step=7"]
@@ -244,7 +247,8 @@ def test_a_sharded_run_resumes_from_a_file(pipeline, runs):
 
 
 @pytest.mark.parametrize("name", ["fsdp", pytest.param("tensor", marks=pytest.mark.slow)])
-def test_generation_validation_and_export_read_a_sharded_checkpoint(pipeline, runs, tensor_parallel, tmp_path, name):
+def test_generation_validation_and_export_read_a_sharded_checkpoint(pipeline, request, tmp_path, name):
+    request.getfixturevalue("tensor_parallel" if name == "tensor" else "runs")
     folder = at(pipeline, name, "last")
     file = consolidated(folder, tmp_path / "one.ckpt")
     assert read_checkpoint(folder)["state_dict"].keys() == read_checkpoint(file)["state_dict"].keys()

@@ -5,7 +5,7 @@ The task of Sync-DRAW (https://arxiv.org/abs/1611.10314), GODIVA (https://arxiv.
 right by a tenth of its range per frame, with captions such as "digit 3 is moving up and down and digit 7 is moving left
 and right".
 
-`python -m data.examples.moving_digits runs/digits/clips --digits 2` draws them:
+`python -m data.examples.moving_digits runs/two_digits/clips --digits 2` draws them:
 
 - One digit: 20 captions (10 digits × 2 motions), of which 5 are held out. Two digits: 360 captions (90 ordered pairs of
   different digits × 4 combinations of motions), of which half are held out, as in MAGE.
@@ -193,7 +193,7 @@ def make_digits(
     out: Path,
     digits: Literal[1, 2] = 1,
     frames: int = 16,
-    train_clips: int = 3600,
+    train_clips: int = 10000,
     val_clips: int = 360,
     seed: int = 0,
     num_workers: int = 2,

@@ -13,6 +13,7 @@ from t2v.errors import UserError
 def test_test_generates_and_reports_distances_accuracies_and_speed(copy_pipeline):
     pipeline = copy_pipeline()
     flags = ["--trainer.callbacks.frames=9", "--trainer.callbacks.clips=3", "--trainer.callbacks.batch_size=2"]
+    flags += ["--trainer.callbacks.probe_clips=7"]
     pipeline.cli("test", "transformer", "--ckpt_path", "last", "--model.generation.frames=12", *flags)
     report = json.loads((pipeline.run / "transformer/test.json").read_text())
     metrics, evaluation = report["metrics"], report["evaluation"]
@@ -31,6 +32,7 @@ def test_test_generates_and_reports_distances_accuracies_and_speed(copy_pipeline
             assert metrics[f"test/probe_{name}{kind}"] == pytest.approx(accuracy["value"])
     assert evaluation["remark"].startswith("3 clips a side are fewer than 2 × 400 dimensions")
     assert (evaluation["clips"], evaluation["frames"], evaluation["fps"], evaluation["seed"]) == (3, 9, 8.0, 0)
+    assert evaluation["probe_clips"] == 7
     assert len(evaluation["sha256"]) == 64
     logged = EventAccumulator(str(pipeline.run / "transformer")).Reload().Tags()
     assert "test/fvd" in logged["scalars"]
@@ -40,3 +42,5 @@ def test_test_generates_and_reports_distances_accuracies_and_speed(copy_pipeline
 def test_settings_that_measure_nothing_are_refused():
     with pytest.raises(UserError, match="clips=1"):
         GenerationEvaluation("test.json", "train", "val", clips=1)
+    with pytest.raises(UserError, match="probe_clips=9 has no effect without attributes"):
+        GenerationEvaluation("test.json", "train", "val", probe_clips=9)

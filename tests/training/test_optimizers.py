@@ -25,7 +25,8 @@ class Stop(Callback):
             raise RuntimeError("stopped by the test")
 
 
-@pytest.mark.parametrize("stage", [pytest.param("vqvae", marks=pytest.mark.slow), "transformer"])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["vqvae", "transformer"])
 def test_a_resumed_run_with_8_bit_state_equals_an_uninterrupted_one(copy_pipeline, stage, capfd):
     pipeline = copy_pipeline()
     (pipeline.folder / "8bit.yaml").write_text(EIGHT_BIT)

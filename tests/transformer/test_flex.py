@@ -54,7 +54,7 @@ def test_values_equal_attention_in_chunks(n):
     torch.testing.assert_close(found, causal_attention(q, k, v, 130))
 
 
-@pytest.mark.parametrize("recompute_attention", [False, True])
+@pytest.mark.parametrize("recompute_attention", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_compiled_layer_with_blocks_has_the_same_output_and_gradients(recompute_attention, monkeypatch):
     """By a backend that runs the captured graph uncompiled, since FlexAttention for the CPU has no backward pass."""
     monkeypatch.setattr(flex_attention_module, "_validate_device", lambda *tensors: None)  # which refuses it
