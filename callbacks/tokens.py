@@ -12,11 +12,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
-from data.partial import begin_or_continue, locked, read_settings, write_settings
+from data.partial import begin_or_continue, read_settings, write_settings
 from data.shards import ShardWriter
 from t2v.batch import VideoBatch
 from t2v.errors import UserError, check_range
-from t2v.files import remove
+from t2v.files import LOCK, locked, remove
 from t2v.text import TextEncoder
 
 _BATCH_SIZE = 64
@@ -190,7 +190,7 @@ class TokenShardWriter(BasePredictionWriter):
             self._lock.enter_context(locked(self.partial))
             if not any(self.partial.glob("reached-*.json")):  # nothing to continue
                 for path in self.partial.iterdir():
-                    if path.name != "lock":
+                    if path.name != LOCK:
                         remove(path)
             begin_or_continue(self.partial, self.partial / "settings.json", settings)
         except UserError as error:

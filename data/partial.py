@@ -1,43 +1,14 @@
 """The folder of an incomplete output: one process writes it at a time, and only equal settings continue it."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from t2v.errors import UserError
 from t2v.files import atomic_path, remove
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 Settings = dict[str, Any]
 """Everything that determines an output, by name; stored as json."""
-
-
-@contextmanager
-def locked(partial: Path) -> Iterator[None]:
-    """Create a folder and lock it against other processes; the lock ends with the process, even if it is killed.
-
-    Args:
-        partial: The folder.
-
-    Raises:
-        UserError: If another process has locked it.
-    """
-    partial.mkdir(parents=True, exist_ok=True)
-    with (partial / "lock").open("w") as lock:
-        try:
-            if fcntl is not None:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"Another run is writing '{partial}': wait for its end, or choose another folder."
-            ) from None
-        yield
 
 
 def begin_or_continue(partial: Path, path: Path, settings: Settings) -> None:

@@ -1,11 +1,26 @@
-"""Atomic writes, by which a file or folder appears under its name complete or not at all, and hashes of files."""
+"""Atomic writes, by which a file or folder appears under its name complete or not at all; locks of folders; hashes."""
 
 import hashlib
+import json
 import os
 import shutil
+import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
+from io import TextIOWrapper
 from pathlib import Path
+
+from t2v.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"
+"""Name of the file on which the lock of a folder is."""
 
 
 @contextmanager
@@ -74,3 +89,74 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def locked(folder: Path, advice: str = "choose another folder") -> Iterator[None]:
+    """Create a folder and lock it against other processes.
+
+    The lock is one of the operating system's on a file in the folder, so it ends with the process that holds it,
+    however that ends. It also holds between the machines of a network file system that supports it; where a folder
+    cannot be locked, a warning says so.
+
+    Args:
+        folder: The folder.
+        advice: What else to do if another process has locked it.
+
+    Raises:
+        UserError: If another process has locked it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    file = _open_locked(path, advice)
+    try:
+        yield
+    finally:
+        if _is_at(path, file):
+            path.unlink()
+        file.close()
+
+
+def _open_locked(path: Path, advice: str) -> TextIOWrapper:
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        if fcntl is None:
+            return file
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            holder = file.read()
+            file.close()
+            who = _holder(holder)
+            raise UserError(
+                f"Another run is writing to {path.parent} ({who}): wait until it ends, stop it, or {advice}."
+            ) from None
+        except OSError as error:
+            message = f"{path.parent} cannot be locked ({error.strerror}): start only one run in it at a time."
+            warnings.warn(message, stacklevel=4)
+            return file
+        if _is_at(path, file):
+            break
+        file.close()  # its holder has just removed it
+    file.truncate(0)
+    started = datetime.now().astimezone().isoformat(timespec="seconds")
+    file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "started": started}))
+    file.flush()
+    return file
+
+
+def _is_at(path: Path, file: TextIOWrapper) -> bool:
+    """Return whether a path is that of an open file, which may have been removed and written anew."""
+    try:
+        return path.stat().st_ino == os.fstat(file.fileno()).st_ino
+    except FileNotFoundError:
+        return False
+
+
+def _holder(stored: str) -> str:
+    try:
+        found = json.loads(stored)
+        return f"process {found['process']} on {found['host']}, since {found['started']}"
+    except (ValueError, KeyError):  # it is being written
+        return "another process"

@@ -1,13 +1,16 @@
-"""Atomic writes: a file or folder appears complete or not at all."""
+"""Atomic writes: a file or folder appears complete or not at all; locks of folders."""
 
 import errno
+import fcntl
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
-from t2v.files import atomic_path, remove
+from t2v.errors import UserError
+from t2v.files import LOCK, atomic_path, locked, remove
 from tests.support import forked
 
 ROOT = Path(__file__).parents[1]
@@ -133,3 +136,36 @@ def test_remove_takes_files_folders_links_and_missing_paths(tmp_path):
     for path in (folder, tmp_path / "missing", file):
         remove(path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_process_locks_a_folder(tmp_path):
+    with locked(tmp_path / "out"):
+        pid = os.fork()
+        if not pid:
+            try:
+                with locked(tmp_path / "out", "go home"):
+                    os._exit(1)
+            except UserError as error:
+                os._exit(0 if f"(process {os.getppid()} on " in str(error) and "or go home." in str(error) else 2)
+        assert os.waitpid(pid, 0)[1] == 0
+    assert not contents(tmp_path)
+    with locked(tmp_path / "out"):
+        assert (tmp_path / "out" / LOCK).exists()
+
+
+def test_the_lock_of_another_process_is_not_removed(tmp_path):
+    folder = tmp_path / "out"
+    with locked(folder):
+        shutil.rmtree(folder)
+        folder.mkdir()
+        (folder / LOCK).write_text("of another")
+    assert (folder / LOCK).read_text() == "of another"
+
+
+def test_a_folder_on_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with pytest.warns(UserWarning, match="out cannot be locked"), locked(tmp_path / "out"):
+        pass

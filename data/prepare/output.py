@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data.partial import Settings, begin_or_continue, differences, locked, read_settings, write_settings
+from data.partial import Settings, begin_or_continue, differences, read_settings, write_settings
 from data.prepare.dropped import Dropped
 from data.prepare.packing import Clip
 from data.prepare.report import KeptRow, write_report
 from t2v.errors import UserError
+from t2v.files import locked
 
 
 def is_complete(out: Path, settings: Settings) -> bool:

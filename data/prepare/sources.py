@@ -14,6 +14,7 @@ import os
 import posixpath
 import re
 import tempfile
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -206,19 +207,20 @@ def _find_captions(source: str, files: list[File], videos: list[File], folder: P
         UserError: If several tables could be meant.
     """
     top = {file.name: file for file in files if "/" not in file.name}
-    stems = {file.name.rpartition(".")[0] for file in videos}
+    stems = {_composed(file.name.rpartition(".")[0]) for file in videos}
     for name in CAPTION_FILES:
         pair = dict(LINE_FILES).get(name)
         if name in top and (pair is None or pair in top):
             if pair:
                 local_copy(top[pair], folder)
             return _table_path(source, top[name], folder)
-    if any(file.name.rpartition(".")[0] in stems and _is_text(file.name) for file in files):
+    if any(_composed(file.name.rpartition(".")[0]) in stems and _is_text(file.name) for file in files):
         return None
     tables = [
         file
         for name, file in top.items()
-        if name.lower().endswith(TABLE_SUFFIXES) and stems.isdisjoint((file.stem, file.stem.partition(".")[0]))
+        if name.lower().endswith(TABLE_SUFFIXES)
+        and stems.isdisjoint(_composed(stem) for stem in (file.stem, file.stem.partition(".")[0]))
     ]
     if len(tables) > 1:
         names = ", ".join(file.name for file in tables)
@@ -236,25 +238,40 @@ def _is_text(name: str) -> bool:
 
 def _rows_of_table(source: str, videos: list[File], table: CaptionTable, dropped: list[Dropped]) -> list[Row]:
     """Return the rows of a table, and one without a caption for each video that it does not name."""
-    by_name = {file.name: file for file in videos}
+    by_name = _by_spelling((file.name, file) for file in videos)
     by_path = {file.path: file for file in videos}
     by_id: defaultdict[str, list[File]] = defaultdict(list)
     for file in videos:
-        by_id[file.stem].append(file)
+        by_id[_composed(file.stem)].append(file)
     rows = []
     for name, captions, extra, is_id, segments in read_table(table, dropped):
         if is_id:
-            found = by_id.get(name, [])
+            found = by_id.get(_composed(name), [])
             if len(found) > 1:
                 places = ", ".join(file.shown for file in found)
                 dropped.append(Dropped(name, None, f"ambiguous id (it names {places})"))
                 continue
             match = found[0] if found else None
         else:
-            match = by_name.get(posixpath.normpath(name)) or _find_file(source, name, by_path)
+            match = _spelt(by_name, posixpath.normpath(name)) or _find_file(source, name, by_path)
         rows.append(Row(match.shown if match else name, captions, extra, match, None, segments))
     named = {row.file for row in rows}
     return rows + [Row(file.shown, [], {}, file) for file in videos if file not in named]
+
+
+def _composed(name: str) -> str:
+    """Return a name with composed accents: macOS may store "é" as "e" and a combining accent."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _by_spelling(named: Iterable[tuple[str, File]]) -> dict[str, File]:
+    """Return files by their names, and by these with composed accents where no other file has that name."""
+    by_name = dict(named)
+    return {_composed(name): file for name, file in by_name.items()} | by_name
+
+
+def _spelt(by_name: dict[str, File], name: str) -> File | None:
+    return by_name.get(name) or by_name.get(_composed(name))
 
 
 def _find_file(source: str, name: str, by_path: dict[Path | str, File]) -> File | None:
@@ -272,10 +289,12 @@ def _find_file(source: str, name: str, by_path: dict[Path | str, File]) -> File 
 
 
 def _rows_of_text_files(files: list[File], videos: list[File], dropped: list[Dropped]) -> Iterator[Row]:
-    texts = {(stem, end.lower()): file for file in files for stem, _, end in [file.name.rpartition(".")]}
+    parts = [(*file.name.rpartition(".")[::2], file) for file in files]
+    texts = _by_spelling((f"{stem}.{end.lower()}", file) for stem, end, file in parts)
     for video in videos:
         stem = video.name.rpartition(".")[0]
-        found = {name: texts[stem, name] for name in TEXT_EXTENSIONS if (stem, name) in texts}
+        named = {name: _spelt(texts, f"{stem}.{name}") for name in TEXT_EXTENSIONS}
+        found = {name: file for name, file in named.items() if file}
         try:
             members = {name: file.read() for name, file in found.items()}
             extra = _without_captions(read_metadata(members))

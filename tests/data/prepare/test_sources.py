@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import unicodedata
 from pathlib import Path
 
 import pyarrow
@@ -79,6 +80,20 @@ def test_tables(name, write, folder):
 def test_a_video_in_several_rows_has_several_captions(folder):
     (folder / "captions.csv").write_text("path,caption\na.mp4,one\nb.webm,two\na.mp4,three\n")
     assert captions_by_name(find(folder)[0]) == {"a.mp4": ["one", "three"], "b.webm": ["two"]}
+
+
+@pytest.mark.parametrize(("stored", "written"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_accents_may_be_composed_or_not(stored, written, tmp_path):
+    on_disk, in_table = (unicodedata.normalize(form, "caf\u00e9") for form in (stored, written))
+    (tmp_path / f"{on_disk}.mp4").write_bytes(b"video")
+    (tmp_path / f"{in_table}.txt").write_text("a cup")
+    assert captions_by_name(find(tmp_path)[0]) == {f"{on_disk}.mp4": ["a cup"]}
+    (tmp_path / "captions.csv").write_text(f"path,caption\n{in_table}.mp4,a table\n")
+    videos, dropped = find(tmp_path)
+    assert captions_by_name(videos) == {f"{on_disk}.mp4": ["a table"]}
+    assert not dropped
+    (tmp_path / f"{in_table}.mp4").write_bytes(b"another video")
+    assert captions_by_name(find(tmp_path)[0]) == {f"{in_table}.mp4": ["a table"]}
 
 
 def test_webvid(folder):
