@@ -63,6 +63,7 @@ from t2v.training.sharding import FolderCheckpointIO, ShardedStrategy
 
 IGNORED_WARNINGS = (
     "Checkpoint directory .* exists and is not empty",  # run folders are fixed
+    "The dirpath has changed from",  # a checkpoint of another folder; only its best scores are not taken over
     "You.re using the WeightAveraging callback with a model that overrides the configure_model",
     "Couldn't infer the batch indices",  # the writers take names from the batch
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # called by Lightning
