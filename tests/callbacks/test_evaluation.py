@@ -13,7 +13,7 @@ from t2v.errors import UserError
 def test_test_generates_and_reports_distances_accuracies_and_speed(copy_pipeline):
     pipeline = copy_pipeline()
     flags = ["--trainer.callbacks.frames=9", "--trainer.callbacks.clips=3", "--trainer.callbacks.batch_size=2"]
-    flags += ["--trainer.callbacks.probe_clips=7"]
+    flags += ["--trainer.callbacks.probe_clips=7", "--model.generation.parallel=1"]
     pipeline.cli("test", "transformer", "--ckpt_path", "last", "--model.generation.frames=12", *flags)
     report = json.loads((pipeline.run / "transformer/test.json").read_text())
     metrics, evaluation = report["metrics"], report["evaluation"]
