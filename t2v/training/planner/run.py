@@ -118,6 +118,7 @@ class PlannedRun:
         if self.setting.layout.strategy == "FSDP2":
             self._check_sharding()
         self.step = cache(self._step)
+        self.measure = cache(self._measure)
         self.optimizer = cache(self._optimizer)
 
     def budget(self, setting: Setting, clips: int) -> TrainingBudget:
@@ -178,15 +179,14 @@ class PlannedRun:
 
     def _step(self, precision: str, checkpointing: str, clips: int) -> Step:
         """Measure a training step; that of a large batch is extrapolated from two smaller ones, since it is linear."""
-        most = MEASURED_FRAMES
-        if checkpointing == "frames":  # linear from 16 groups of frames on
-            most = max(most, 32 * self.frames_at_once)
-        if clips * self.frames <= most:
-            return self._measure(precision, checkpointing, clips, self.frames)
-        half = most // 2
+        # Bytes and operations grow linearly from half of these frames on.
+        linear = 32 * self.frames_at_once if checkpointing == "frames" else MEASURED_FRAMES
+        if clips * self.frames <= max(MEASURED_FRAMES, linear):
+            return self.measure(precision, checkpointing, clips, self.frames)
+        half = linear // 2
         # Whole clips if two different numbers of them can be measured, else one clip of two lengths.
-        shapes = [(size // self.frames, self.frames) if self.frames <= half else (1, size) for size in (half, most)]
-        small, large = (self._measure(precision, checkpointing, *shape) for shape in shapes)
+        shapes = [(size // self.frames, self.frames) if self.frames <= half else (1, size) for size in (half, linear)]
+        small, large = (self.measure(precision, checkpointing, *shape) for shape in shapes)
         first, last = (clips * frames for clips, frames in shapes)
         beyond = clips * self.frames - last
         return Step(*(b + (b - a) * beyond // (last - first) for a, b in zip(small, large, strict=True)))
