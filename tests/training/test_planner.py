@@ -279,4 +279,4 @@ def test_the_command_plans_for_devices_that_this_machine_lacks(capsys):
     cli.main(["plan", *files, "--trainer.devices=8", "--trainer.strategy.tensor_parallel_size=2"])
     printed = capsys.readouterr().out
     assert "FSDP2 × 8, tensor-parallel size 2" in printed
-    assert "step         1 batches × data-parallel size 4 = 12,288 tokens" in printed
+    assert "step         1 batches × data-parallel size 4 = 24,576 tokens" in printed
