@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from itertools import islice
 from types import FrameType
 from typing import Any, NamedTuple
@@ -211,13 +210,13 @@ def _outlive_signals(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, exit_at_next)
-    signal.signal(signal.SIGUSR2, lambda *_: os._exit(0))
 
 
 @atexit.register
 def _end_workers() -> None:
     """End the workers of loaders that an error has kept; multiprocessing sends one SIGTERM and would wait for ever."""
-    for process in multiprocessing.active_children():
-        if process.daemon and process.pid is not None:
-            with suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGUSR2)
+    workers = [process for process in multiprocessing.active_children() if process.daemon]
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would report them as failed
+    for process in workers:
+        process.kill()
