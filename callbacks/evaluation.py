@@ -135,15 +135,14 @@ class GenerationEvaluation(MetricsReport):
                 f"{len(real)} clips in '{self.val}' and {len(training)} in '{self.train}' are too few: at least 2, and "
                 "one for each rank, are needed."
             )
-        mine = slice(trainer.global_rank, count, ranks)
+        fitted = min(max(self.probe_clips or count, count), len(training)) // ranks * ranks
+        mine = slice(trainer.global_rank, None, ranks)
         measured = _Measured()
         self._passes = 0
         hook = pl_module.model.norm.register_forward_hook(self._count_pass)
         try:
             with torch.no_grad(), trainer.precision_plugin.forward_context():
                 self._measure_held_out(pl_module, real, _spread(len(real), count)[mine], measured)
-                fitted = min(max(self.probe_clips or count, count), len(training)) // ranks * ranks
-                mine = slice(trainer.global_rank, fitted, ranks)
                 self._measure_training(pl_module, training, _spread(len(training), fitted)[mine], measured)
         finally:
             hook.remove()

@@ -289,8 +289,9 @@ def _find_file(source: str, name: str, by_path: dict[Path | str, File]) -> File 
 
 
 def _rows_of_text_files(files: list[File], videos: list[File], dropped: list[Dropped]) -> Iterator[Row]:
-    parts = [(*file.name.rpartition(".")[::2], file) for file in files]
-    texts = _by_spelling((f"{stem}.{end.lower()}", file) for stem, end, file in parts)
+    texts = _by_spelling(
+        (f"{stem}.{end.lower()}", file) for file in files for stem, _, end in [file.name.rpartition(".")]
+    )
     for video in videos:
         stem = video.name.rpartition(".")[0]
         named = {name: _spelt(texts, f"{stem}.{name}") for name in TEXT_EXTENSIONS}
