@@ -29,12 +29,13 @@ import os
 import shlex
 import warnings
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.fabric.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -52,9 +53,10 @@ from callbacks.seeding import StepSeed
 from callbacks.signals import StopOnSignal, Stopped, stopping_at_once
 from callbacks.summary import RunSummary, ended_by_time
 from t2v.checkpoints.config import import_modules
-from t2v.checkpoints.lookup import best_checkpoint, newest_last, read_model_config
+from t2v.checkpoints.lookup import best_checkpoint, is_local, newest_last, read_model_config
 from t2v.checkpoints.pretrained import without_weights
 from t2v.errors import UserError, exit_on_expected_error, shorten_tracebacks
+from t2v.files import is_writable
 from t2v.training.arguments import check_nulls, check_same_classes, check_trainer_arguments
 from t2v.training.lightning_private import command_parser, saves_sharded_checkpoints
 from t2v.training.list_items import set_items, split_items
@@ -226,6 +228,7 @@ class T2VCLI(LightningCLI):
         if isinstance(bar, RichProgressBar) and bar not in configured:  # without max_epochs it shows "Epoch 3/-2"
             callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
             callbacks[callbacks.index(bar)] = TQDMProgressBar()
+        self._check_loggers(trainer)
         strategy = trainer.strategy
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = FolderCheckpointIO(optimizers=self.subcommand == "fit")
@@ -236,6 +239,26 @@ class T2VCLI(LightningCLI):
                 "configs/cluster/fsdp.yaml, or set save_distributed_checkpoint: false."
             )
         return trainer
+
+    def _check_loggers(self, trainer: Trainer) -> None:
+        """Check that the folders of the loggers can be written to; only ``fit`` needs them.
+
+        Raises:
+            UserError: If one cannot, and the command is ``fit``.
+        """
+        if self.subcommand == "plan":
+            return
+        unwritable = {id(each): each.log_dir for each in trainer.loggers if _refuses_files(each.log_dir)}
+        if not unwritable:
+            return
+        named = " and ".join(f"'{folder}'" for folder in unwritable.values())
+        if self.subcommand == "fit":
+            raise UserError(
+                f"{named} cannot be written to (no permission, or a read-only disk): give another folder, for example "
+                "by --trainer.default_root_dir, and to resume the checkpoint's path to --ckpt_path."
+            )
+        rank_zero_warn(f"{named} cannot be written to: nothing is logged there.")
+        trainer.loggers = [logger for logger in trainer.loggers if id(logger) not in unwritable]
 
     def after_instantiate_classes(self) -> None:
         """Save the config of the model in every checkpoint, including nested modules."""
@@ -312,6 +335,10 @@ def _resolve_checkpoint(config: Namespace, command: str, flag: str | None) -> st
             "run `fit` first, or give a checkpoint's path to --ckpt_path."
         )
     return newest
+
+
+def _refuses_files(folder: str | None) -> bool:
+    return folder is not None and is_local(folder) and not is_writable(Path(folder))
 
 
 def _checkpoint_folder(config: Namespace) -> str:

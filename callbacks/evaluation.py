@@ -108,6 +108,7 @@ class GenerationEvaluation(MetricsReport):
         """Load the network, so that a mistake is reported before anything is generated."""
         if stage != "test":
             return
+        super().setup(trainer, pl_module, stage)
         if pl_module.generation.frames < self.frames:
             raise UserError(
                 f"model.generation.frames={pl_module.generation.frames} is less than the {self.frames} frames that I3D "

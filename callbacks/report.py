@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from t2v.files import atomic_path
+from t2v.files import atomic_path, is_writable
 from t2v.metrics.distances import missing_from_report
 from t2v.metrics.frechet import ClipSetDistance
 
@@ -41,12 +42,20 @@ class MetricsReport(Callback):
     - `versions`: The versions of Python and of packages on which the metrics depend.
 
     Args:
-        path: The file; an older one is replaced.
+        path: The file; an older one is replaced. Where its folder cannot be written to, the metrics are only printed.
     """
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
         self._checkpoint: dict[str, Any] = {"step": None, "averaged_weights": None}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Warn before anything is computed if the file cannot be written."""
+        if stage in ("validate", "test") and not is_writable(self.path.parent):
+            rank_zero_warn(
+                f"'{self.path.parent}' cannot be written to: the metrics are printed and {self.path.name} is not "
+                f"written; set the path of {type(self).__name__} to another folder to have it."
+            )
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Remember the step, and whether the weights are a moving average: then the trained ones are stored too."""
@@ -66,7 +75,7 @@ class MetricsReport(Callback):
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, batches: list[int | float]) -> None:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or not is_writable(self.path.parent):
             return
         protocol = {**self._describe_run(trainer), **_describe_parts(trainer, pl_module, sum(batches))}
         _complete_distances(metrics, protocol, pl_module)

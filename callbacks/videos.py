@@ -15,6 +15,8 @@ from callbacks.progress import ProgressPrinter
 from t2v import __version__
 from t2v.batch import GeneratedVideos, PromptBatch
 from t2v.checkpoints.storage import MARKER
+from t2v.errors import UserError
+from t2v.files import is_writable
 from t2v.video import Mp4Writer
 
 RECORD = "videos.jsonl"
@@ -39,6 +41,19 @@ class VideoGalleryWriter(BasePredictionWriter):
         self._kept = 0
         self._settings: str | None = None
         self._finished: dict[str, dict[str, Any]] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the folder.
+
+        Raises:
+            UserError: If it cannot be written to.
+        """
+        super().setup(trainer, pl_module, stage)
+        if stage == "predict" and not is_writable(self.output_dir):
+            raise UserError(
+                f"The videos cannot be written to '{self.output_dir}' (no permission, or a read-only disk): give "
+                "another folder, for example by --trainer.default_root_dir, and the checkpoint's path to --ckpt_path."
+            )
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Create the folder, and read which videos are finished."""

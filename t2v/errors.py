@@ -7,9 +7,11 @@
 
 import io
 import math
+import os
 import re
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -145,6 +147,7 @@ def exit_on_expected_error() -> Iterator[None]:
     Raises:
         SystemExit: With status 2, after one `error:` line on stderr.
     """
+    before, threading.excepthook = threading.excepthook, _report_of_thread
     try:
         yield
     except Exception as error:
@@ -153,8 +156,21 @@ def exit_on_expected_error() -> Iterator[None]:
             raise
     else:
         return
+    finally:
+        threading.excepthook = before
     sys.stderr.write(f"error: {message}\n")
     raise SystemExit(2)
+
+
+def _report_of_thread(args: threading.ExceptHookArgs) -> None:
+    """Print the traceback of a thread, but not of TensorBoard's, whose error the main thread raises again."""
+    if not (isinstance(args.exc_value, OSError) and _of_tensorboard(args.exc_value)):
+        threading.__excepthook__(args)
+
+
+def _of_tensorboard(error: BaseException) -> bool:
+    files = [frame.filename.replace("\\", "/") for frame in traceback.extract_tb(error.__traceback__)]
+    return any("/site-packages/tensorboard/" in file for file in files)
 
 
 def shorten_tracebacks() -> None:
@@ -244,7 +260,9 @@ def _explain_one(error: BaseException) -> str | None:
 def _explain_system(error: OSError) -> str:
     """Return the error of the system with the path, the reason and what to do."""
     reason = error.strerror or _one_line(str(error)) or type(error).__name__
-    path = f" '{error.filename}'" if error.filename else ""
+    path = (
+        f" '{os.fsdecode(error.filename)}'" if error.filename else " of TensorBoard" if _of_tensorboard(error) else ""
+    )
     advice = _ADVICE.get(error.errno or 0, "correct the path, or choose another place")
     return f"The system refuses a file{path} ({reason}): {advice}."
 

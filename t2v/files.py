@@ -51,6 +51,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         remove(temporary)
 
 
+def is_writable(folder: Path) -> bool:
+    """Return whether files can be created in a folder, or in the nearest folder above it if it does not exist."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
 def sha256(path: Path) -> str:
     """Return the sha256 of a file as hexadecimal digits."""
     with path.open("rb") as file:

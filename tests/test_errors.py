@@ -1,9 +1,11 @@
 """What commands say about errors: one sentence for those that are expected, a short traceback for bugs."""
 
 import errno
+import shutil
 import sys
 
 import pytest
+from torch.utils.tensorboard import SummaryWriter
 
 from t2v.errors import UserError, check_range, exit_on_expected_error, explain, shorten_tracebacks
 
@@ -77,6 +79,19 @@ def test_expected_errors_are_one_line(error, message):
     explained = explain(raised(RuntimeError("in a library"), raised(error)))
     assert message in explained
     assert "\n" not in explained
+
+
+def test_an_error_of_tensorboards_thread_is_one_line(tmp_path, capfd):
+    logs = tmp_path / "logs"
+    writer = SummaryWriter(str(logs))
+    writer.flush()
+    shutil.rmtree(logs)
+    writer.add_scalar("loss", 1.0)
+    with pytest.raises(SystemExit) as exit_, exit_on_expected_error():
+        writer.close()
+    assert exit_.value.code == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: The system refuses a file '{logs}/")
 
 
 @pytest.mark.parametrize("error", [ValueError("own"), KeyError("step"), ImportError("x", name="t2v.vqvae")])

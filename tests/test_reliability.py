@@ -9,6 +9,7 @@ import torch
 import yaml
 
 LAST = ("--ckpt_path", "last")
+DATA_OF_VQVAE = ("--data.train=runs/demo/shards/train", "--data.val=runs/demo/shards/val")
 
 
 @pytest.fixture
@@ -146,8 +147,9 @@ def test_a_damaged_checkpoint_is_refused_wherever_it_is_given(command, flag, fai
     damaged = tmp_path / "damaged.ckpt"
     damaged.write_bytes(content)
     new = (f"--trainer.default_root_dir={tmp_path}", "--trainer.logger=false", "--trainer.callbacks=[]")
-    data = ("--data.train=runs/demo/shards/train", "--data.val=runs/demo/shards/val", "--trainer.max_steps=13")
-    message = fails(trained_pipeline, command, "vqvae", flag, str(damaged), *new, *data)
+    message = fails(
+        trained_pipeline, command, "vqvae", flag, str(damaged), *new, *DATA_OF_VQVAE, "--trainer.max_steps=13"
+    )
     assert f"{damaged} is damaged: its checksums do not match its content" in message
 
 
@@ -205,6 +207,23 @@ from t2v.vqvae.quantizer import VectorQuantizer
 class OwnQuantizer(VectorQuantizer):
     pass
 """
+
+
+def test_a_folder_that_cannot_be_written_to(fails, trained_pipeline, tmp_path, capsys):
+    (tmp_path / "file").write_text("no folder can be made in it")
+    checkpoint = f"--ckpt_path={trained_pipeline.checkpoint('vqvae')}"
+    there = (f"--trainer.default_root_dir={tmp_path / 'file'}", *DATA_OF_VQVAE)
+    assert "cannot be written to" in fails(trained_pipeline, "fit", "vqvae", checkpoint, *there)
+    with pytest.warns(UserWarning, match=r"nothing is logged there|validation.json is not written"):
+        trained_pipeline.cli("validate", "vqvae", checkpoint, *there)
+    assert "val/psnr" in capsys.readouterr().out
+    tokenizer = f"--model.tokenizer={trained_pipeline.checkpoint('vqvae')}"
+    checkpoint = f"--ckpt_path={trained_pipeline.checkpoint('transformer')}"
+    prompt = "--data.prompts=a red circle"
+    with pytest.warns(UserWarning, match="nothing is logged there"):
+        message = fails(trained_pipeline, "predict", "transformer", checkpoint, tokenizer, there[0], prompt)
+    assert f"The videos cannot be written to '{tmp_path / 'file'}'" in message
+    assert (tmp_path / "file").is_file()
 
 
 def test_classes_of_ones_own_are_imported_when_asked_for(fails, copy_pipeline, monkeypatch):
