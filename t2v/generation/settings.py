@@ -52,7 +52,28 @@ class GenerationSettings:
         schedules = check_schedules(self.sampler, self.guidance, self.frames)
         if self.negative_prompt:
             check_negative(schedules.guidance)
-        if self.start is not None and not 0 < self.start_frames < self.frames:
+        if self.start is not None:
+            self._check_start_frames()
+
+    def check_prompts(self, starts: Sequence[str | None] | None, negatives: Sequence[str | None] | None) -> None:
+        """Check that the options of prompts fit the settings.
+
+        Args:
+            starts: Picture or video that each video begins with, if it has one of its own.
+            negatives: Negative prompt of each video, if it has one of its own.
+
+        Raises:
+            UserError: If no frames are left to generate, or a negative prompt has no effect.
+        """
+        starting = any(start is not None for start in starts or [])
+        if starting:
+            self._check_start_frames()
+        if any(negatives or []):
+            scales = check_schedules(self.sampler, self.guidance, self.frames).guidance
+            check_negative(scales[self.start_frames if starting or self.start is not None else 0 :])
+
+    def _check_start_frames(self) -> None:
+        if not 0 < self.start_frames < self.frames:
             raise UserError(
                 f"generation.start_frames={self.start_frames} must be at least 1 and less than "
                 f"generation.frames={self.frames}, so that there are frames left to generate."

@@ -146,7 +146,9 @@ class LitVideoTransformer(LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def on_predict_start(self) -> None:
-        """Quantize the weights."""
+        """Check all prompts before the first video is generated, and quantize the weights."""
+        for batch in self.trainer.predict_dataloaders:  # type: ignore[union-attr]
+            self.generation.check_prompts(batch.starts, batch.negatives)
         convert(self.model, self.generation.weights)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> GeneratedVideos:

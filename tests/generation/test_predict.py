@@ -62,12 +62,15 @@ def build(model: TextToVideo, tokenizer: str, **changes: Any) -> LitVideoTransfo
 
 
 def predict(lit: LitVideoTransformer, folder: Path, precision: str = "32-true") -> Tensor:
-    keep = Keep()
-    loader = DataLoader([BATCH], batch_size=None)
-    flags = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return run([BATCH], lit, folder, Keep(), precision)[0]
+
+
+def run(batches: list[PromptBatch], lit: LitVideoTransformer, folder: Path, keep: Keep, precision: Any) -> list[Tensor]:
+    loader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+    flags: Any = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(accelerator="cpu", default_root_dir=folder, precision=precision, callbacks=[keep], **flags)
     trainer.predict(lit, loader, return_predictions=False)
-    return keep.videos[0]
+    return keep.videos
 
 
 def test_predict_generates_what_the_model_generates(model, tokenizer, tmp_path):
@@ -114,3 +117,17 @@ def test_a_missing_start_file_is_refused_before_generation(model, tokenizer, tmp
 def test_an_invalid_schedule_is_refused_before_training(model, tokenizer):
     with pytest.raises(UserError, match=r"temperature=0.0 at frame 4 of 6"):
         build(model, tokenizer, sampler=Sampler(Linear(4.0, -1.0)))
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "message"),
+    [
+        ({"negatives": [None, "grey"]}, {}, "The negative prompt has no effect with guidance=1"),
+        ({"starts": ["a.png", "b.png"]}, {"start_frames": 6}, "start_frames=6 must be at least 1 and less than"),
+    ],
+)
+def test_a_later_prompt_is_checked_before_the_first_video(model, tokenizer, tmp_path, options, settings, message):
+    keep = Keep()
+    with pytest.raises(UserError, match=message):
+        run([BATCH, BATCH._replace(**options)], build(model, tokenizer, **settings), tmp_path, keep, "32-true")
+    assert keep.videos == []
