@@ -38,11 +38,15 @@ class CodebookUsage(Metric):
     def collapse(self) -> str:
         """Return a warning if hardly any codes are used, of those that so many tokens could use; else an empty string.
 
-        Hardly any are fewer than 10 %, or a perplexity below 2 %.
+        Hardly any are fewer than 10 %, or a perplexity below 2 %, without the most frequent code, which may be that of
+        a plain background; or that code alone is 99 % of the tokens.
         """
         size, tokens, used = len(self.counts), int(self.counts.sum()), int((self.counts > 0).sum())
         possible, perplexity = min(size, tokens), float(self.compute()["perplexity"])
-        if possible < 2 or (used > max(1, 0.1 * possible) and perplexity > 0.02 * possible):
+        others = self.counts.double().scatter(0, self.counts.argmax(0, keepdim=True), 0.0)
+        of_others = float(torch.special.entr(others / others.sum().clamp(min=1)).sum().exp())
+        background = 1 - float(others.sum()) / max(tokens, 1)
+        if possible < 2 or (used > max(1, 0.1 * possible) and of_others > 0.02 * possible and background < 0.99):
             return ""
         return (
             f"The codebook has collapsed: {tokens} tokens use {used} of {size} codes (perplexity {perplexity:.3g}). "

@@ -30,6 +30,8 @@ ENTROPY_TEMPERATURE = 100.0
 """Factor on cosine similarities before the softmax of the entropy term."""
 SIMILARITIES = 2**24
 """Similarities of vectors and codes that are in memory at a time: 64 MiB."""
+EQUAL = 0.999
+"""Cosine similarity above which two codes count as the same."""
 KMEANS_STEPS = 10
 RESTART_COUNT = 10
 """Count that a new code starts with, relative to `restart_below`: it is kept for about ln(10) / (1 - decay) steps."""
@@ -85,6 +87,9 @@ class VectorQuantizer(Quantizer):
       rotation trick (https://arxiv.org/abs/2410.06424).
     - The first training pass initializes the codebook by k-means; a code that is rarely chosen is replaced by a vector
       of the current batch.
+    - So is a code that nearly equals one chosen more often: the token of a patch would depend on noise, such as that of
+      a lossy file or of another device's rounding. Where no vector is left that differs from all codes, such a code
+      becomes zero, which no vector chooses.
     - For both, vectors are drawn with a probability proportional to their squared distance from the nearest code
       (k-means++, Arthur and Vassilvitskii 2007). Drawn uniformly, most codes would become near-copies of the video's
       background, between which its tokens flicker.
@@ -208,15 +213,20 @@ class VectorQuantizer(Quantizer):
         self.counts.lerp_(counts, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
         self.codes.copy_(F.normalize(self.sums, dim=-1))
-        rare = self.counts < self.restart_below
-        missing = int(rare.sum())
+        if not self.restart_below:
+            return
+        replaced = (self.counts < self.restart_below) | _repeated(self.codes, self.counts)
+        missing = int(replaced.sum())
         if missing > 0:
             gathered = _gather_on_rank_zero(vectors)
             codes = vectors.new_empty(missing, self.dim)
             if gathered is not None:
                 codes = _draw_distant(gathered, self.codes, missing)
             new_counts = codes.new_full((missing,), RESTART_COUNT * self.restart_below)
-            self._set_codes(rare, _broadcast_from_rank_zero(codes), new_counts)
+            self._set_codes(replaced, _broadcast_from_rank_zero(codes), new_counts)
+            repeated = _repeated(self.codes, self.counts)
+            for state in (self.codes, self.sums, self.counts):
+                state[repeated] = 0
 
     def _set_codes(
         self, selected: Bool[Tensor, " k"], codes: Float[Tensor, "chosen d"], counts: Float[Tensor, " chosen"]
@@ -332,6 +342,17 @@ def _mean_probabilities(vectors: Float[Tensor, "m d"], codes: Float[Tensor, "k d
     chunks = vectors.split(_rows(codes))
     sums = [checkpoint(summed, chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     return torch.stack(sums).sum(dim=0) / len(vectors)
+
+
+@torch.no_grad()
+def _repeated(codes: Float[Tensor, "k d"], counts: Float[Tensor, " k"]) -> Bool[Tensor, " k"]:
+    """Return which codes nearly equal one with a larger count, or one with the same count before them."""
+    numbers = torch.arange(len(codes), device=codes.device)
+    repeated = []
+    for rows in numbers.split(_rows(codes)):
+        preferred = (counts > counts[rows, None]) | ((counts == counts[rows, None]) & (numbers < rows[:, None]))
+        repeated.append((preferred & (codes[rows] @ codes.T > EQUAL)).any(dim=1))
+    return torch.cat(repeated)
 
 
 def _draw_distant(vectors: Float[Tensor, "m d"], codes: Float[Tensor, "k d"], count: int) -> Float[Tensor, "{count} d"]:

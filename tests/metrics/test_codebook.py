@@ -42,6 +42,8 @@ def test_no_tokens():
         (torch.zeros(4000, dtype=torch.long), True),
         (torch.arange(4000) % 50, True),
         (torch.cat([torch.arange(1024), torch.zeros(10**6, dtype=torch.long)]), True),
+        (torch.cat([torch.arange(1024), torch.arange(10**6) % 2]), True),
+        (torch.cat([torch.arange(4000) % 300, torch.zeros(40_000, dtype=torch.long)]), False),  # a plain background
         (torch.arange(4000) % 300, False),
         (torch.arange(64), False),  # so few tokens cannot use more codes
     ],
