@@ -1,0 +1,113 @@
+"""What stage 2 of the moving shapes learns about combinations that it has not seen.
+
+`python -m tests.benchmarks.combinations RUN` reads the run folder of `make demo`, or another with the same folders, and
+prints
+
+- how much the token of a place varies where the drawing is the same, in nats per frame: the conditional entropy of the
+  tokens given the drawn pixels of their patches, for the background and for the rest, and how many codes occur;
+- the negative log-likelihood of a frame in nats, for training clips and for the held-out combinations;
+- the strict judge and the oracle (data/examples/oracle.py) on generated videos, for held-out prompts and for prompts of
+  training combinations, in percent.
+"""
+
+import math
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.datasets.tokens import TokenClip, TokenClips
+from data.examples.oracle import recognize, shows
+from data.examples.shapes import FRAMES, ShapeClip, draw, held_out_prompts, render
+from data.plan import Bucket
+from data.shards import ShardSet
+from t2v.errors import run_tool
+from t2v.generation.text_to_video import TextToVideo
+
+_CLIPS = 600
+"""Training clips whose tokens are counted."""
+_LIKELIHOOD_CLIPS = 180
+_BATCH = 30
+
+
+def load(folder: Path, numbers: range) -> list[TokenClip]:
+    """Load clips without random choices."""
+    clips = TokenClips(ShardSet(str(folder)), [Bucket(FRAMES, 1)])
+    return [clips.load(number, clips.buckets[0], rng=None) for number in numbers]  # type: ignore[misc]
+
+
+def token_noise(folder: Path) -> None:
+    """Print the conditional entropy of tokens given the drawing."""
+    drawn = [clip for clip, _ in draw(held_out=False, clips=3600, seed=0)]
+    tokens_of: dict[bytes, Counter[int]] = defaultdict(Counter)
+    for clip in load(folder, range(_CLIPS)):
+        video = render(drawn[int(clip.key.split("_")[0])])
+        grid = clip.tokens.shape[-1]
+        patches = video.unflatten(3, (grid, -1)).unflatten(2, (grid, -1)).permute(0, 2, 4, 1, 3, 5)
+        for patch, token in zip(patches.flatten(0, 2).numpy(), clip.tokens.flatten().tolist(), strict=True):
+            tokens_of[patch.tobytes()][token] += 1
+    background = max(tokens_of.values(), key=Counter.total)
+    others = sum(entropy(counts) for counts in tokens_of.values() if counts is not background)
+    codes = set().union(*tokens_of.values())
+    frames = _CLIPS * FRAMES
+    print(f"Tokens given the drawing: background {entropy(background) / frames:.3f}, rest {others / frames:.3f} nats")
+    print(f"Codes that occur: {len(codes)}")
+
+
+def entropy(counts: Counter[int]) -> float:
+    """Return the entropy of the drawn values times their number, in nats."""
+    total = counts.total()
+    return -sum(count * math.log(count / total) for count in counts.values())
+
+
+@torch.no_grad()
+def likelihood(model: TextToVideo, folder: Path) -> list[float]:
+    """Return the mean negative log-likelihood of the first four frames, and of the frames after them."""
+    count = len(TokenClips(ShardSet(str(folder)), [Bucket(FRAMES, 1)]))
+    clips = load(folder, range(0, count, max(1, count // _LIKELIHOOD_CLIPS)))
+    losses: list[Tensor] = []
+    for start in range(0, len(clips), _BATCH):
+        batch = TokenClips.collate(clips[start : start + _BATCH])
+        logits = model.transformer(batch.tokens, batch.text)
+        loss = F.cross_entropy(logits.flatten(0, 3), batch.tokens.flatten(), reduction="none")
+        losses.append(loss.view(len(batch.tokens), FRAMES, -1).sum(-1))
+    frames = torch.cat(losses).mean(0)
+    return [*frames[:4].tolist(), float(frames[4:].mean())]
+
+
+def judge(model: TextToVideo, prompts: list[tuple[ShapeClip, str]], guidance: float) -> dict[str, float]:
+    """Return the percentages of generated videos that the strict judge and the oracle find right."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    videos = model.generate([prompt for _, prompt in prompts], FRAMES, seed=range(len(prompts)), guidance=guidance)
+    for (clip, _), video in zip(prompts, videos.permute(0, 1, 3, 4, 2).numpy(), strict=True):
+        answer, shown = recognize(video), shows(video, clip.colour, clip.shape)
+        right["strict"].append(shown and answer.direction == clip.direction)
+        for name in ("colour", "shape", "direction"):
+            right[name].append(getattr(answer, name) == getattr(clip, name))
+    return {name: round(100 * float(np.mean(each)), 1) for name, each in right.items()}
+
+
+def main(run: Path, guidance: float = 1.8, per_combination: int = 3) -> None:
+    """Print all tables.
+
+    Args:
+        run: Folder with tokens/ and transformer/checkpoints/last.ckpt.
+        guidance: Guidance scale of the generated videos.
+        per_combination: Held-out prompts of each combination.
+    """
+    token_noise(run / "tokens/train")
+    model = TextToVideo.from_checkpoint(run / "transformer/checkpoints/last.ckpt")
+    for split in ("train", "val"):
+        print(f"nats per frame, frames 1 to 4, then the mean of the others, {split}:", end=" ")
+        print(*(f"{value:.2f}" for value in likelihood(model, run / "tokens" / split)))
+    held_out = held_out_prompts(per_combination)
+    print(f"{len(held_out)} held-out prompts: {judge(model, held_out, guidance)}")
+    seen = list(draw(held_out=False, clips=72, seed=5))
+    print(f"{len(seen)} prompts of training combinations: {judge(model, seen, guidance)}")
+
+
+if __name__ == "__main__":
+    run_tool(main)
