@@ -74,8 +74,8 @@ class GenerationEvaluation(MetricsReport):
         clips: Number of held-out clips, evenly spread; by default all. As many training clips are compared.
         batch_size: Videos that are generated together.
         frames: Frames of a clip that I3D sees, at least 9.
-        probe_clips: Number of training clips that the linear map is fitted on, evenly spread: all of them if there are
-            fewer; at least as many as are compared, which is the default.
+        probe_clips: Number of training clips that the linear map is fitted on, evenly spread, at least as many as are
+            compared, which is the default: all of them if there are fewer.
     """
 
     def __init__(
@@ -100,6 +100,7 @@ class GenerationEvaluation(MetricsReport):
                 f"probe_clips={probe_clips} has no effect without attributes: set attributes of GenerationEvaluation "
                 "to what the linear map shall recognize, or remove probe_clips."
             )
+        _check_probe_clips(probe_clips, clips or 0)
         self.train, self.val, self.attributes, self.judge = train, val, attributes, judge
         self.clips, self.batch_size, self.frames, self.probe_clips = clips, batch_size, frames, probe_clips
         self._passes = 0
@@ -136,7 +137,8 @@ class GenerationEvaluation(MetricsReport):
                 f"{len(real)} clips in '{self.val}' and {len(training)} in '{self.train}' are too few: at least 2, and "
                 "one for each rank, are needed."
             )
-        fitted = min(max(self.probe_clips or count, count), len(training)) // ranks * ranks
+        _check_probe_clips(self.probe_clips, count)
+        fitted = min(self.probe_clips or count, len(training)) // ranks * ranks
         mine = slice(trainer.global_rank, None, ranks)
         measured = _Measured()
         self._passes = 0
@@ -277,6 +279,13 @@ class GenerationEvaluation(MetricsReport):
             for kind, recognized in kinds.items()
             for name, accuracy in accuracies(recognized, truths[by]).items()
         }
+
+
+def _check_probe_clips(probe_clips: int | None, clips: int) -> None:
+    if probe_clips is not None and probe_clips < clips:
+        raise UserError(
+            f"probe_clips={probe_clips} is less than the {clips} clips that are compared: raise it, or leave it out."
+        )
 
 
 def _spread(length: int, count: int) -> Int[np.ndarray, " n"]:

@@ -44,3 +44,5 @@ def test_settings_that_measure_nothing_are_refused():
         GenerationEvaluation("test.json", "train", "val", clips=1)
     with pytest.raises(UserError, match="probe_clips=9 has no effect without attributes"):
         GenerationEvaluation("test.json", "train", "val", probe_clips=9)
+    with pytest.raises(UserError, match="probe_clips=9 is less than the 10 clips"):
+        GenerationEvaluation("test.json", "train", "val", attributes=["colour"], clips=10, probe_clips=9)

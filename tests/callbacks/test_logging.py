@@ -123,3 +123,8 @@ def test_the_page_shows_the_newest_videos_without_tensorboard_too(tmp_path):
 def test_a_missing_tensorboard_logger_is_warned_about(tmp_path):
     with pytest.warns(UserWarning, match="ReconstructionLogger logs nothing"):
         fit(tmp_path, ReconstructionLogger(), logger=CSVLogger(tmp_path), max_epochs=1)
+
+
+def test_a_dry_run_writes_no_videos(tmp_path):
+    fit(tmp_path, ReconstructionLogger(output_dir=str(tmp_path / "page")), fast_dev_run=True, max_epochs=None)
+    assert not (tmp_path / "page").exists()
