@@ -1,6 +1,7 @@
 """Fixtures of all tests: a fixed seed, no network, and the complete pipeline, trained once at toy sizes."""
 
 import fcntl
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,6 +20,12 @@ import jaxtyping  # after what shortens the import of Lightning
 import torch
 
 from tests.support.pipeline import Pipeline
+
+
+def pytest_collection_finish() -> None:
+    """Exempt all that the tests have imported from garbage collection, each of which would walk through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -215,7 +215,8 @@ class VectorQuantizer(Quantizer):
         self.codes.copy_(F.normalize(self.sums, dim=-1))
         if not self.restart_below:
             return
-        replaced = (self.counts < self.restart_below) | _repeated(self.codes, self.counts)
+        chosen = counts > 0  # of two equal codes, both are chosen again and again
+        replaced = (self.counts < self.restart_below) | _repeated(self.codes, self.counts, chosen)
         missing = int(replaced.sum())
         if missing > 0:
             gathered = _gather_on_rank_zero(vectors)
@@ -224,7 +225,7 @@ class VectorQuantizer(Quantizer):
                 codes = _draw_distant(gathered, self.codes, missing)
             new_counts = codes.new_full((missing,), RESTART_COUNT * self.restart_below)
             self._set_codes(replaced, _broadcast_from_rank_zero(codes), new_counts)
-            repeated = _repeated(self.codes, self.counts)
+            repeated = _repeated(self.codes, self.counts, chosen | replaced)
             for state in (self.codes, self.sums, self.counts):
                 state[repeated] = 0
 
@@ -330,7 +331,7 @@ def nearest(vectors: Float[Tensor, "m d"], codes: Float[Tensor, "k d"]) -> Neare
 
 def _rows(codes: Float[Tensor, "k d"]) -> int:
     """Return the number of vectors whose similarities to all codes may be in memory at a time."""
-    return max(SIMILARITIES // len(codes), 1)
+    return max(SIMILARITIES // max(len(codes), 1), 1)
 
 
 def _mean_probabilities(vectors: Float[Tensor, "m d"], codes: Float[Tensor, "k d"]) -> Float[Tensor, " k"]:
@@ -345,14 +346,18 @@ def _mean_probabilities(vectors: Float[Tensor, "m d"], codes: Float[Tensor, "k d
 
 
 @torch.no_grad()
-def _repeated(codes: Float[Tensor, "k d"], counts: Float[Tensor, " k"]) -> Bool[Tensor, " k"]:
-    """Return which codes nearly equal one with a larger count, or one with the same count before them."""
-    numbers = torch.arange(len(codes), device=codes.device)
-    repeated = []
-    for rows in numbers.split(_rows(codes)):
-        preferred = (counts > counts[rows, None]) | ((counts == counts[rows, None]) & (numbers < rows[:, None]))
-        repeated.append((preferred & (codes[rows] @ codes.T > EQUAL)).any(dim=1))
-    return torch.cat(repeated)
+def _repeated(
+    codes: Float[Tensor, "k d"], counts: Float[Tensor, " k"], among: Bool[Tensor, " k"]
+) -> Bool[Tensor, " k"]:
+    """Return which of the codes `among` nearly equal another of them that has a larger count, or comes before it."""
+    numbers = among.nonzero().flatten()
+    codes, counts = codes[numbers], counts[numbers]
+    repeated = torch.zeros_like(among)
+    for rows in torch.arange(len(numbers), device=numbers.device).split(_rows(codes)):
+        same = counts == counts[rows, None]
+        preferred = (counts > counts[rows, None]) | (same & (numbers < numbers[rows, None]))
+        repeated[numbers[rows]] = (preferred & (codes[rows] @ codes.T > EQUAL)).any(dim=1)
+    return repeated
 
 
 def _draw_distant(vectors: Float[Tensor, "m d"], codes: Float[Tensor, "k d"], count: int) -> Float[Tensor, "{count} d"]:
