@@ -85,8 +85,9 @@ class ValidationLogger(Callback):
             return
         for caption, video in videos.items():
             log_gif(trainer, f"{name}/{caption}" if caption else name, video, fps)
-        if self.output_dir is None or trainer.fast_dev_run or trainer.state.fn != TrainerFn.FITTING:
-            return  # only in `fit` the step is known
+        dry_run: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if self.output_dir is None or dry_run or trainer.state.fn != TrainerFn.FITTING:  # only there the step is known
+            return
         folder, step = self.output_dir / "samples", f"step {trainer.global_step}"
         folder.mkdir(parents=True, exist_ok=True)
         shown = []
