@@ -51,7 +51,7 @@ def kill_run_when(pattern, source, out):
     fork = forked.Fork("-m", "data.prepare", source, out, *flags)
     partial = out.with_name(f"{out.name}.partial")
     while fork.process.exitcode is None and not list(partial.glob(pattern)):
-        pass
+        fork.process.join(0.005)
     fork.process.kill()
     assert fork.wait().returncode == -signal.SIGKILL
     assert not out.exists()
