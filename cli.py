@@ -248,17 +248,17 @@ class T2VCLI(LightningCLI):
         """
         if self.subcommand == "plan":
             return
-        unwritable = {id(each): each.log_dir for each in trainer.loggers if _refuses_files(each.log_dir)}
+        unwritable = [logger for logger in trainer.loggers if _refuses_files(logger.log_dir)]
         if not unwritable:
             return
-        named = " and ".join(f"'{folder}'" for folder in unwritable.values())
+        named = " and ".join(f"'{logger.log_dir}'" for logger in unwritable)
         if self.subcommand == "fit":
             raise UserError(
                 f"{named} cannot be written to (no permission, or a read-only disk): give another folder, for example "
                 "by --trainer.default_root_dir, and to resume the checkpoint's path to --ckpt_path."
             )
         rank_zero_warn(f"{named} cannot be written to: nothing is logged there.")
-        trainer.loggers = [logger for logger in trainer.loggers if id(logger) not in unwritable]
+        trainer.loggers = [logger for logger in trainer.loggers if logger not in unwritable]
 
     def after_instantiate_classes(self) -> None:
         """Save the config of the model in every checkpoint, including nested modules."""

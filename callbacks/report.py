@@ -48,10 +48,12 @@ class MetricsReport(Callback):
     def __init__(self, path: str) -> None:
         self.path = Path(path)
         self._checkpoint: dict[str, Any] = {"step": None, "averaged_weights": None}
+        self._printed_only = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Warn before anything is computed if the file cannot be written."""
-        if stage in ("validate", "test") and not is_writable(self.path.parent):
+        self._printed_only = stage in ("validate", "test") and not is_writable(self.path.parent)
+        if self._printed_only:
             rank_zero_warn(
                 f"'{self.path.parent}' cannot be written to: the metrics are printed and {self.path.name} is not "
                 f"written; set the path of {type(self).__name__} to another folder to have it."
@@ -75,7 +77,7 @@ class MetricsReport(Callback):
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, batches: list[int | float]) -> None:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        if not trainer.is_global_zero or not is_writable(self.path.parent):
+        if not trainer.is_global_zero or self._printed_only:
             return
         protocol = {**self._describe_run(trainer), **_describe_parts(trainer, pl_module, sum(batches))}
         _complete_distances(metrics, protocol, pl_module)

@@ -260,9 +260,8 @@ def _explain_one(error: BaseException) -> str | None:
 def _explain_system(error: OSError) -> str:
     """Return the error of the system with the path, the reason and what to do."""
     reason = error.strerror or _one_line(str(error)) or type(error).__name__
-    path = (
-        f" '{os.fsdecode(error.filename)}'" if error.filename else " of TensorBoard" if _of_tensorboard(error) else ""
-    )
+    unnamed = " of TensorBoard" if _of_tensorboard(error) else ""
+    path = f" '{os.fsdecode(error.filename)}'" if error.filename else unnamed
     advice = _ADVICE.get(error.errno or 0, "correct the path, or choose another place")
     return f"The system refuses a file{path} ({reason}): {advice}."
 

@@ -29,11 +29,7 @@ class CodebookUsage(Metric):
 
     def compute(self) -> dict[str, Float[Tensor, ""]]:
         """Return `usage` and `perplexity`."""
-        frequencies = self.counts.double() / self.counts.sum().clamp(min=1)
-        return {
-            "usage": (self.counts > 0).float().mean(),
-            "perplexity": torch.exp(torch.special.entr(frequencies).sum()).float(),
-        }
+        return {"usage": (self.counts > 0).float().mean(), "perplexity": _perplexity(self.counts)}
 
     def collapse(self) -> str:
         """Return a warning if hardly any codes are used, of those that so many tokens could use; else an empty string.
@@ -43,13 +39,18 @@ class CodebookUsage(Metric):
         """
         size, tokens, used = len(self.counts), int(self.counts.sum()), int((self.counts > 0).sum())
         possible, perplexity = min(size, tokens), float(self.compute()["perplexity"])
-        others = self.counts.double().scatter(0, self.counts.argmax(0, keepdim=True), 0.0)
-        of_others = float(torch.special.entr(others / others.sum().clamp(min=1)).sum().exp())
-        background = 1 - float(others.sum()) / max(tokens, 1)
-        if possible < 2 or (used > max(1, 0.1 * possible) and of_others > 0.02 * possible and background < 0.99):
+        others = self.counts.scatter(0, self.counts.argmax(0, keepdim=True), 0)
+        varied = float(_perplexity(others)) > 0.02 * possible and int(others.sum()) > 0.01 * tokens
+        if possible < 2 or (used > max(1, 0.1 * possible) and varied):
             return ""
         return (
             f"The codebook has collapsed: {tokens} tokens use {used} of {size} codes (perplexity {perplexity:.3g}). "
             "Lower the learning rate, train longer before model.quantize_from_step, or let the quantizer restart "
             "unused codes (a higher restart_below of VectorQuantizer); FSQuantizer cannot collapse in this way."
         )
+
+
+def _perplexity(counts: Int[Tensor, " k"]) -> Float[Tensor, ""]:
+    """Return the exponential of the entropy of the frequencies; 1 without counts."""
+    frequencies = counts.double() / counts.sum().clamp(min=1)
+    return torch.exp(torch.special.entr(frequencies).sum()).float()

@@ -100,7 +100,7 @@ class VectorQuantizer(Quantizer):
         dim: Width of a code; 8 to 32 is usual.
         decay: Decay of the moving averages, in (0, 1).
         restart_below: A code is replaced if the number of vectors that choose it (moving average) is below this
-            fraction of the average over all codes, in [0, 1); 0 for never.
+            fraction of the average over all codes, in [0, 1); 0 for never, which holds for equal codes too.
         commitment_weight: Weight of the mean squared difference between vectors and their codes.
         entropy_weight: Weight of the entropy of the mean code probabilities in a batch, which is maximized.
 
@@ -331,7 +331,7 @@ def nearest(vectors: Float[Tensor, "m d"], codes: Float[Tensor, "k d"]) -> Neare
 
 def _rows(codes: Float[Tensor, "k d"]) -> int:
     """Return the number of vectors whose similarities to all codes may be in memory at a time."""
-    return max(SIMILARITIES // max(len(codes), 1), 1)
+    return max(SIMILARITIES // len(codes), 1)
 
 
 def _mean_probabilities(vectors: Float[Tensor, "m d"], codes: Float[Tensor, "k d"]) -> Float[Tensor, " k"]:
@@ -351,11 +351,11 @@ def _repeated(
 ) -> Bool[Tensor, " k"]:
     """Return which of the codes `among` nearly equal another of them that has a larger count, or comes before it."""
     numbers = among.nonzero().flatten()
-    codes, counts = codes[numbers], counts[numbers]
+    numbers = numbers[counts[numbers].argsort(descending=True, stable=True)]
+    codes, order = codes[numbers], torch.arange(len(numbers), device=numbers.device)
     repeated = torch.zeros_like(among)
-    for rows in torch.arange(len(numbers), device=numbers.device).split(_rows(codes)):
-        same = counts == counts[rows, None]
-        preferred = (counts > counts[rows, None]) | (same & (numbers < numbers[rows, None]))
+    for rows in order.split(_rows(codes)):
+        preferred = order < rows[:, None]
         repeated[numbers[rows]] = (preferred & (codes[rows] @ codes.T > EQUAL)).any(dim=1)
     return repeated
 

@@ -142,14 +142,16 @@ def test_chunks_of_similarities_choose_the_same_codes(monkeypatch):
 
 @pytest.mark.parametrize("copies", [1, 8])
 def test_restarts_do_not_depend_on_the_number_of_vectors(copies):
-    """1 of 200 vectors chooses the first of four codes: 2 % of the average."""
+    """1 of 200 vectors chooses the first of four codes: 2 % of the average. Only these differ from all codes."""
+    rare = F.normalize(torch.tensor([[1, 0.5, 0, 0], [1, -0.5, 0, 0]]), dim=-1)
+    others = torch.eye(4)[1:].repeat_interleave(torch.tensor([132, 132, 134]), 0)
     for restart_below, restarted in ((0.01, False), (0.03, True)):
         quantizer = VectorQuantizer(codebook_size=4, dim=4, decay=1e-6, restart_below=restart_below).train()
         quantizer.load_state_dict(
             {"codes": torch.eye(4), "sums": torch.eye(4), "counts": torch.ones(4), "initialized": torch.tensor(True)}
         )
-        quantizer(torch.eye(4).repeat_interleave(torch.tensor([1, 66, 66, 67]), 0).repeat(copies, 1)[None])
-        assert (quantizer.counts[0] == pytest.approx(0.02, rel=1e-3)) != restarted
+        quantizer(torch.cat([rare, others]).repeat(copies, 1)[None])
+        assert (quantizer.counts[0] == pytest.approx(10 * restart_below)) == restarted
         assert quantizer.counts[1:].tolist() == pytest.approx([1.32, 1.32, 1.34])
 
 
