@@ -14,6 +14,19 @@ _KINDS = {bool: "true or false", int: "a number", float: "a number", dict: "an o
 """Names of the types that are no text."""
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"its key '{twice}' occurs twice")
+    return content
+
+
+_DECODER, _UNIQUE_DECODER = (
+    json.JSONDecoder(parse_constant=lambda _: None, object_pairs_hook=hook) for hook in (None, _unique)
+)
+
+
 def parse_json(content: str | bytes, unique_keys: bool = False) -> Any:
     """Return the content of a JSON text in UTF-8, with or without a byte order mark; NaN and infinity become None.
 
@@ -25,9 +38,8 @@ def parse_json(content: str | bytes, unique_keys: bool = False) -> Any:
         ValueError: If it is not valid JSON, or nested too deeply to be read.
     """
     text = content.decode("utf-8-sig") if isinstance(content, bytes) else content.removeprefix("\ufeff")
-    hook = _unique if unique_keys else None
     try:
-        return json.loads(text, parse_constant=lambda _: None, object_pairs_hook=hook)
+        return (_UNIQUE_DECODER if unique_keys else _DECODER).decode(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
@@ -117,11 +129,3 @@ def texts(value: Any, name: str) -> list[str]:
         if "\0" in each:
             raise ValueError(f"its {name} has characters of code 0, as a damaged file has")
     return found
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"its key '{twice}' occurs twice")
-    return content

@@ -30,7 +30,8 @@ SHARD_SUFFIXES = (".tar", *COMPRESSIONS)
 _CHAINED = ("blockcache", "cached", "dir", "filecache", "libarchive", "simplecache", "tar", "zip")
 """Protocols that fsspec joins to another address by `::`."""
 _THREADS = 16
-"""Shards that are indexed at a time; over a network most of the time is waiting."""
+"""Remote shards that are indexed at a time: most of the time is waiting. Local ones are read one after the other, since
+threads that do not wait only wait for one another."""
 _FOLDER = "it is a folder"
 _MAX_GAP = 2**20
 """Bytes between two members of a sample above which each member is read in its own request."""
@@ -209,7 +210,8 @@ class ShardSet:
         """Return the index of each shard; make those that are missing. A shard that is no tar has no samples."""
         shards = list(self._addresses)
         indices: dict[str, dict[str, Any]] = {}
-        with ThreadPoolExecutor(_THREADS) as pool:
+        is_remote = any("://" in address for address in self._addresses.values())
+        with ThreadPoolExecutor(_THREADS if is_remote else 1) as pool:
             loaded = pool.map(lambda shard: load_index(self._filesystem(shard), shard), shards)
             indices = {shard: index for shard, index in zip(shards, loaded, strict=True) if index is not None}
             missing = [shard for shard in shards if shard not in indices]

@@ -114,7 +114,7 @@ def _parse(block: bytes) -> _Header | None:
         size, checksum = int(block[124:136].rstrip(b"\0 "), 8), int(block[148:156].rstrip(b"\0 "), 8)
     except ValueError:
         return None
-    if checksum != sum(block[:148]) + 8 * ord(" ") + sum(block[156:]) or size < 0:
+    if checksum != sum(block) - sum(block[148:156]) + 8 * ord(" ") or size < 0:
         return None
     name = block[:100].partition(b"\0")[0]
     if has_prefix:

@@ -11,6 +11,7 @@ import io
 import struct
 from contextlib import suppress
 from fractions import Fraction
+from functools import lru_cache
 from io import BufferedIOBase
 from itertools import chain, islice, repeat
 from typing import Any
@@ -160,11 +161,15 @@ def _without_bitrate(codec: bytes) -> bytes:
 def _tables(track: bytes) -> dict[bytes, bytes]:
     """Return the boxes of a track by their kind; the first of each kind."""
     tables: dict[bytes, bytes] = {}
-    for kind, content in mp4_boxes(track):
+    _collect(track, tables)
+    return tables
+
+
+def _collect(parent: bytes, tables: dict[bytes, bytes]) -> None:
+    for kind, content in mp4_boxes(parent):
         tables.setdefault(kind, content)
         if kind in _PARENTS:
-            tables |= _tables(content) | tables
-    return tables
+            _collect(content, tables)
 
 
 def _length(track: dict[bytes, bytes], movie_scale: int, size: int) -> tuple[int, float] | None:
@@ -190,7 +195,13 @@ def _length(track: dict[bytes, bytes], movie_scale: int, size: int) -> tuple[int
             return None
         duration = min(duration, length)
     is_even = abs(duration - frames * step) < step / 2
-    return (frames, 1 / float(1 / Fraction(scale, step))) if is_even else None
+    return (frames, _rate(scale, step)) if is_even else None
+
+
+@lru_cache
+def _rate(scale: int, step: int) -> float:
+    """Return the frames per second of frames that take `step` of `scale` units per second, rounded as by `probe`."""
+    return 1 / float(1 / Fraction(scale, step))
 
 
 def _has_places(track: dict[bytes, bytes], frames: int, size: int) -> bool:

@@ -10,7 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
@@ -160,8 +159,9 @@ def _header_places(index: dict[str, Any]) -> list[int]:
 def _hash_headers(file: io.BufferedIOBase, places: list[int], count: int) -> str:
     """Return a hash of up to `count` of the headers, the first and last among them."""
     hash_ = hashlib.sha256()
-    numbers = np.linspace(0, len(places) - 1, min(count, len(places) + 1)).round().astype(int)
-    for number in np.unique(numbers):
+    count = min(count, len(places) + 1)
+    step = (len(places) - 1) / (count - 1)
+    for number in sorted({round(i * step) for i in range(count)}):
         hash_.update(read_at(file, places[number], tarfile.BLOCKSIZE))
     return hash_.hexdigest()
 
