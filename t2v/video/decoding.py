@@ -154,7 +154,8 @@ class OpenVideo:
         picture = converted[rows, columns]
         if is_hdr:
             picture = tone_map(picture, transfer, frame.color_primaries in (_UNKNOWN, _BT2020))
-        matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+        side_data: Any = frame.side_data
+        matrix = side_data.get("DISPLAYMATRIX") if len(side_data) else None
         return picture if matrix is None else _display(picture, unpack("=9i", bytes(matrix)))
 
     def _window(self, height: int, width: int) -> tuple[slice, slice, int, int]:

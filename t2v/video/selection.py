@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib import import_module
-from itertools import groupby
+from itertools import chain, groupby, islice
 from types import ModuleType
 from typing import Any, Literal
 
@@ -103,12 +103,12 @@ class _Table:
 
     def __init__(self, video: OpenVideo) -> None:
         self.video = video
-        packets = list(video.packets())
+        self.packets = packets = list(video.packets())
         shown = [packet for packet in packets if packet.pts is not None and not packet.is_discard]
         self.times = sorted(packet.pts for packet in shown if packet.pts is not None)
-        self.key_frames = sorted(  # the time at which it is shown, and its time in the file
-            (packet.pts, packet.pts if packet.dts is None else packet.dts)
-            for packet in packets
+        self.key_frames = sorted(  # the time at which it is shown, and its place in `packets`
+            (packet.pts, place)
+            for place, packet in enumerate(packets)
             if packet.pts is not None and packet.is_keyframe
         )
         self.cut = len(shown) < len(packets) - 1
@@ -137,7 +137,7 @@ class _Table:
         return numbers
 
     def decode(self, numbers: Sequence[int], check_time: Callable[[], None]) -> Iterator[av.VideoFrame]:
-        """Yield frames; between them, seek to the last key frame before the next one."""
+        """Yield frames; between them, go to the last key frame before the next one."""
         current = -2  # the key frame that was decoded from
         frames: Iterator[av.VideoFrame] = iter(())
         for number in numbers:
@@ -145,8 +145,9 @@ class _Table:
             time = self.times[number]
             key_frame = max(0, bisect_right(self.key_frames, time, key=lambda times: times[0]) - 1)
             if key_frame > current + 1:
-                self.video.container.seek(self.key_frames[key_frame][1], stream=self.video.stream)
-                frames = self._decode_from(self.key_frames[key_frame][0])
+                if current >= 0:
+                    self.video.stream.codec_context.flush_buffers()
+                frames = self._decode_from(*self.key_frames[key_frame])
             current = key_frame
             for frame in frames:
                 check_time()
@@ -158,9 +159,9 @@ class _Table:
                 raise DecodeError(f"frame {number} is missing")
             yield frame
 
-    def _decode_from(self, start: int) -> Iterator[av.VideoFrame]:
+    def _decode_from(self, start: int, place: int) -> Iterator[av.VideoFrame]:
         """Yield the frames from a key frame on; those shown before it may need earlier ones."""
-        for frame in self.video.container.decode(self.video.stream):
+        for frame in chain.from_iterable(packet.decode() for packet in islice(self.packets, place, None)):
             if frame.pts is not None and frame.pts >= start:
                 if frame.interlaced_frame:
                     raise DecodeError("interlaced frames are decoded in order")
