@@ -16,6 +16,7 @@ from t2v.batch import TextEmbedding
 from t2v.errors import UserError
 from t2v.generation.sampling import Sampler
 from t2v.generation.settings import GenerationSettings
+from t2v.losses import L1Loss
 from t2v.losses.tokens import token_loss_
 from t2v.text import MiniLMTextEncoder
 from t2v.torch_private import quantized_parts, storage_id
@@ -36,6 +37,7 @@ from t2v.training.planner.budget import (
 from t2v.training.planner.run import PlannedRun
 from t2v.training.planner.step import Meter
 from t2v.training.transformer import LitVideoTransformer
+from t2v.training.vqvae import LitVQVAE
 from t2v.transformer.decoding import Decoder
 from t2v.transformer.model import VideoTransformer
 from t2v.vqvae.quantizer import VectorQuantizer
@@ -101,12 +103,16 @@ def test_planned_peaks_and_flops_equal_those_of_a_real_step(precision, checkpoin
     text = TextEmbedding(text.tokens.to(dtype), text.mask, text.pooled.to(dtype))
     with Meter(model) as meter:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
-            loss = token_loss_(model(tokens, text, drop), tokens, z_loss=1e-4).objective
-        saved, forward = meter.live, meter.peak
+            logits = model(tokens, text, drop)
+            forward = meter.peak
+            meter.restart()
+            loss = token_loss_(logits, tokens, z_loss=1e-4).objective
+        del logits
+        saved, in_loss = meter.live, meter.peak
         meter.restart()
         loss.backward()
     planned = transformer_step(model, CLIPS, FRAMES, TEXT_LENGTH, precision, checkpointing, "cpu")
-    assert planned[:3] == pytest.approx((saved, forward, meter.peak), rel=0.02)
+    assert planned[:4] == pytest.approx((saved, forward, in_loss, meter.peak), rel=0.02)
     assert planned.flops == pytest.approx(meter.flops, rel=0.02)
 
 
@@ -189,7 +195,7 @@ def test_fsdp_divides_weights_gradients_and_state_and_ddp_nothing():
     assert sharded.communication == 6 * layers + 8 * outside  # layers are gathered in bfloat16
     assert replicated[:3] == alone[:3]
     assert replicated.communication == alone.gradients
-    assert alone.peak == sum(alone[:3]) + alone.activations
+    assert alone.peak == alone.weights + alone.gradients + alone.optimizer_state + alone.activations
     averaged = training_budget(model, step, optimizer, "bf16-mixed", averaged=True)
     assert averaged.peak == alone.peak + alone.weights
 
@@ -243,6 +249,23 @@ def test_a_large_batch_is_extrapolated_from_measured_ones(monkeypatch):
     assert run.step("bf16-mixed", "none", 12) == pytest.approx(expected, rel=0.05)
     run.frames = 48
     assert run.step("bf16-mixed", "none", 1) == pytest.approx(long, rel=0.1)
+
+
+def test_a_large_batch_in_groups_of_frames_is_extrapolated_phase_by_phase():
+    model = toy_vqvae(VectorQuantizer(16, 4), image_size=32, base_channels=16)
+    run = PlannedRun(LitVQVAE(model, [L1Loss()]), None, None, "cuda")
+    run.frames = run.frames_at_once = 2
+    for clips in (30, 90):  # the loss takes more than the forward pass from some number of clips on
+        measured = run._measure("32-true", "frames", clips, 2)
+        assert tuple(run.step("32-true", "frames", clips)) == pytest.approx(tuple(measured), rel=0.01)
+    setting = run.setting._replace(checkpointing="frames")
+    budgets = [
+        training_budget(
+            model, run._measure("32-true", "frames", clips, 2), run.optimizer("AdamW", "32-true"), "32-true"
+        )
+        for clips in (89, 90)
+    ]
+    assert 89 <= run.largest_batch(setting, (budgets[0].peak + budgets[1].peak) / 2) <= 90
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ class OptimizerBytes(NamedTuple):
 
 
 class TrainingBudget(NamedTuple):
-    """Bytes on one device at the peak of a training step; all but `saved` sum to `peak`."""
+    """Bytes on one device at the peak of a training step."""
 
     weights: int
     gradients: int
@@ -42,15 +42,26 @@ class TrainingBudget(NamedTuple):
     """The moving average of the weights."""
     communication: int
     """Gradient buckets of DDP; unsharded layers of FSDP2."""
-    activations: int
-    """Activations and temporaries at the moment of the peak."""
+    phases: tuple[int, int, int, int]
+    """Peaks of activations and temporaries: in the forward pass, the loss, the backward pass, the optimizer's step."""
     saved: int
-    """Activations that the forward pass saves for the backward pass, which are part of `activations`."""
+    """Activations that the forward pass saves for the backward pass."""
+
+    @property
+    def activations(self) -> int:
+        """Activations and temporaries at the moment of the peak."""
+        return max(self.phases)
+
+    @property
+    def peaks(self) -> tuple[int, ...]:
+        """All bytes at the peak of each phase."""
+        kept = self.weights + self.gradients + self.optimizer_state + self.ema + self.communication
+        return tuple(kept + phase for phase in self.phases)
 
     @property
     def peak(self) -> int:
         """All bytes at the peak."""
-        return sum(self) - self.saved
+        return max(self.peaks)
 
 
 class GenerationBudget(NamedTuple):
@@ -133,14 +144,17 @@ def transformer_step(
         if isinstance(block, Block):
             block.recompute_attention = checkpointing == "attention"
 
-    def loss() -> Tensor:
+    def forward() -> tuple[Tensor, Tensor]:
         shape = (clips, frames, model.grid_size, model.grid_size)
         tokens = torch.empty(shape, dtype=torch.long, device="meta")
         text = _empty_text(clips, text_length, model.text.dim, dtype)
         drop = torch.empty(clips, dtype=torch.bool, device="meta")
-        return token_loss_(model(tokens, text, drop), tokens, z_loss=1e-4).objective
+        return model(tokens, text, drop), tokens
 
-    return measure_step(model, loss, device, autocast_dtype)
+    def loss(output: tuple[Tensor, Tensor]) -> Tensor:
+        return token_loss_(*output, z_loss=1e-4).objective
+
+    return measure_step(model, forward, loss, device, autocast_dtype)
 
 
 def vqvae_step(
@@ -165,12 +179,15 @@ def vqvae_step(
     model = without_data(model, dtype).train()
     model.frames_at_once = frames_at_once
 
-    def loss() -> Tensor:
+    def forward() -> tuple[Tensor, Tensor]:
         video = torch.empty(clips, frames, 3, model.image_size, model.image_size, dtype=dtype, device="meta")
-        reconstruction: Tensor = model(video, quantize=False).reconstruction
+        return model(video, quantize=False).reconstruction, video
+
+    def loss(output: tuple[Tensor, Tensor]) -> Tensor:
+        reconstruction, video = output
         return (reconstruction.float() - video).abs().mean()
 
-    return measure_step(model, loss, device, autocast_dtype)
+    return measure_step(model, forward, loss, device, autocast_dtype)
 
 
 def optimizer_bytes(
@@ -275,18 +292,15 @@ def training_budget(
         layers, outside = unsharded_parameters(model, tp_size)
         gathered = layers * (autocast_dtype or dtype).itemsize + outside * dtype.itemsize
         communication = gathered + (layers + outside) * torch.float32.itemsize  # in which gradients are summed
-    peak = max(
-        gradients + step.forward,
-        step.backward_activations + gradients if shards > 1 else step.backward,
-        gradients + math.ceil(optimizer.temporary / shards),
-    )
+    backward = step.backward_activations if shards > 1 else step.backward - gradients
+    phases = (step.forward, step.loss, backward, math.ceil(optimizer.temporary / shards))
     return TrainingBudget(
         weights,
         gradients,
         sharded(optimizer.state),
         weights if averaged else 0,
         communication,
-        peak - gradients,
+        phases,
         step.saved,
     )
 

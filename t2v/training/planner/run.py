@@ -35,6 +35,8 @@ from t2v.vqvae.model import VQVAE
 
 MEASURED_FRAMES = 256
 """Frames of the largest batch that is measured: measuring takes time in proportion to them."""
+_LINEAR_GROUPS = 16
+"""Groups of frames from which on the bytes of activation checkpointing grow linearly."""
 DEFAULT_TEXT_LENGTH = 256
 """Text tokens of the longest caption, if the text encoder has no limit."""
 
@@ -135,7 +137,7 @@ class PlannedRun:
     def largest_batch(self, setting: Setting, memory: float) -> int:
         """Return the largest batch size of a device that fits, extrapolated from two batch sizes.
 
-        Bytes grow linearly, from the batch size on at which stored inputs exceed what one group of frames takes.
+        The bytes of each phase of a step grow linearly, with activation checkpointing from some groups of frames on.
 
         Args:
             setting: The setting.
@@ -145,11 +147,11 @@ class PlannedRun:
             return 0
         small, large = 1, max(self.clips, 2)
         if setting.checkpointing == "frames":
-            small = math.ceil(16 * self.frames_at_once / self.frames)
-            large = 2 * small
-        first, last = self.budget(setting, small).peak, self.budget(setting, large).peak
-        per_clip = max(last - first, 1) / (large - small)
-        return max(1, small + int((memory - first) / per_clip))
+            small = math.ceil(_LINEAR_GROUPS * self.frames_at_once / self.frames)
+            large = small + 1
+        phases = zip(self.budget(setting, small).peaks, self.budget(setting, large).peaks, strict=True)
+        fitting = [small + int((memory - first) * (large - small) / max(last - first, 1)) for first, last in phases]
+        return max(1, min(fitting))
 
     def layouts(self) -> list[Layout]:
         """Return the run's own layout, one device, and FSDP2 over at least eight devices."""
@@ -179,13 +181,16 @@ class PlannedRun:
 
     def _step(self, precision: str, checkpointing: str, clips: int) -> Step:
         """Measure a training step; that of a large batch is extrapolated from two smaller ones, since it is linear."""
-        # Bytes and operations grow linearly from half of these frames on.
-        linear = 32 * self.frames_at_once if checkpointing == "frames" else MEASURED_FRAMES
-        if clips * self.frames <= max(MEASURED_FRAMES, linear):
+        # From `first` frames on, bytes and operations grow linearly.
+        first, last = MEASURED_FRAMES // 2, MEASURED_FRAMES
+        if checkpointing == "frames":
+            first, last = _LINEAR_GROUPS * self.frames_at_once, (_LINEAR_GROUPS + 1) * self.frames_at_once
+        if clips * self.frames <= last:
             return self.measure(precision, checkpointing, clips, self.frames)
-        half = linear // 2
-        # Whole clips if two different numbers of them can be measured, else one clip of two lengths.
-        shapes = [(size // self.frames, self.frames) if self.frames <= half else (1, size) for size in (half, linear)]
+        shapes = [(1, first), (1, last)]
+        if self.frames <= first:  # whole clips
+            fewer = math.ceil(first / self.frames)
+            shapes = [(fewer, self.frames), (max(last // self.frames, fewer + 1), self.frames)]
         small, large = (self.measure(precision, checkpointing, *shape) for shape in shapes)
         first, last = (clips * frames for clips, frames in shapes)
         beyond = clips * self.frames - last

@@ -37,6 +37,7 @@ from t2v.training.flops import executed_flops
 
 Device = Literal["cuda", "cpu"]
 Module = TypeVar("Module", bound=nn.Module)
+Output = TypeVar("Output")
 _IS_CPU = Tensor.is_cpu.__get__  # type: ignore[attr-defined]
 _AUTOCAST = {
     F.linear,
@@ -58,7 +59,9 @@ class Step(NamedTuple):
     saved: int
     """Activations that the forward pass saves for the backward pass."""
     forward: int
-    """Peak of the forward pass, without gradients of the previous step."""
+    """Peak of the model's forward pass, without gradients of the previous step."""
+    loss: int
+    """Peak while the loss is computed from the model's output."""
     backward: int
     """Peak of the backward pass, with the gradients that exist at that moment."""
     backward_activations: int
@@ -245,7 +248,11 @@ def without_data(module: Module, dtype: torch.dtype | None = None, device: str =
 
 
 def measure_step(
-    model: nn.Module, loss: Callable[[], Float[Tensor, ""]], device: Device, autocast_dtype: torch.dtype | None
+    model: nn.Module,
+    forward: Callable[[], Output],
+    loss: Callable[[Output], Float[Tensor, ""]],
+    device: Device,
+    autocast_dtype: torch.dtype | None,
 ) -> Step:
     """Run a training step without memory.
 
@@ -253,7 +260,8 @@ def measure_step(
 
     Args:
         model: On the meta device.
-        loss: Runs the forward pass, inputs included.
+        forward: Makes the inputs and runs the model.
+        loss: Computes the loss from what `forward` returns.
         device: The kind of device to plan for.
         autocast_dtype: Type that autocast casts to; None for no autocast.
     """
@@ -268,13 +276,17 @@ def measure_step(
     with ExitStack() as stack:
         stack.enter_context(meter)
         stack.enter_context(rules)
-        objective = loss()
+        output = forward()
+        in_forward = meter.peak
+        meter.restart()
+        objective = loss(output)
+        del output
         rules.weight_casts = None
-        saved, forward = meter.live, meter.peak
+        saved, in_loss = meter.live, meter.peak
         for weight in model.parameters():
             if weight.requires_grad:
                 weight.grad = None
                 stack.callback(weight.register_post_accumulate_grad_hook(count_gradient).remove)
         meter.restart()
         backward_under_modes(objective)
-    return Step(saved, forward, meter.peak, meter.peak_activations, meter.flops)
+    return Step(saved, in_forward, in_loss, meter.peak, meter.peak_activations, meter.flops)
