@@ -42,7 +42,8 @@ class MetricsReport(Callback):
     - `versions`: The versions of Python and of packages on which the metrics depend.
 
     Args:
-        path: The file; an older one is replaced. Where its folder cannot be written to, the metrics are only printed.
+        path: The file; an older one is replaced. With `trainer.fast_dev_run`, or where its folder cannot be written to,
+            the metrics are only printed.
     """
 
     def __init__(self, path: str) -> None:
@@ -52,8 +53,10 @@ class MetricsReport(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Warn before anything is computed if the file cannot be written."""
-        self._printed_only = stage in ("validate", "test") and not is_writable(self.path.parent)
-        if self._printed_only:
+        is_dry_run = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        is_refused = stage in ("validate", "test") and not is_writable(self.path.parent)
+        self._printed_only = is_dry_run or is_refused
+        if is_refused and not is_dry_run:
             rank_zero_warn(
                 f"'{self.path.parent}' cannot be written to: the metrics are printed and {self.path.name} is not "
                 f"written; set the path of {type(self).__name__} to another folder to have it."

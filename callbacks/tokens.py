@@ -59,7 +59,7 @@ class TokenShardWriter(BasePredictionWriter):
         self._embeddings = _EmbeddingCache(text_encoder)
         self._writers: dict[str, ShardWriter] = {}
         self._lock = ExitStack()
-        self._locked = False
+        self._locked = self._dry_run = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that there are no older shards, which would be mixed with new ones.
@@ -68,7 +68,8 @@ class TokenShardWriter(BasePredictionWriter):
             UserError: If the folder of a split is not empty.
         """
         super().setup(trainer, pl_module, stage)
-        if stage != "predict":
+        self._dry_run = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        if stage != "predict" or self._dry_run:
             return
         if trainer.is_global_zero and (self.partial / _COMPLETE).exists():
             self._publish()  # the run was killed while it did
@@ -100,6 +101,10 @@ class TokenShardWriter(BasePredictionWriter):
             "text_encoder": self.text_encoder.name,
             "text_width": self.text_encoder.width,
         }
+        self._starts = {}
+        if self._dry_run:
+            print("Nothing is written: trainer.fast_dev_run is a test.", flush=True)
+            return
         refused = self._open_partial(trainer) if trainer.is_global_zero else ""
         if refused := trainer.strategy.broadcast(refused):
             raise UserError(refused)
@@ -123,16 +128,18 @@ class TokenShardWriter(BasePredictionWriter):
         split = trainer.datamodule.predict_splits[dataloader_idx]  # type: ignore[attr-defined]
         number = trainer.predict_dataloaders[dataloader_idx].numbers[batch_idx]  # type: ignore[index]
         start = self._starts.get(split, _Reached())
+        done = start.samples if number == start.batch else 0
+        with trainer.profiler.profile(f"[TextEncoder]{self.text_encoder.name}"):  # type: ignore[attr-defined]
+            all_captions = [caption for captions in batch.captions[done:] for caption in captions]
+            embeddings = iter(self._embeddings.embed(all_captions))
+        if self._dry_run:
+            return
         if split not in self._writers:
             writer = ShardWriter(
                 self.partial / split, self.samples_per_shard, _prefix(trainer.global_rank), start.shards
             )
             self._writers[split] = writer.__enter__()
         writer = self._writers[split]
-        done = start.samples if number == start.batch else 0
-        with trainer.profiler.profile(f"[TextEncoder]{self.text_encoder.name}"):  # type: ignore[attr-defined]
-            all_captions = [caption for captions in batch.captions[done:] for caption in captions]
-            embeddings = iter(self._embeddings.embed(all_captions))
         samples = list(zip(batch.keys, batch.captions, prediction.cpu().numpy(), strict=True))
         for at, (key, captions, tokens) in enumerate(samples[done:], done):
             texts, pooled = zip(*islice(embeddings, len(captions)), strict=True)
@@ -158,6 +165,8 @@ class TokenShardWriter(BasePredictionWriter):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Move the folders of the splits to their final paths."""
+        if self._dry_run:
+            return
         self._close(None)
         trainer.strategy.barrier("TokenShardWriter.end")
         if trainer.is_global_zero:

@@ -150,6 +150,14 @@ def test_a_test_run_saves_nothing(pipeline, capfd):
     assert pipeline.checkpoint("vqvae").read_bytes() == before
     assert names(pipeline.checkpoint("vqvae").parent) == ["last.ckpt"]
     assert "No checkpoints are saved" in capfd.readouterr().out
+    report = pipeline.run / "vqvae/validation.json"
+    report.write_text("of the whole validation")
+    shutil.rmtree(pipeline.run / "tokens")
+    for command in ("validate", "predict"):
+        dry = *pipeline.config("vqvae"), "--ckpt_path", "last", "--trainer.fast_dev_run=true"
+        assert status(pipeline, command, *dry) == 0
+    assert report.read_text() == "of the whole validation"
+    assert not (pipeline.run / "tokens").exists()
 
 
 def test_a_new_run_moves_the_checkpoints_of_an_earlier_one(pipeline, capfd):
