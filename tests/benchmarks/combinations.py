@@ -6,8 +6,8 @@ prints
 - how much the token of a place varies where the drawing is the same, in nats per frame: the conditional entropy of the
   tokens given the drawn pixels of their patches, for the background and for the rest, and how many codes occur;
 - the negative log-likelihood of a frame in nats, for training clips and for the held-out combinations;
-- the strict judge and the oracle (data/examples/oracle.py) on generated videos, for held-out prompts and for prompts of
-  training combinations, in percent.
+- the strict judge and the oracle (data/examples/oracle.py) on reconstructions of drawings, and on generated videos, for
+  held-out combinations and for those of training, in percent.
 """
 
 import math
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import UInt8
 from torch import Tensor
 
 from data.datasets.tokens import TokenClip, TokenClips
@@ -26,11 +27,14 @@ from data.plan import Bucket
 from data.shards import ShardSet
 from t2v.errors import run_tool
 from t2v.generation.text_to_video import TextToVideo
+from t2v.vqvae.model import VQVAE, to_model_range, to_uint8
 
 _CLIPS = 600
 """Training clips whose tokens are counted."""
 _LIKELIHOOD_CLIPS = 180
 _BATCH = 30
+_DRAWINGS = 120
+"""Drawings that are encoded and decoded."""
 
 
 def load(folder: Path, numbers: range) -> list[TokenClip]:
@@ -78,16 +82,21 @@ def likelihood(model: TextToVideo, folder: Path) -> list[float]:
     return [*frames[:4].tolist(), float(frames[4:].mean())]
 
 
-def judge(model: TextToVideo, prompts: list[tuple[ShapeClip, str]], guidance: float) -> dict[str, float]:
-    """Return the percentages of generated videos that the strict judge and the oracle find right."""
+def judge(videos: UInt8[Tensor, "b t 3 height width"], clips: list[ShapeClip]) -> dict[str, float]:
+    """Return the percentages of videos that the strict judge and the oracle find right."""
     right: dict[str, list[bool]] = defaultdict(list)
-    videos = model.generate([prompt for _, prompt in prompts], FRAMES, seed=range(len(prompts)), guidance=guidance)
-    for (clip, _), video in zip(prompts, videos.permute(0, 1, 3, 4, 2).numpy(), strict=True):
+    for clip, video in zip(clips, videos.permute(0, 1, 3, 4, 2).numpy(), strict=True):
         answer, shown = recognize(video), shows(video, clip.colour, clip.shape)
         right["strict"].append(shown and answer.direction == clip.direction)
         for name in ("colour", "shape", "direction"):
             right[name].append(getattr(answer, name) == getattr(clip, name))
     return {name: round(100 * float(np.mean(each)), 1) for name, each in right.items()}
+
+
+@torch.no_grad()
+def reconstruct(vqvae: VQVAE, clips: list[ShapeClip]) -> UInt8[Tensor, "b t 3 height width"]:
+    """Return what the VQ-VAE makes of drawings: what the transformer would generate if it made no error."""
+    return torch.cat([to_uint8(vqvae.decode(vqvae.encode(to_model_range(render(clip)[None])))) for clip in clips])
 
 
 def main(run: Path, guidance: float = 1.8, per_combination: int = 3) -> None:
@@ -103,10 +112,17 @@ def main(run: Path, guidance: float = 1.8, per_combination: int = 3) -> None:
     for split in ("train", "val"):
         print(f"nats per frame, frames 1 to 4, then the mean of the others, {split}:", end=" ")
         print(*(f"{value:.2f}" for value in likelihood(model, run / "tokens" / split)))
-    held_out = held_out_prompts(per_combination)
-    print(f"{len(held_out)} held-out prompts: {judge(model, held_out, guidance)}")
-    seen = list(draw(held_out=False, clips=72, seed=5))
-    print(f"{len(seen)} prompts of training combinations: {judge(model, seen, guidance)}")
+    for split in (True, False):
+        drawn = [clip for clip, _ in draw(split, _DRAWINGS, seed=3)]
+        name = "held-out" if split else "training"
+        print(
+            f"reconstructions of {_DRAWINGS} drawings of {name} combinations:",
+            judge(reconstruct(model.vqvae, drawn), drawn),
+        )
+    prompts = {"held-out": held_out_prompts(per_combination), "training": list(draw(held_out=False, clips=72, seed=5))}
+    for name, each in prompts.items():
+        videos = model.generate([prompt for _, prompt in each], FRAMES, seed=range(len(each)), guidance=guidance)
+        print(f"{len(each)} prompts of {name} combinations:", judge(videos, [clip for clip, _ in each]))
 
 
 if __name__ == "__main__":
