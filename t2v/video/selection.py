@@ -107,9 +107,7 @@ class _Table:
         shown = [packet for packet in packets if packet.pts is not None and not packet.is_discard]
         self.times = sorted(packet.pts for packet in shown if packet.pts is not None)
         self.key_frames = sorted(  # the time at which it is shown, and its place in `packets`
-            (packet.pts, place)
-            for place, packet in enumerate(packets)
-            if packet.pts is not None and packet.is_keyframe
+            (packet.pts, place) for place, packet in enumerate(packets) if packet.pts is not None and packet.is_keyframe
         )
         self.cut = len(shown) < len(packets) - 1
         later = [place for place, packet in enumerate(packets) if packet.is_keyframe and place]
