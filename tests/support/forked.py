@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
@@ -48,6 +49,11 @@ class Fork:
         arguments = self.words, str(cwd), variables, [str(path) for path in self._outputs], largest_file
         self.process: BaseProcess = _server().Process(target=_work, args=arguments)
         self.process.start()
+
+    def wait_until(self, reached: Callable[[], object]) -> None:
+        """Wait until something is true or the program has ended, without taking the processor from it."""
+        while self.process.exitcode is None and not reached():
+            self.process.join(0.005)
 
     def wait(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """Return the result when the program ends; the status of one that was killed is minus the signal."""

@@ -50,8 +50,7 @@ def kill_run_when(pattern, source, out):
     flags = [*FLAGS, "--filters.max_hash_distance=16", "--num_workers=1"]
     fork = forked.Fork("-m", "data.prepare", source, out, *flags)
     partial = out.with_name(f"{out.name}.partial")
-    while fork.process.exitcode is None and not list(partial.glob(pattern)):
-        fork.process.join(0.005)
+    fork.wait_until(lambda: list(partial.glob(pattern)))
     fork.process.kill()
     assert fork.wait().returncode == -signal.SIGKILL
     assert not out.exists()
