@@ -145,6 +145,7 @@ def test_ctrl_c_prints_one_line(source, tmp_path, make):
     write_mp4(tmp_path / "long.mp4", make.numbered(31).repeat(10, 1, 1, 1), 8.0)
     fork = forked.Fork("-m", "data.prepare", tmp_path, tmp_path / "out", "--captions=none", "--frames=4", "--size=512")
     fork.wait_until(lambda: list((tmp_path / "out.partial").glob("clips/*.current")))  # the first video is being cut
+    assert fork.process.exitcode is None
     os.kill(fork.process.pid, signal.SIGINT)
     done = fork.wait()
     *_, last = done.stderr.splitlines()
