@@ -58,13 +58,13 @@ print([name for name in {ONLY_FOR_TRAINING!r} if importlib.util.find_spec(name)]
     assert torch.equal(torch.load(tmp_path / "video.pt"), model.generate(PROMPT))
 
 
-def test_the_wheel_is_typed_and_knows_its_version(python, tmp_path):
-    script = "import t2v, pathlib; print(t2v.__version__, (pathlib.Path(t2v.__file__).parent / 'py.typed').exists())"
+def test_the_wheel_is_typed_knows_its_version_and_names_the_extra_for_training(python, tmp_path):
+    script = """
+import pathlib, t2v
+print(t2v.__version__, (pathlib.Path(t2v.__file__).parent / "py.typed").exists())
+t2v.LitVQVAE
+"""
     done = environment.run(python, "-c", script, cwd=tmp_path)
     assert done.stdout.split() == [version("t2v"), "True"], done.stderr
-
-
-def test_lightning_modules_name_the_extra_to_install(python, tmp_path):
-    done = environment.run(python, "-c", "import t2v; t2v.LitVQVAE", cwd=tmp_path)
     assert done.returncode != 0
     assert 'pip install -e ".[train]"' in done.stderr

@@ -99,12 +99,11 @@ def reconstruct(vqvae: VQVAE, clips: list[ShapeClip]) -> UInt8[Tensor, "b t 3 he
     return torch.cat([to_uint8(vqvae.decode(vqvae.encode(to_model_range(render(clip)[None])))) for clip in clips])
 
 
-def main(run: Path, guidance: float = 1.8, per_combination: int = 3) -> None:
+def main(run: Path, per_combination: int = 3) -> None:
     """Print all tables.
 
     Args:
         run: Folder with tokens/ and transformer/checkpoints/last.ckpt.
-        guidance: Guidance scale of the generated videos.
         per_combination: Held-out prompts of each combination.
     """
     token_noise(run / "tokens/train")
@@ -121,7 +120,7 @@ def main(run: Path, guidance: float = 1.8, per_combination: int = 3) -> None:
         )
     prompts = {"held-out": held_out_prompts(per_combination), "training": list(draw(held_out=False, clips=72, seed=5))}
     for name, each in prompts.items():
-        videos = model.generate([prompt for _, prompt in each], FRAMES, seed=range(len(each)), guidance=guidance)
+        videos = model.generate([prompt for _, prompt in each], FRAMES, seed=range(len(each)))
         print(f"{len(each)} prompts of {name} combinations:", judge(videos, [clip for clip, _ in each]))
 
 

@@ -251,6 +251,7 @@ def test_a_large_batch_is_extrapolated_from_measured_ones(monkeypatch):
     assert run.step("bf16-mixed", "none", 1) == pytest.approx(long, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_large_batch_in_groups_of_frames_is_extrapolated_phase_by_phase():
     model = toy_vqvae(VectorQuantizer(16, 4), image_size=32, base_channels=16)
     run = PlannedRun(LitVQVAE(model, [L1Loss()]), None, None, "cuda")
