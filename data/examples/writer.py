@@ -9,6 +9,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from jaxtyping import UInt8
 from torch import Tensor
 from tqdm import tqdm
@@ -57,7 +58,8 @@ def write_split(
         temporary.mkdir()
         paths = [temporary / f"{number:06d}.mp4" for number in range(len(clips))]
         write, jobs = partial(_write_clip, render, fps), zip(paths, clips, strict=True)
-        with get_context("spawn").Pool(num_workers) if num_workers > 1 else nullcontext() as pool:
+        one_thread = torch.set_num_threads, (1,)  # several of each process would wait for one another
+        with get_context("spawn").Pool(num_workers, *one_thread) if num_workers > 1 else nullcontext() as pool:
             written = pool.imap_unordered(write, jobs, chunksize=16) if pool else map(write, jobs)
             for _ in tqdm(written, total=len(clips), desc="drawing clips", unit="clip"):
                 pass

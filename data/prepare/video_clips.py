@@ -95,8 +95,8 @@ def cut_video(
     Raises:
         DecodeError: If the video cannot be decoded.
     """
-    if not (any(bars) or deinterlace) and _is_clip(path, info, clip_format):
-        yield VideoClip(0.0, torch.stack([frame for _, frame in stream_frames(path)]), path.read_bytes())
+    if not (any(bars) or deinterlace) and (clip := _as_clip(path, info, clip_format)) is not None:
+        yield VideoClip(0.0, clip, path.read_bytes())
         return
     starts = [0.0]
     if clip_format.scene_threshold:
@@ -115,14 +115,18 @@ def cut_video(
             yield VideoClip(round(starts[scene], 6), None)
 
 
-def _is_clip(path: Path, info: VideoInfo, clip_format: ClipFormat) -> bool:
-    """Return whether a file already is exactly one clip."""
+def _as_clip(path: Path, info: VideoInfo, clip_format: ClipFormat) -> UInt8[Tensor, "t c h w"] | None:
+    """Return the frames of a file that already is exactly one clip; None if it is not."""
     fits = (info.frames, info.height, info.width) == (clip_format.frames, *clip_format.size_of(info))
     if path.suffix.lower() != ".mp4" or not fits or abs(info.fps - clip_format.fps) >= 1e-3 or not is_plain(path):
-        return False
-    times = [time for time, _ in stream_frames(path)]
-    on_time = (abs(time - number / clip_format.fps) < _OFF_TIME / clip_format.fps for number, time in enumerate(times))
-    return len(times) == clip_format.frames and all(on_time)
+        return None
+    frames: list[UInt8[Tensor, "c h w"]] = []
+    for time, frame in stream_frames(path):
+        off_time = abs(time - len(frames) / clip_format.fps)
+        if len(frames) == clip_format.frames or off_time >= _OFF_TIME / clip_format.fps:
+            return None
+        frames.append(frame)
+    return torch.stack(frames) if len(frames) == clip_format.frames else None
 
 
 def _group(frames: Iterable[TimedFrame], clip_format: ClipFormat, size: tuple[int, int]) -> Iterator[VideoClip]:

@@ -26,6 +26,8 @@ from data.examples.shapes import FRAMES, ShapeClip, draw, held_out_prompts, rend
 from data.plan import Bucket
 from data.shards import ShardSet
 from t2v.errors import run_tool
+from t2v.generation.sampling import Sampler
+from t2v.generation.schedules import Schedule
 from t2v.generation.text_to_video import TextToVideo
 from t2v.vqvae.model import VQVAE, to_model_range, to_uint8
 
@@ -99,12 +101,21 @@ def reconstruct(vqvae: VQVAE, clips: list[ShapeClip]) -> UInt8[Tensor, "b t 3 he
     return torch.cat([to_uint8(vqvae.decode(vqvae.encode(to_model_range(render(clip)[None])))) for clip in clips])
 
 
-def main(run: Path, per_combination: int = 3) -> None:
+def main(
+    run: Path,
+    per_combination: int = 3,
+    seed: int = 1,
+    guidance: float | Schedule | None = None,
+    sampler: Sampler | None = None,
+) -> None:
     """Print all tables.
 
     Args:
         run: Folder with tokens/ and transformer/checkpoints/last.ckpt.
         per_combination: Held-out prompts of each combination.
+        seed: Equal seeds give equal held-out prompts; 1 those of the demo.
+        guidance: Guidance scale; the model's own by default.
+        sampler: Draws the tokens; the model's own by default.
     """
     token_noise(run / "tokens/train")
     model = TextToVideo.from_checkpoint(run / "transformer/checkpoints/last.ckpt")
@@ -118,9 +129,13 @@ def main(run: Path, per_combination: int = 3) -> None:
             f"reconstructions of {_DRAWINGS} drawings of {name} combinations:",
             judge(reconstruct(model.vqvae, drawn), drawn),
         )
-    prompts = {"held-out": held_out_prompts(per_combination), "training": list(draw(held_out=False, clips=72, seed=5))}
+    prompts = {
+        "held-out": held_out_prompts(per_combination, seed),
+        "training": list(draw(held_out=False, clips=72, seed=5)),
+    }
     for name, each in prompts.items():
-        videos = model.generate([prompt for _, prompt in each], FRAMES, seed=range(len(each)))
+        texts = [prompt for _, prompt in each]
+        videos = model.generate(texts, FRAMES, seed=range(len(each)), guidance=guidance, sampler=sampler)
         print(f"{len(each)} prompts of {name} combinations:", judge(videos, [clip for clip, _ in each]))
 
 
