@@ -15,11 +15,12 @@
 import signal
 import sys
 
-from t2v.training.startup import answer, defer_torchmetrics
+from t2v.training.startup import answer, defer_torchmetrics, keep_freed_memory
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the process without a traceback
     answer(sys.argv[1:])
+    keep_freed_memory()
 defer_torchmetrics()  # before the imports below, which take seconds
 
 import argparse

@@ -31,6 +31,7 @@ from data.examples.oracle import Answer, read_file, recognize, recognize_file, s
 from data.examples.shapes import FPS, FRAMES, held_out_prompts
 from t2v.files import atomic_path
 from t2v.generation.compilation import compile_error
+from t2v.training.startup import keep_freed_memory
 from t2v.video import read_frames
 
 RUN = Path("runs/demo")
@@ -369,4 +370,5 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     demo()

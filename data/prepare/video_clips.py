@@ -95,8 +95,8 @@ def cut_video(
     Raises:
         DecodeError: If the video cannot be decoded.
     """
-    if not (any(bars) or deinterlace) and (clip := _as_clip(path, info, clip_format)) is not None:
-        yield VideoClip(0.0, clip, path.read_bytes())
+    if not (any(bars) or deinterlace) and (whole := _as_clip(path, info, clip_format)) is not None:
+        yield VideoClip(0.0, whole, path.read_bytes())
         return
     starts = [0.0]
     if clip_format.scene_threshold:

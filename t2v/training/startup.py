@@ -1,5 +1,6 @@
-"""What `cli.py` does before its imports, which take seconds: help screens, and a shorter import of torchmetrics."""
+"""What `cli.py` does before its imports, which take seconds: help screens, a shorter import of torchmetrics, memory."""
 
+import ctypes
 import difflib
 import importlib
 import logging
@@ -134,6 +135,10 @@ def answer(args: list[str]) -> list[str]:
     raise SystemExit(0)
 
 
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""Parameters of mallopt, in <malloc.h>."""
+
+
 def _fail(message: str) -> None:
     sys.stderr.write(f"error: {message}\n")
     raise SystemExit(2)
@@ -172,3 +177,15 @@ def defer_torchmetrics() -> None:
     except ImportError:  # another version, with other needs: import it as it is
         for loaded in [module for module in sys.modules if module.partition(".")[0] == "torchmetrics"]:
             del sys.modules[loaded]
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory of freed tensors for new ones, rather than return it to the system.
+
+    The system clears every page that it gives to a process. Without this, writing the tokens of the moving shapes on a
+    CPU, with tensors of 17 MB, takes 1.3 times as long. Other C libraries stay as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for parameter in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
+            mallopt(parameter, 2**31 - 1)
