@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw
 
 from callbacks.gallery import update_gallery
 from cli import main
-from data.examples.oracle import Answer, read_file, recognize, recognize_file, shows
+from data.examples.oracle import Answer, passes, read_file, recognize, recognize_file, shows
 from data.examples.shapes import FPS, FRAMES, held_out_prompts
 from t2v.files import atomic_path
 from t2v.generation.compilation import compile_error
@@ -50,7 +50,7 @@ class PeakMemory(threading.Thread):
         self.gib = 0.0
 
     def run(self) -> None:
-        """Measure twice a second."""
+        """Measure once a second."""
         while True:
             total = 0
             for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
@@ -59,7 +59,7 @@ class PeakMemory(threading.Thread):
                 except psutil.Error:  # the process has ended
                     continue
             self.gib = max(self.gib, total / 2**30)
-            time.sleep(0.5)
+            time.sleep(1)
 
 
 class Steps:
@@ -183,7 +183,7 @@ def judge_real() -> dict[str, float]:
 def judge_generated(videos: list[str]) -> dict[str, float]:
     """Return the fraction of generated videos in which the oracle recognizes each attribute of the prompt."""
     clips = [clip for clip, _ in held_out_prompts(PROMPTS_PER_COMBINATION)]
-    truths = [Answer(clip.colour, clip.shape, clip.direction) for clip in clips]
+    truths = [Answer.of(clip) for clip in clips]
     return accuracy([recognize_file(RUN / "videos" / name) for name in videos], truths)
 
 
@@ -212,12 +212,12 @@ def judge_strictly(videos: list[str], long: list[str]) -> dict[str, float]:
     with (RUN / "clips/val/captions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))[: len(videos)]
     real = [
-        _passes(RUN / "clips/val" / row["path"], Answer(row["colour"], row["shape"], row["direction"])) for row in rows
+        passes(read_file(RUN / "clips/val" / row["path"]), Answer(row["colour"], row["shape"], row["direction"]))
+        for row in rows
     ]
     clips = [clip for clip, _ in held_out_prompts(PROMPTS_PER_COMBINATION)]
     generated = [
-        _passes(RUN / "videos" / name, Answer(clip.colour, clip.shape, clip.direction))
-        for clip, name in zip(clips, videos, strict=True)
+        passes(read_file(RUN / "videos" / name), Answer.of(clip)) for clip, name in zip(clips, videos, strict=True)
     ]
     kept = [
         shows(read_file(LONG / "videos" / name)[LONG_FRAMES - FRAMES :], clip.colour, clip.shape)
@@ -225,11 +225,6 @@ def judge_strictly(videos: list[str], long: list[str]) -> dict[str, float]:
     ]
     passed = {"strict_accuracy": generated, "strict_long": kept, "strict_real": real}
     return {name: sum(each) / len(each) for name, each in passed.items()}
-
-
-def _passes(path: Path, truth: Answer) -> bool:
-    video = read_file(path)
-    return recognize(video).direction == truth.direction and shows(video, truth.colour, truth.shape)
 
 
 def moving_sheet(videos: list[str], path: Path, rows: int = 2, columns: int = 4) -> None:

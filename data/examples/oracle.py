@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float64, UInt8
 
-from data.examples.shapes import BACKGROUND, COLOURS, SHAPES, SIZES, coverage
+from data.examples.shapes import BACKGROUND, COLOURS, SHAPES, SIZES, ShapeClip, coverage
 
 
 class Answer(NamedTuple):
@@ -24,6 +24,11 @@ class Answer(NamedTuple):
     colour: str
     shape: str
     direction: str
+
+    @classmethod
+    def of(cls, clip: ShapeClip) -> "Answer":
+        """Return what is true of a clip."""
+        return cls(clip.colour, clip.shape, clip.direction)
 
 
 NOTHING = Answer("nothing", "nothing", "nothing")
@@ -48,6 +53,11 @@ class Fit(NamedTuple):
     shape: str
     psnr: float
     """In the box around the shape with a margin of `MARGIN` pixels, in dB."""
+
+
+def passes(video: UInt8[np.ndarray, "t height width 3"], truth: Answer) -> bool:
+    """Return whether most frames show the right shape, by `shows`, and the motion has the right direction."""
+    return recognize(video).direction == truth.direction and shows(video, truth.colour, truth.shape)
 
 
 def shows(video: UInt8[np.ndarray, "t height width 3"], colour: str, shape: str) -> bool:

@@ -29,6 +29,8 @@ _POSITIONS = 256
 """Positions of all videos, both branches of guidance counted, that a GPU computes in about the time of one."""
 _COMPILED_POSITIONS = 64
 """The same for compiled passes on a CPU, whose number of positions cannot follow the drafts."""
+_CPU_POSITIONS = 16
+"""Positions of each video that uncompiled passes on a CPU may compute, however many videos there are."""
 _ADAPTATION = 0.2
 """Weight of the last pass in the average of right drafts."""
 _LEAD = 16
@@ -135,16 +137,20 @@ def check_parallel(parallel: Parallel, argument: str = "parallel") -> None:
         raise UserError(f"{argument}={parallel} must be at least 1 (one token after the other), or auto.")
 
 
-def most_positions(parallel: Parallel, rows: int, compiled_on_cpu: bool = False) -> int:
+def most_positions(parallel: Parallel, rows: int, on_cpu: bool = False, compiled: bool = False) -> int:
     """Return the most tokens of each video that a pass computes.
 
     Args:
         parallel: A number, or "auto".
         rows: Videos, twice as many with guidance.
-        compiled_on_cpu: Whether passes are compiled for a CPU.
+        on_cpu: Whether passes run on a CPU.
+        compiled: Whether they are compiled.
     """
-    most = _COMPILED_POSITIONS if compiled_on_cpu else _POSITIONS
-    return max(most // rows, 1) if parallel == "auto" else parallel
+    if parallel != "auto":
+        return parallel
+    if on_cpu and not compiled:
+        return max(_POSITIONS // rows, _CPU_POSITIONS)
+    return max((_COMPILED_POSITIONS if on_cpu else _POSITIONS) // rows, 1)
 
 
 class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
@@ -178,7 +184,7 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
         on_cpu = text.pooled.device.type == "cpu"
         self._adaptive = parallel == "auto" and not compiled and on_cpu
         self._branches = 2 if self._guided_frames else 1  # with text, and without
-        positions = most_positions(parallel, self._branches * self.videos, compiled and on_cpu)
+        positions = most_positions(parallel, self._branches * self.videos, on_cpu, compiled)
         self._most = min(positions, self.frame_size * (self._frames - self._first))
         self._streak = 4.0
         """Average number of drafts at the beginning of a pass that turned out to be right."""

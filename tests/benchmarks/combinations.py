@@ -21,7 +21,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from data.datasets.tokens import TokenClip, TokenClips
-from data.examples.oracle import recognize, shows
+from data.examples.oracle import Answer, passes, recognize
 from data.examples.shapes import FRAMES, ShapeClip, draw, held_out_prompts, render
 from data.plan import Bucket
 from data.shards import ShardSet
@@ -88,10 +88,10 @@ def judge(videos: UInt8[Tensor, "b t 3 height width"], clips: list[ShapeClip]) -
     """Return the percentages of videos that the strict judge and the oracle find right."""
     right: dict[str, list[bool]] = defaultdict(list)
     for clip, video in zip(clips, videos.permute(0, 1, 3, 4, 2).numpy(), strict=True):
-        answer, shown = recognize(video), shows(video, clip.colour, clip.shape)
-        right["strict"].append(shown and answer.direction == clip.direction)
-        for name in ("colour", "shape", "direction"):
-            right[name].append(getattr(answer, name) == getattr(clip, name))
+        answer, truth = recognize(video), Answer.of(clip)
+        right["strict"].append(passes(video, truth))
+        for name in Answer._fields:
+            right[name].append(getattr(answer, name) == getattr(truth, name))
     return {name: round(100 * float(np.mean(each)), 1) for name, each in right.items()}
 
 

@@ -107,7 +107,7 @@ def quality(ckpt: str, tokenizer: str, per_combination: int, batch: int) -> None
     """Print the accuracy by the oracle, and the distance of the probabilities from the full model's."""
     pairs = held_out_prompts(per_combination)
     prompts = [prompt for _, prompt in pairs]
-    truths = [Answer(clip.colour, clip.shape, clip.direction) for clip, _ in pairs]
+    truths = [Answer.of(clip) for clip, _ in pairs]
     rows = [*((kind, kind) for kind in KINDS), ("fp8, output projection too", "fp8")]
     reference: Tensor | None = None
     print(f"\n{len(prompts)} held-out prompts\n")
