@@ -57,19 +57,11 @@ class VideoPage:
                     with gr.Row():
                         frames = gr.Number(self.model.frames, label="Frames", elem_id="frames")
                         seed = gr.Number(0, label="Seed", elem_id="seed")
-                        scale = gr.Number(
-                            guidance if isinstance(guidance, int | float) else None,
-                            label="Guidance scale",
-                            info="1 is no guidance; empty: the model's schedule",
-                        )
-                    with gr.Accordion("Sampler", open=False), gr.Row():
-                        temperature = gr.Number(
-                            sampler.temperature if isinstance(sampler.temperature, int | float) else None,
-                            label="Temperature",
-                            info="empty: the model's schedule",
-                        )
-                        top_k = gr.Number(sampler.top_k, label="Top-k", info="empty: all tokens")
-                        top_p = gr.Number(sampler.top_p, label="Top-p", info="in (0, 1]; empty: all tokens")
+                        scale = _optional("Guidance scale", guidance, "the model's schedule")
+                    with gr.Accordion("Sampler", open=False, elem_id="sampler"), gr.Row():
+                        temperature = _optional("Temperature", sampler.temperature, "the model's schedule")
+                        top_k = _optional("Top-k", sampler.top_k, "all tokens")
+                        top_p = _optional("Top-p", sampler.top_p, "all tokens")
                     with gr.Accordion("Start from a picture or video", open=False):
                         start = gr.File(label="Picture or video", elem_id="start")
                         start_frames = gr.Number(1, label="Start frames", info="1 for a picture")
@@ -108,10 +100,10 @@ class VideoPage:
         prompt: str,
         frames: Number,
         seed: Number,
-        guidance: Number,
-        temperature: Number,
-        top_k: Number,
-        top_p: Number,
+        guidance: str | None,
+        temperature: str | None,
+        top_k: str | None,
+        top_p: str | None,
         start: str | None,
         start_frames: Number,
         history: list[tuple[str, str]],
@@ -122,10 +114,10 @@ class VideoPage:
             prompt: The text.
             frames: Length of the video.
             seed: Seed of the video.
-            guidance: Guidance scale; None for the model's.
-            temperature: Temperature; None for the model's.
-            top_k: Number of most probable tokens to keep; None for all.
-            top_p: Total probability of the tokens to keep; None for all.
+            guidance: Guidance scale; empty or None for the model's.
+            temperature: Temperature; empty or None for the model's.
+            top_k: Number of most probable tokens to keep; empty or None for all.
+            top_p: Total probability of the tokens to keep; empty or None for all.
             start: Path of a picture or video with which the video begins.
             start_frames: Number of frames that are taken from it.
             history: Videos of this browser with their captions, the newest first.
@@ -140,7 +132,7 @@ class VideoPage:
                 picture = read_clip(
                     start, _whole("Start frames", start_frames), self.model.vqvae.image_size, self.model.fps
                 )
-            scale = None if guidance is None else float(guidance)
+            scale = _number("Guidance scale", guidance)
             sampler = self._sampler(temperature, top_k, top_p)
             stream = self.model.stream(prompt, length, seed, picture, scale, sampler)
             descriptor, name = tempfile.mkstemp(".mp4", f"seed-{seed}-", self.folder)
@@ -167,13 +159,13 @@ class VideoPage:
             gr.update(value=name, interactive=True),
         )
 
-    def _sampler(self, temperature: Number, top_k: Number, top_p: Number) -> Sampler:
+    def _sampler(self, temperature: str | None, top_k: str | None, top_p: str | None) -> Sampler:
         """Return the model's sampler with other values."""
-        model = self.model.sampler
+        model, own_temperature, most = self.model.sampler, _number("Temperature", temperature), _number("Top-k", top_k)
         return Sampler(
-            model.temperature if temperature is None else float(temperature),
-            None if top_k is None else _whole("Top-k", top_k),
-            None if top_p is None else float(top_p),
+            model.temperature if own_temperature is None else own_temperature,
+            None if most is None else _whole("Top-k", most),
+            _number("Top-p", top_p),
             model.typical_p,
             model.min_p,
         )
@@ -217,6 +209,26 @@ def serve(
     if wait:
         page.block_thread()
     return page
+
+
+def _optional(label: str, value: object, empty: str) -> gr.Textbox:
+    """Return a field for a number that may be empty; Gradio's field for numbers would show and send 0.
+
+    Args:
+        label: Its name.
+        value: The number; None or a schedule for an empty field.
+        empty: What an empty field means.
+    """
+    text = f"{value:g}" if isinstance(value, int | float) else ""
+    return gr.Textbox(text, label=label, placeholder=empty, max_lines=1, elem_id=label.lower().replace(" ", "-"))
+
+
+def _number(name: str, text: str | None) -> float | None:
+    """Return the number in a field, or None if it is empty."""
+    try:
+        return float(text) if text and text.strip() else None
+    except ValueError:
+        raise UserError(f"{name} is '{text}': give a number, or leave the field empty.") from None
 
 
 def _whole(name: str, value: Number) -> int:

@@ -44,7 +44,7 @@ def _restored_environment() -> Iterator[None]:
 
 @pytest.fixture
 def unchecked_shapes() -> Iterator[None]:
-    """Switch the checks of shapes off, for planning: a plan of millions of calls takes ten times as long with them."""
+    """Switch the checks of shapes off, for planning and compilation, which take ten times as long with them."""
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     yield

@@ -23,7 +23,8 @@ def main(run: Path, out: Path) -> None:
     model = TextToVideo.from_checkpoint(run / "transformer/checkpoints/last.ckpt")
     page = serve(model, "The demo's model", [PROMPT], free_port(), wait=False)
     with open_browser() as browser:
-        browser.generate(page.local_url, PROMPT, frames=16, seed=1)
+        browser.open_page(page.local_url)
+        browser.generate(PROMPT, frames=16, seed=1)
         browser.driver.save_screenshot(str(out / "page.png"))
         browser.play_gallery(run / "index.html")
         browser.until(lambda: browser.run("return document.querySelector('video').currentTime > 0.5"))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from t2v import TextToVideo
+from t2v.generation import Interval, Linear, Sampler
 from t2v.transformer.config import TextConfig
 from t2v.vqvae.quantizer import FSQuantizer
 from tests.support.browser import free_port
@@ -21,7 +22,8 @@ def model() -> TextToVideo:
             if parameter.ndim > 1:
                 parameter.normal_(std=0.5)
     vqvae = toy_vqvae(FSQuantizer(levels=[4, 4]), channel_multipliers=(1, 1)).eval()
-    return TextToVideo(transformer, vqvae, WordEncoder(), fps=8.0, frames=5)
+    sampler, guidance = Sampler(temperature=Linear(1.0, 0.7)), Interval(3.0, first=0.0, last=0.5)
+    return TextToVideo(transformer, vqvae, WordEncoder(), 8.0, sampler, guidance, frames=5)
 
 
 @pytest.fixture(scope="module")

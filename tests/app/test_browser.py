@@ -10,6 +10,7 @@ from callbacks.gallery import Shown, update_gallery
 from t2v.video import read_frames, write_mp4
 from tests.support.browser import Browser, needs_chromium, open_browser, tensorboard
 
+FIELDS = ("guidance-scale", "temperature", "top-k", "top-p")
 pytestmark = [pytest.mark.slow, needs_chromium]
 
 
@@ -20,7 +21,12 @@ def browser() -> Iterator[Browser]:
 
 
 def test_the_page_to_play_with(page, model, browser, tmp_path):
-    browser.generate(page, "a red circle", frames=6, seed=3)
+    """Fields whose value is a schedule, or that are not set, are empty, and the model's own settings hold."""
+    browser.open_page(page)
+    browser.find("#sampler button").click()
+    browser.until(lambda: browser.count("#top-p input"))
+    assert [browser.find(f"#{name} input").get_attribute("value") for name in FIELDS] == [""] * len(FIELDS)
+    browser.generate("a red circle", frames=6, seed=3)
     script = "const v = document.querySelector('#video video'); return [v.duration, v.videoWidth, v.currentSrc]"
     duration, width, source = browser.run(script)
     assert duration == pytest.approx(6 / 8, abs=0.01)

@@ -7,7 +7,7 @@ import torch
 
 from t2v.video import probe, read_clip, read_frames, write_mp4
 
-DEFAULTS = {"frames": 4, "seed": 0, "guidance": 1, "temperature": 1, "top_k": None, "top_p": None, "start": None}
+DEFAULTS = {"frames": 4, "seed": 0, "guidance": None, "temperature": None, "top_k": None, "top_p": None, "start": None}
 
 
 def connect(page: str):
@@ -58,9 +58,10 @@ def test_the_page_begins_from_a_picture_or_video(page, model, tmp_path):
         ({"frames": 2.5}, "Frames is 2.5: give a whole number."),
         ({"seed": None}, "Seed is empty: give a whole number."),
         ({"top_p": 7}, "top_p=7.0"),
+        ({"guidance": "much"}, "Guidance scale is 'much': give a number, or leave the field empty."),
         ({"start": "README.md"}, "is not a video or picture that can be read"),
     ],
-    ids=["no frames", "half a frame", "no seed", "top_p", "start"],
+    ids=["no frames", "half a frame", "no seed", "top_p", "no number", "start"],
 )
 def test_an_error_is_a_sentence(page, changes, message):
     from gradio_client import handle_file

@@ -15,21 +15,18 @@ from tests.cuda_policy.toys import TEXT_DIM, transformer
 from tests.support import forked
 
 
-def tokens(model: VideoTransformer, videos: int, text_tokens: int, frames: int, guidance: float | Schedule) -> Tensor:
-    """Generate videos with compiled passes of four positions."""
+def tokens(
+    model: VideoTransformer, videos: int, text_tokens: int, frames: int, guidance: float | Schedule, compiled: bool
+) -> Tensor:
+    """Generate videos with passes of four positions."""
     generator = torch.Generator().manual_seed(text_tokens)
     text = TextEmbedding(
         torch.randn(videos, text_tokens, TEXT_DIM, generator=generator),
         torch.ones(videos, text_tokens, dtype=torch.bool),
         torch.randn(videos, TEXT_DIM, generator=generator),
     )
-    arguments = model, text, frames, Sampler(), range(videos), guidance
-    drawn = {
-        compiled: torch.cat(list(generate_frames(*arguments, compiled=compiled, parallel=4)), dim=1)
-        for compiled in (True, False)
-    }
-    assert torch.equal(drawn[True], drawn[False])
-    return drawn[True]
+    stream = generate_frames(model, text, frames, Sampler(), range(videos), guidance, compiled=compiled, parallel=4)
+    return torch.cat(list(stream), dim=1)
 
 
 @torch._dynamo.config.patch(recompile_limit=3, accumulated_recompile_limit=3)
@@ -42,15 +39,17 @@ def check_graphs() -> None:
         return graph.forward
 
     model = transformer().eval()
+    cases = [(2, words, frames, 1.0) for words, frames in ((7, 3), (1, 1), (13, 12), (32, 2), (77, 5))]
+    guided = [(1, 3, 4, guidance) for guidance in (3.0, Linear(3.0, 1.0), Interval(2.0, 0.5, 0.9))]
     with patch("torch.compile", partial(torch.compile, backend=backend)):
-        for words, frames in ((7, 3), (1, 1), (13, 12), (32, 2), (77, 5)):
-            tokens(model, 2, words, frames, 1.0)
+        generated = []
+        for case in [*cases, *guided]:  # 2 videos, and 1 in 2 branches
+            generated.append(tokens(model, *case, compiled=True))
             assert len(graphs) == 1, len(graphs)
-        for guidance in (3.0, Linear(3.0, 1.0), Interval(2.0, 0.5, 0.9)):  # 1 video in 2 branches
-            tokens(model, 1, 3, 4, guidance)
-            assert len(graphs) == 1, len(graphs)
-        tokens(model, 1, 3, 4, 1.0)
+        tokens(model, 1, 3, 4, 1.0, compiled=True)
         assert len(graphs) == 2, len(graphs)
+    for case, compiled in ((cases[2], generated[2]), (guided[1], generated[6])):
+        assert torch.equal(tokens(model, *case, compiled=False), compiled)
 
 
 def test_prompts_and_videos_of_all_lengths_share_a_graph_and_other_batches_are_compiled_too():

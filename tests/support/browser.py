@@ -49,10 +49,13 @@ class Browser:
         self.find(selector).send_keys(Keys.CONTROL, "a")
         self.find(selector).send_keys(text)
 
-    def generate(self, url: str, prompt: str, frames: int, seed: int) -> None:
-        """Open the page to play with, and generate a video on it, which then plays."""
+    def open_page(self, url: str) -> None:
+        """Open the page to play with."""
         self.driver.get(url)
         self.until(lambda: self.count("#prompt textarea"))
+
+    def generate(self, prompt: str, frames: int, seed: int) -> None:
+        """Generate a video on the page to play with, where it then plays."""
         self.enter("#prompt textarea", prompt)
         self.enter("#frames input", str(frames))
         self.enter("#seed input", str(seed))

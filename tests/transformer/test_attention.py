@@ -41,6 +41,7 @@ def test_a_spatial_layer_attends_to_its_own_frame_only():
     assert positions_with_gradient(model, frames=4, query=10) == [8, 9, 10]
 
 
+@pytest.mark.usefixtures("unchecked_shapes")  # tracing the checks takes long
 @pytest.mark.parametrize(
     ("dtype", "backend"),
     [
