@@ -63,7 +63,8 @@ def test_an_exported_model_generates_what_its_checkpoint_generates(trained_pipel
     with contextlib.chdir(trained_pipeline.folder):  # the tokenizer's path is relative to where training ran
         model = TextToVideo.from_checkpoint(trained_pipeline.checkpoint("transformer"))
     loaded = TextToVideo.from_pretrained(exported)
-    assert (loaded.fps, loaded.frames, loaded.guidance, loaded.sampler.temperature(0, 5)) == (8.0, 5, 1.8, 0.5)
+    assert (loaded.fps, loaded.frames, loaded.sampler.top_p) == (8.0, 5, 0.8)
+    assert [loaded.guidance(frame, 5) for frame in range(5)] == [1.8, 1.8, 1.8, 1.0, 1.0]
     assert loaded.prompts == model.prompts
     assert loaded.prompts[0] == "a small red circle moves left slowly"
     assert loaded.training["optimizer steps"] == 12
