@@ -1,3 +1,4 @@
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -6,6 +7,7 @@ import pytest
 
 from cli import T2VCLI, main
 from t2v.training import startup
+from tests.support import forked
 
 ROOT = Path(__file__).parents[2]
 DEFERRED = """
@@ -66,3 +68,24 @@ def test_a_missing_or_misspelled_command_is_answered_without_the_imports(args, m
 @pytest.mark.slow
 def test_torchmetrics_is_imported_on_first_use():
     subprocess.run([sys.executable, "-c", DEFERRED], cwd=ROOT, check=True)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about glibc's memory")
+def test_freed_memory_is_kept_for_new_tensors():
+    """A page that the system gives to a process is a page fault: 4,096 for each of these tensors."""
+    script = """
+import resource, torch
+from t2v.training.startup import keep_freed_memory
+
+def page_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(2**22)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+keep_freed_memory()
+page_faults()
+assert page_faults() < 2048
+"""
+    done = forked.run("-c", script)
+    assert done.returncode == 0, done.stderr
