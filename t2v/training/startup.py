@@ -183,7 +183,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep the memory of freed tensors for new ones, rather than return it to the system.
 
     The system clears every page that it gives to a process. Without this, writing the tokens of the moving shapes on a
-    CPU, with tensors of 17 MB, takes 1.3 times as long. Other C libraries stay as they are.
+    CPU, with tensors of tens of megabytes, takes 1.3 times as long. Other C libraries stay as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
