@@ -38,6 +38,7 @@ def test_the_page_to_play_with(page, model, browser, tmp_path):
     write_mp4(expected, model.generate("a red circle", 6, seed=3)[0], 8.0)
     assert torch.equal(read_frames(shown, range(6)), read_frames(expected, range(6)))
     assert browser.count("#history button.thumbnail-item, #history .thumbnail-item") == 1
+    assert browser.driver.save_screenshot(str(tmp_path / "page.png"))
     browser.enter("#frames input", "0")
     browser.find("#generate").click()
     browser.until(lambda: "Error: frames=0 must be at least 1" in browser.status())

@@ -48,7 +48,7 @@ def check_graphs() -> None:
             assert len(graphs) == 1, len(graphs)
         tokens(model, 1, 3, 4, 1.0, compiled=True)
         assert len(graphs) == 2, len(graphs)
-    for case, compiled in ((cases[2], generated[2]), (guided[1], generated[6])):
+    for case, compiled in zip([*cases, *guided], generated, strict=True):
         assert torch.equal(tokens(model, *case, compiled=False), compiled)
 
 

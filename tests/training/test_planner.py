@@ -299,9 +299,8 @@ def test_the_command_prints_the_plan(capsys):
 def test_the_command_plans_for_devices_that_this_machine_lacks(capsys):
     import cli
 
-    files = [f"--config={ROOT}/configs/{name}.yaml" for name in ("transformer/shapes", "cluster/fsdp")]
-    heads = ["--model.model.attention.heads=4", "--model.model.attention.kv_heads=2"]
-    cli.main(["plan", *files, *heads, "--trainer.devices=8", "--trainer.strategy.tensor_parallel_size=2"])
+    files = [f"--config={ROOT}/configs/{name}.yaml" for name in ("transformer/flare", "cluster/fsdp")]
+    cli.main(["plan", *files, "--trainer.devices=8", "--trainer.strategy.tensor_parallel_size=2"])
     printed = capsys.readouterr().out
     assert "FSDP2 × 8, tensor-parallel size 2" in printed
-    assert "step         1 batches × data-parallel size 4 = 12,288 tokens" in printed
+    assert "step         1 batches × data-parallel size 4 = 24,576 tokens" in printed
