@@ -1,7 +1,8 @@
 """Quantizers: from latents to codes and their indices, and from indices back to codes.
 
-- FSQ, LFQ and the rotation trick come from `vector-quantize-pytorch`. The learned codebook is our own: the library's
-  k-means and update take matrices of all vectors and all codes.
+- FSQ, LFQ and the rotation trick come from `vector-quantize-pytorch`, which is imported where they are used, since its
+  import takes half a second. The learned codebook is our own: the library's k-means and update take matrices of all
+  vectors and all codes.
 - A quantizer works on vectors of its own width `dim`; the encoder and the decoder project to and from that width.
 - `relax` maps vectors to the range of the codes without quantizing them. Training an autoencoder that way for a few
   hundred steps before k-means initializes a learned codebook gives k-means meaningful latents.
@@ -21,8 +22,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from vector_quantize_pytorch import FSQ, LFQ
-from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
 from t2v.errors import UserError, check_range
 
@@ -158,6 +157,8 @@ class VectorQuantizer(Quantizer):
                 probabilities = probabilities.clamp(min=1e-8)  # the gradient of the entropy is infinite at 0
                 loss = loss - self.entropy_weight * torch.special.entr(probabilities).sum()
             self._update_codebook(flat, indices.flatten())
+            from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
+
             return Quantized(rotate_to(unit, codes), indices, loss)
 
     def relax(self, vectors: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
@@ -254,6 +255,8 @@ class FSQuantizer(Quantizer):
         if not levels or min(levels) < 3:
             raise UserError(f"levels={list(levels)} of FSQuantizer must be at least one number, and none below 3.")
         self.levels, self.dim, self.codebook_size = list(levels), len(levels), math.prod(levels)
+        from vector_quantize_pytorch import FSQ
+
         self.quantize = FSQ(self.levels)
 
     def forward(self, vectors: Float[Tensor, "b n d"]) -> Quantized:
@@ -296,6 +299,8 @@ class LFQuantizer(Quantizer):
             )
         self.codebook_size, self.dim = codebook_size, bits
         self.entropy_weight, self.commitment_weight = entropy_weight, commitment_weight
+        from vector_quantize_pytorch import LFQ
+
         self.quantize = LFQ(
             codebook_size=codebook_size,
             entropy_loss_weight=entropy_weight,
