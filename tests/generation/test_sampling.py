@@ -103,3 +103,18 @@ def test_a_scheduled_temperature_out_of_range_is_refused(schedule, message):
     sampler = Sampler(temperature=schedule)
     with pytest.raises(UserError, match=message):
         [sampler.filter(logits(1), frame, 3) for frame in range(3)]
+
+
+@pytest.mark.parametrize("p", [0.01, 0.5, 0.8, 0.99])
+def test_a_draw_with_top_p_is_the_largest_sum_of_the_kept_tokens(p):
+    scales = torch.logspace(-2, 2, 400)[
+        :, None
+    ]  # from nearly uniform rows, most of whose draws are excluded, to certain
+    logits = torch.randn(400, 50) * scales
+    noise = -torch.rand(400, 50).log().neg().log()
+    sampler = Sampler(top_p=p)
+
+    drawn = sampler(logits, noise)
+
+    assert torch.equal(drawn, (sampler.filter(logits) + noise).argmax(dim=-1))
+    assert (drawn != (logits + noise).argmax(dim=-1)).any()
