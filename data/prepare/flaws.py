@@ -30,8 +30,8 @@ _MIN_COMBED, _MIN_EXCESS = 0.08, 1.4
 """Least fraction of the moving pixels that are in combs, and how often as many as within a field, if interlaced."""
 _MIN_MOVING = 2e-4
 """Least fraction of the pixels that move; with fewer nothing can be said."""
-_DARK, _EVEN = 40, 4
-"""Highest mean grey level of a bar, and largest standard deviation in it."""
+_DARK, _EVEN = 24, 4
+"""Highest mean grey level of a bar, that of FFmpeg's cropdetect, and largest standard deviation in it."""
 _MIN_PICTURE = 24
 """Least mean grey level of a frame in which bars are looked for."""
 _MIN_BAR = 0.02

@@ -47,12 +47,14 @@ def test_black_bars_are_found(rows, columns, tmp_path):
     assert flaws_of(tmp_path / "a.mp4") == Flaws(bars=Bars(rows, rows, columns, columns))
 
 
-def test_a_dark_video_and_a_dark_side_are_no_bars(tmp_path):
+def test_a_dark_video_a_dark_side_and_a_dark_background_are_no_bars(tmp_path):
     night = [picture // 16 for picture in corpus.moving(12)]
     corpus.encode(tmp_path / "night.mp4", night)
     floor = [np.pad(picture, ((0, 32), (0, 0), (0, 0))) for picture in corpus.moving(12)]
     corpus.encode(tmp_path / "floor.mp4", floor)
-    assert flaws_of(tmp_path / "night.mp4") == flaws_of(tmp_path / "floor.mp4") == Flaws()
+    write_mp4(tmp_path / "background.mp4", render(ShapeClip("white", "circle", "still", "large", "slow", 20, 20)), 10)
+    for name in ("night", "floor", "background"):
+        assert flaws_of(tmp_path / f"{name}.mp4") == Flaws()
 
 
 @pytest.mark.parametrize(
