@@ -250,7 +250,8 @@ def test_a_sharded_run_resumes_from_a_file(pipeline, runs):
     assert losses(pipeline.run / "sharded/losses", 1) == pytest.approx(runs.one[8:], abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["fsdp", pytest.param("tensor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsdp", "tensor"])
 def test_generation_validation_and_export_read_a_sharded_checkpoint(pipeline, request, tmp_path, name):
     request.getfixturevalue("tensor_parallel" if name == "tensor" else "runs")
     folder = at(pipeline, name, "last")

@@ -1,9 +1,11 @@
 """Speed of decoding: `python -m tests.benchmarks.decode`.
 
 One process, batch 1, float32, sampling without filters (Llama: greedy). Interleaved in every round: the memory
-bandwidth, measured by summing as many floats as a token reads; `generate` of a Llama of `transformers`; and our loop,
-eager and compiled, with a model of the same width and number of layers that reads as many weights per token (Llama has
-no text attention, therefore its feed-forward layers are wider). The limit is bandwidth ÷ bytes of weights per token.
+bandwidth, measured by summing as many floats as a token reads; `generate` of a Llama of `transformers`; and
+`TextToVideo.generate`, eager and compiled, with a transformer of the same width and number of layers that reads as many
+weights per token (Llama has no text attention, therefore its feed-forward layers are wider). It makes one frame from a
+prompt, its text embedding and its pixels included, one token after the other; then with "auto", which an untrained
+model, whose tokens nothing can foresee, must not make slower. The limit is bandwidth ÷ bytes of weights per token.
 
 Then, on a small model, time and memory per frame far into a video relative to early frames.
 """
@@ -18,12 +20,16 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from t2v import TextToVideo
 from t2v.batch import TextEmbedding
 from t2v.errors import run_tool
-from t2v.generation.decode import generate_frames
+from t2v.generation.decode import Parallel, generate_frames
 from t2v.generation.sampling import Sampler
+from t2v.text import MiniLMTextEncoder
 from t2v.transformer.config import AttentionConfig, TextConfig
 from t2v.transformer.model import VideoTransformer
+from t2v.vqvae.model import VQVAE
+from t2v.vqvae.quantizer import VectorQuantizer
 
 VOCABULARY, GRID, DIM, LAYERS, HEADS, KV_HEADS = 16384, 16, 768, 12, 12, 4
 TOKENS = GRID**2
@@ -81,20 +87,32 @@ def seconds(job: Callable[[], object]) -> float:
 def speed(rounds: int) -> None:
     """Print the first table."""
     theirs, model = llama(), ours()
-    caption, floats = text(384), torch.randn(weights_per_token(model))
+    vqvae = VQVAE(
+        image_size=128,
+        base_channels=64,
+        channel_multipliers=[1],
+        patch_size=4,
+        latent_patch_size=2,
+        quantizer=VectorQuantizer(VOCABULARY),
+    )
+    text_to_video = TextToVideo(model, vqvae, MiniLMTextEncoder(), fps=8.0)
+    floats = torch.randn(weights_per_token(model))
     prompt = torch.zeros(1, 1, dtype=torch.long)
     settings = {"do_sample": False, "min_new_tokens": TOKENS, "max_new_tokens": TOKENS, "use_cache": True}
 
-    def decode(compiled: bool) -> None:
-        list(generate_frames(model, caption, 1, Sampler(), [0], compiled=compiled))
+    def decode(compiled: bool, parallel: Parallel = 1) -> None:
+        text_to_video.compiled = compiled
+        text_to_video.generate("a red circle moves left", frames=1, parallel=parallel)
 
     jobs: dict[str, Callable[[], object]] = {
         "transformers' Llama, generate": lambda: theirs.generate(prompt, **settings),
         "ours, eager": lambda: decode(compiled=False),
         "ours, compiled": lambda: decode(compiled=True),
+        "ours, eager, auto": lambda: decode(compiled=False, parallel="auto"),
+        "ours, compiled, auto": lambda: decode(compiled=True, parallel="auto"),
     }
-    weights = dict(zip(jobs, map(weights_per_token, (theirs, model, model)), strict=True))
-    sizes = dict(zip(jobs, (sum(p.numel() for p in m.parameters()) for m in (theirs, model, model)), strict=True))
+    weights = {name: weights_per_token(model if name.startswith("ours") else theirs) for name in jobs}
+    sizes = {name: sum(p.numel() for p in (model if name.startswith("ours") else theirs).parameters()) for name in jobs}
     with torch.inference_mode():
         for job in jobs.values():
             job()

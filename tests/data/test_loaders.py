@@ -100,6 +100,7 @@ raise RuntimeError("while the workers are there")
 """
 
 
+@pytest.mark.slow
 def test_a_program_that_fails_with_workers_ends():
     run = subprocess.run([sys.executable, "-c", FAILING], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert run.returncode == 1

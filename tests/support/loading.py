@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import vector_quantize_pytorch  # noqa: F401  (otherwise it is imported while the model is loaded)
+
 import tests.support.toys  # noqa: F401  (the toys' text encoder can then be loaded)
 from t2v import TextToVideo
 

@@ -296,6 +296,7 @@ def test_the_command_prints_the_plan(capsys):
     assert "recommended" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_command_plans_for_devices_that_this_machine_lacks(capsys):
     import cli
 

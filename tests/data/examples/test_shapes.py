@@ -54,6 +54,7 @@ def test_a_caption_names_the_attributes_of_its_clip():
         assert any(word in caption for word in words)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")  # many small calls
 def test_training_captions_are_true_and_shared_by_several_clips():
     drawn = list(draw(held_out=False, clips=3600, seed=0))
     captions = training_captions(drawn, seed=0)
