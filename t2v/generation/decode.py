@@ -28,9 +28,11 @@ Parallel = int | Literal["auto"]
 _POSITIONS = 256
 """Positions of all videos, both branches of guidance counted, that a GPU computes in about the time of one."""
 _COMPILED_POSITIONS = 64
-"""The same for compiled passes on a CPU, whose number of positions cannot follow the drafts."""
+"""The same for compiled passes on a CPU."""
 _CPU_POSITIONS = 16
 """Positions of each video that uncompiled passes on a CPU may compute, however many videos there are."""
+_FEW_POSITIONS = 8
+"""The same for compiled passes, each number of which is compiled: it is 1, this, or the largest."""
 _ADAPTATION = 0.2
 """Weight of the last pass in the average of right drafts."""
 _LEAD = 16
@@ -148,9 +150,26 @@ def most_positions(parallel: Parallel, rows: int, on_cpu: bool = False, compiled
     """
     if parallel != "auto":
         return parallel
-    if on_cpu and not compiled:
-        return max(_POSITIONS // rows, _CPU_POSITIONS)
-    return max((_COMPILED_POSITIONS if on_cpu else _POSITIONS) // rows, 1)
+    if not on_cpu:
+        return max(_POSITIONS // rows, 1)
+    return max(_COMPILED_POSITIONS // rows, _FEW_POSITIONS) if compiled else max(_POSITIONS // rows, _CPU_POSITIONS)
+
+
+def next_positions(right: float, most: int, compiled: bool) -> int:
+    """Return the number of positions of the next pass on a CPU, where each position costs time.
+
+    Uncompiled, it is about three times the number of drafts that are right, and one if they hardly ever are. Compiled,
+    it is the first of a few numbers that is at least twice that of the right drafts. It does not depend on measured
+    times, so that a video is the same in every run.
+
+    Args:
+        right: Average number of drafts at the beginning of the last passes that turned out to be right.
+        most: Most positions of a pass.
+        compiled: Whether passes are compiled.
+    """
+    if not compiled:
+        return min(most, 1 << round(math.log2(1 + 3 * right)))
+    return next((number for number in (1, _FEW_POSITIONS) if 2 * right <= number < most), most)
 
 
 class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
@@ -182,7 +201,7 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
         self._guided_frames = guided[-1] + 1 if guided else 0
         """Frames up to the last that is guided."""
         on_cpu = text.pooled.device.type == "cpu"
-        self._adaptive = parallel == "auto" and not compiled and on_cpu
+        self._adaptive = parallel == "auto" and on_cpu
         self._branches = 2 if self._guided_frames else 1  # with text, and without
         positions = most_positions(parallel, self._branches * self.videos, on_cpu, compiled)
         self._most = min(positions, self.frame_size * (self._frames - self._first))
@@ -235,7 +254,9 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
     def _pass(self) -> None:
         """Compute the next positions of each video, and keep the tokens that are final."""
         self._leave()
-        size, ring, positions = self.frame_size, self._tokens.shape[1], self._next_positions()
+        size, ring, positions = self.frame_size, self._tokens.shape[1], self._most
+        if self._adaptive:
+            positions = next_positions(self._streak, self._most, self._compiled)
         rows = self._all_rows
         for number, row in enumerate(rows):
             last = self._done[row] + positions - 1
@@ -272,17 +293,6 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
         self._streak += _ADAPTATION * (total / len(rows) - self._streak)
         for row, final_tokens in zip(rows, done, strict=True):  # each pass makes at least one more token final
             self._done[row] = min(max(final_tokens, self._done[row] + 1), limit)
-
-    def _next_positions(self) -> int:
-        """Return the number of positions of the next pass.
-
-        On the CPU, where each position costs time, a pass computes about three times as many positions as there were
-        right drafts in the last passes, and only one if drafts are hardly ever right. It does not depend on measured
-        times, so that a video is the same in every run.
-        """
-        if not self._adaptive:
-            return self._most
-        return min(self._most, 1 << round(math.log2(1 + 3 * self._streak)))
 
     def _leave(self) -> None:
         """Let finished videos leave the batch, and all of them the branch without text after the last guided frame.

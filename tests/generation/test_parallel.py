@@ -9,7 +9,7 @@ from torch import Tensor
 from t2v.batch import TextEmbedding
 from t2v.errors import UserError
 from t2v.generation import Cosine, Interval, Linear, Sampler
-from t2v.generation.decode import generate_frames
+from t2v.generation.decode import generate_frames, next_positions
 from t2v.transformer.config import AttentionConfig, TextConfig
 from t2v.transformer.model import VideoTransformer
 
@@ -123,3 +123,9 @@ def test_frequencies_are_the_models_probabilities(parallel):
 def test_an_invalid_number_of_tokens_is_refused(parallel):
     with pytest.raises(UserError, match=f"parallel={parallel} must be at least 1 .* or auto"):
         generate_frames(network(0), texts(1), 2, Sampler(), [0], parallel=parallel)
+
+
+@pytest.mark.parametrize(("compiled", "expected"), [(False, [1, 2, 8, 16, 32]), (True, [1, 1, 8, 32, 32])])
+def test_a_pass_has_fewer_positions_where_drafts_are_wrong(compiled, expected):
+    assert [next_positions(right, 32, compiled) for right in (0.0, 0.5, 2.0, 5.0, 20.0)] == expected
+    assert next_positions(20.0, 4, compiled) == 4
