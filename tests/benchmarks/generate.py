@@ -1,10 +1,11 @@
 """Parallel decoding beside sequential decoding: `python -m tests.benchmarks.generate CHECKPOINT TOKENIZER PROMPTS`.
 
-With a checkpoint of stage 2, float32, all cores, the sampler and the guidance of the checkpoint. Three tables:
+With a checkpoint of stage 2, float32, all cores, the sampler and the guidance of the checkpoint:
 
 - passes of the transformer per frame, one video at a time, for several numbers of positions in a pass and for other
   drafts than those that are used, and how many videos equal sequential decoding's;
 - time of a batch of 1 and of 16 videos, sequential and parallel in every round, medians;
+- how many videos of all prompts in one batch equal sequential decoding's, and where the others begin to differ;
 - time and memory per frame far into a long video.
 """
 
@@ -82,6 +83,18 @@ def passes_per_frame(model: TextToVideo, prompts: list[str]) -> None:
         print(f"| {positions} | {drafts} | {mean[-1]:.1f} | {fewer:.1f}× | {until} | {equal} |")
 
 
+def equality(model: TextToVideo, prompts: list[str]) -> None:
+    """Print how many videos of one batch are equal, and the first token of the others that differs."""
+    sequential, parallel = (generate(model, prompts, 0, each)[0].flatten(1) for each in (1, "auto"))
+    different = (sequential != parallel).int()
+    unequal = different.any(1).nonzero().flatten().tolist()
+    print(f"\nAll {len(prompts)} prompts in one batch: {len(prompts) - len(unequal)} videos are equal.")
+    for row in unequal:
+        position = int(different[row].argmax())
+        print(f"Video {row} differs first at position {position}: tokens {sequential[row, position]}, ", end="")
+        print(f"{parallel[row, position]}.")
+
+
 def times(model: TextToVideo, prompts: list[str], rounds: int) -> None:
     """Print the second table."""
     print("\n| videos | decoding | seconds | relative to sequential | passes |\n|---|---|---|---|---|")
@@ -91,7 +104,7 @@ def times(model: TextToVideo, prompts: list[str], rounds: int) -> None:
             "sequential": lambda texts=texts: generate(model, texts, 0, 1),
             "parallel": lambda texts=texts: generate(model, texts, 0, "auto"),
         }
-        if batch == 1 and compile_error() is None:
+        if compile_error() is None:
             jobs["sequential, compiled"] = lambda texts=texts: generate(model, texts, 0, 1, compiled=True)
             jobs["parallel, compiled"] = lambda texts=texts: generate(model, texts, 0, "auto", compiled=True)
         seconds: dict[str, list[float]] = {name: [] for name in jobs}
@@ -150,6 +163,7 @@ def main(
     if timed:
         times(model, texts, rounds)
         long_video(model, texts[0])
+    equality(model, texts)
     passes_per_frame(model, texts[:videos])
 
 
