@@ -134,19 +134,20 @@ class Sampler:
             temperature: Of each row, or of all.
         """
         logits = wide(logits) / temperature
-        only_top_p = self.top_p is not None and (self.top_k, self.typical_p, self.min_p) == (None, None, None)
-        if only_top_p and logits.is_cpu and not torch.compiler.is_compiling():
-            return self._draw_with_top_p(logits, noise)
+        p, others = self.top_p or 1.0, (self.top_k, self.typical_p, self.min_p)
+        if p < 1 and others == (None, None, None) and logits.is_cpu and not torch.compiler.is_compiling():
+            return _draw_with_top_p(logits, noise, p)
         return (self.exclude(logits) + noise).argmax(dim=-1)  # an index in range, for NaN too
 
-    def _draw_with_top_p(self, logits: Logits, noise: Logits) -> Int[Tensor, " b"]:
-        """Sort only the rows in which top-p excludes the token with the largest sum: sorting takes the longest."""
-        tokens = (logits + noise).argmax(dim=-1)
-        more_probable = logits > logits.gather(-1, tokens[:, None])
-        excluded = logits.softmax(dim=-1).where(more_probable, 0).sum(dim=-1) >= self.top_p  # type: ignore[operator]
-        if excluded.any():
-            tokens[excluded] = (self.exclude(logits[excluded]) + noise[excluded]).argmax(dim=-1)
-        return tokens
+
+def _draw_with_top_p(logits: Logits, noise: Logits, p: float) -> Int[Tensor, " b"]:
+    """Draw tokens, and sort only the rows in which top-p excludes that of the largest sum: sorting takes longest."""
+    tokens = (logits + noise).argmax(dim=-1)
+    more_probable = logits > logits.gather(-1, tokens[:, None])
+    excluded = logits.softmax(dim=-1).where(more_probable, 0).sum(dim=-1) >= p
+    if excluded.any():
+        tokens[excluded] = (top_p(logits[excluded], p) + noise[excluded]).argmax(dim=-1)
+    return tokens
 
 
 class GumbelNoise:

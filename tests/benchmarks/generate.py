@@ -60,8 +60,8 @@ def generate(
     return torch.cat(drawn, dim=1), passes
 
 
-def passes_per_frame(model: TextToVideo, prompts: list[str]) -> None:
-    """Print the first table."""
+def passes_per_frame(model: TextToVideo, prompts: list[str], plot: Path | None) -> None:
+    """Print the first table, and plot its passes with the drafts that are used."""
     size = model.transformer.grid_size**2
     sequential = [generate(model, [prompt], seed, 1)[0] for seed, prompt in enumerate(prompts)]
     rows: list[tuple[Parallel, str]] = [
@@ -73,6 +73,7 @@ def passes_per_frame(model: TextToVideo, prompts: list[str]) -> None:
     print(f"\n{len(prompts)} videos of {model.frames} frames of {size} tokens, one at a time\n")
     print("| positions | drafts | passes per video | fewer | passes until frame 1, 2, … | equal videos |")
     print("|---|---|---|---|---|---|")
+    plotted = {}
     for positions, drafts in rows:
         with patch.object(decode, "_draft", DRAFTS[drafts]):
             videos = [generate(model, [prompt], seed, positions) for seed, prompt in enumerate(prompts)]
@@ -80,7 +81,27 @@ def passes_per_frame(model: TextToVideo, prompts: list[str]) -> None:
         mean = torch.tensor([passes for _, passes in videos]).double().mean(0).tolist()
         until = ", ".join(f"{each:.1f}" for each in mean)
         fewer = size * model.frames / mean[-1]
-        print(f"| {positions} | {drafts} | {mean[-1]:.1f} | {fewer:.1f}× | {until} | {equal} |")
+        print(f"| {positions} | {drafts} | {mean[-1]:.1f} | {fewer:.1f}× | {until} | {equal} |", flush=True)
+        if drafts == "the frame before" and positions in (size, 2 * size):
+            plotted[f"{positions} positions"] = [passes for _, passes in videos]
+    if plot is not None:
+        _plot(plotted, plot)
+
+
+def _plot(passes: dict[str, list[list[int]]], path: Path) -> None:
+    """Plot the passes until each frame is final: a thin line for each video, and a thick one for their mean."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for colour, (name, videos) in zip(("tab:blue", "tab:orange"), passes.items(), strict=True):
+        frames = range(1, 1 + len(videos[0]))
+        for each in videos:
+            axes.plot(frames, each, colour, alpha=0.2, linewidth=1)
+        axes.plot(frames, torch.tensor(videos).double().mean(0).tolist(), colour, linewidth=2.5, label=name)
+    axes.set(xlabel="frame", ylabel="passes until it is final", ylim=(0, None))
+    axes.legend()
+    figure.savefig(path)
 
 
 def equality(model: TextToVideo, prompts: list[str]) -> None:
@@ -143,7 +164,13 @@ def long_video(model: TextToVideo, prompt: str, frames: int = 300, near: int = 8
 
 
 def main(
-    checkpoint: Path, tokenizer: Path, prompts: Path, videos: int = 16, rounds: int = 3, timed: bool = True
+    checkpoint: Path,
+    tokenizer: Path,
+    prompts: Path,
+    videos: int = 16,
+    rounds: int = 3,
+    timed: bool = True,
+    plot: Path | None = None,
 ) -> None:
     """Print the tables.
 
@@ -153,7 +180,8 @@ def main(
         prompts: Text file with one prompt per line.
         videos: Number of prompts of the first table.
         rounds: Rounds of the second table, after one that warms up.
-        timed: Whether to print the second and third table too.
+        timed: Whether to print the other tables too.
+        plot: Picture of the passes of the first table, such as an SVG file.
     """
     torch.set_num_threads(psutil.cpu_count(logical=True) or 1)
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
@@ -163,8 +191,8 @@ def main(
     if timed:
         times(model, texts, rounds)
         long_video(model, texts[0])
-    equality(model, texts)
-    passes_per_frame(model, texts[:videos])
+        equality(model, texts)
+    passes_per_frame(model, texts[:videos], plot)
 
 
 if __name__ == "__main__":
