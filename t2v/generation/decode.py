@@ -32,7 +32,7 @@ _COMPILED_POSITIONS = 64
 _CPU_POSITIONS = 16
 """Positions of each video that uncompiled passes on a CPU may compute, however many videos there are."""
 _FEW_POSITIONS = 8
-"""The same for compiled passes, each number of which is compiled: it is 1, this, or the largest."""
+"""The same for compiled passes. Each number of positions is compiled, so that they compute one, this, or the most."""
 _ADAPTATION = 0.2
 """Weight of the last pass in the average of right drafts."""
 _LEAD = 16
