@@ -152,7 +152,9 @@ def most_positions(parallel: Parallel, rows: int, on_cpu: bool = False, compiled
         return parallel
     if not on_cpu:
         return max(_POSITIONS // rows, 1)
-    return max(_COMPILED_POSITIONS // rows, _FEW_POSITIONS) if compiled else max(_POSITIONS // rows, _CPU_POSITIONS)
+    if compiled:
+        return max(_COMPILED_POSITIONS // rows, _FEW_POSITIONS)
+    return max(_POSITIONS // rows, _CPU_POSITIONS)
 
 
 def next_positions(right: float, most: int, compiled: bool) -> int:

@@ -4,8 +4,9 @@ One process, batch 1, float32, sampling without filters (Llama: greedy). Interle
 bandwidth, measured by summing as many floats as a token reads; `generate` of a Llama of `transformers`; and
 `TextToVideo.generate`, eager and compiled, with a transformer of the same width and number of layers that reads as many
 weights per token (Llama has no text attention, therefore its feed-forward layers are wider). It makes one frame from a
-prompt, its text embedding and its pixels included, one token after the other; then with "auto", which an untrained
-model, whose tokens nothing can foresee, must not make slower. The limit is bandwidth ÷ bytes of weights per token.
+prompt, its text embedding and its pixels included, one token after the other, and with "auto". The limit is bandwidth ÷
+bytes of weights per token. The model is untrained, so that the noise decides most tokens, whatever the drafts are:
+"auto" needs fewer passes, but says nothing about trained models, which `tests.benchmarks.generate` measures.
 
 Then, on a small model, time and memory per frame far into a video relative to early frames.
 """

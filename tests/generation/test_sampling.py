@@ -107,10 +107,8 @@ def test_a_scheduled_temperature_out_of_range_is_refused(schedule, message):
 
 @pytest.mark.parametrize("p", [0.01, 0.5, 0.8, 0.99])
 def test_a_draw_with_top_p_is_the_largest_sum_of_the_kept_tokens(p):
-    scales = torch.logspace(-2, 2, 400)[
-        :, None
-    ]  # from nearly uniform rows, most of whose draws are excluded, to certain
-    logits = torch.randn(400, 50) * scales
+    # From nearly uniform rows, of which many draws are excluded, to nearly certain ones.
+    logits = torch.randn(400, 50) * torch.logspace(-2, 2, 400)[:, None]
     noise = -torch.rand(400, 50).log().neg().log()
     sampler = Sampler(top_p=p)
 
