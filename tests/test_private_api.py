@@ -16,6 +16,8 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import scalar
@@ -198,11 +200,25 @@ def test_modes_see_what_activation_checkpointing_computes_again():
     assert weight.grad is not None
 
 
-def test_fake_tensors_have_a_device_and_no_data():
-    with torch_private.FakeTensorMode():
-        tensor = torch.empty(10**12, device="cpu")
-    assert isinstance(tensor, torch_private.FakeTensor)
-    assert tensor.device.type == "cpu"
+@pytest.mark.parametrize(("base", "wrapped"), [(TorchDispatchMode, True), (torch_private.DispatchMode, False)])
+def test_a_dispatch_mode_is_not_wrapped_against_compilation(base, wrapped):
+    class Mode(base):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    assert hasattr(Mode.__torch_dispatch__, "__wrapped__") == wrapped
+
+
+def test_function_modes_can_be_left_out():
+    class Fail(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            raise AssertionError(func)
+
+    x = torch.ones(2)
+    with Fail(), torch_private.DisableTorchFunction():
+        assert x.shape == (2,)
+    with Fail(), pytest.raises(AssertionError):
+        x.sum()
 
 
 def test_the_fused_rms_norm_equals_the_public_one():

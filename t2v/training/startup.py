@@ -5,8 +5,10 @@ import difflib
 import importlib
 import logging
 import sys
+from importlib.machinery import ModuleSpec
 from importlib.metadata import version
-from importlib.util import find_spec, module_from_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -145,7 +147,7 @@ def _fail(message: str) -> None:
 
 
 class _Deferred(ModuleType):
-    """The package torchmetrics, which runs its `__init__` when an attribute is used that it does not have yet."""
+    """A module that runs its source when an attribute is used that it does not have yet."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -157,21 +159,39 @@ class _Deferred(ModuleType):
         return getattr(self, name)
 
 
+def _defer(spec: ModuleSpec, **attributes: Any) -> _Deferred:
+    """Put a module with these attributes in place of one that is not imported yet."""
+    module = _Deferred(spec.name)
+    module.__dict__.update(vars(module_from_spec(spec)), **attributes)
+    sys.modules[spec.name] = module
+    return module
+
+
+def _plot(*args: Any, **kwargs: Any) -> Any:
+    """Plot the values of a metric, as `Metric.plot` does."""
+    module = sys.modules["torchmetrics.utilities.plot"]
+    if isinstance(module, _Deferred):
+        del module.plot_single_or_multi_val  # this function
+    return module.plot_single_or_multi_val(*args, **kwargs)
+
+
 def defer_torchmetrics() -> None:
     """Import only what Lightning needs of torchmetrics, and the rest of it on first use.
 
     Importing all of it takes as long as importing PyTorch, since it imports transformers, torchvision, SciPy and
-    Matplotlib if they are installed. Lightning needs two of its classes. Call this before Lightning is imported.
+    Matplotlib if they are installed. Lightning needs two of its classes, which need Matplotlib only to plot. Call this
+    before Lightning is imported.
     """
     spec = find_spec("torchmetrics") if "torchmetrics" not in sys.modules else None
-    if spec is None:
+    if spec is None or spec.origin is None:
         return
-    package = _Deferred("torchmetrics")
-    package.__dict__.update(vars(module_from_spec(spec)))
-    package.__dict__.update(__version__=version("torchmetrics"), _logger=logging.getLogger("torchmetrics"))
-    sys.modules["torchmetrics"] = package
+    package = _defer(spec, __version__=version("torchmetrics"), _logger=logging.getLogger("torchmetrics"))
+    plot = spec_from_file_location("torchmetrics.utilities.plot", Path(spec.origin).parent / "utilities/plot.py")
+    assert plot is not None
+    plots = _defer(plot, _AX_TYPE=object, _PLOT_OUT_TYPE=object, plot_single_or_multi_val=_plot)
     try:
-        importlib.import_module("torchmetrics.utilities")  # before .metric, which imports it in a cycle
+        utilities = importlib.import_module("torchmetrics.utilities")  # before .metric, which imports it in a cycle
+        utilities.plot = plots  # type: ignore[attr-defined]
         for name, module in {"Metric": "metric", "MetricCollection": "collections"}.items():
             setattr(package, name, getattr(importlib.import_module(f"torchmetrics.{module}"), name))
     except ImportError:  # another version, with other needs: import it as it is

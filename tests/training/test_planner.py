@@ -140,11 +140,12 @@ def test_planned_flops_equal_those_that_torch_counts():
         torch.optim.AdamW,
         partial(torch.optim.AdamW, fused=True),
         partial(torch.optim.SGD, momentum=0.9),
+        torch.optim.NAdam,  # divides by 1 - a number of its state
         MuonAdamW,
         AdamW8bit,
         ShardedAdamW8bit,
     ],
-    ids=["AdamW", "fused", "SGD", "Muon", "bitsandbytes", "torchao"],
+    ids=["AdamW", "fused", "SGD", "NAdam", "Muon", "bitsandbytes", "torchao"],
 )
 def test_planned_optimizer_state_equals_that_of_a_real_step(build):
     model = shapes(device="cpu")
@@ -165,6 +166,14 @@ def test_an_optimizer_that_updates_all_parameters_at_once_takes_more_than_a_fuse
     assert one.state == fused.state
     assert fused.temporary == 0
     assert one.temporary > 0.4 * tensor_bytes(model.parameters())
+
+
+def test_an_optimizer_for_cuda_graphs_can_be_planned_without_a_gpu():
+    model = shapes()
+    usual, capturable = (
+        optimizer_bytes(model, partial(torch.optim.AdamW, capturable=how), "32-true") for how in (False, True)
+    )
+    assert capturable == usual
 
 
 def test_tensor_parallelism_divides_only_the_layers():
@@ -245,7 +254,7 @@ def test_a_large_batch_is_extrapolated_from_measured_ones(monkeypatch):
     run = PlannedRun(lit(), None, None, "cuda")
     expected = run._measure("bf16-mixed", "none", 12, run.frames)
     long = run._measure("bf16-mixed", "none", 1, 48)
-    monkeypatch.setattr(planned_run, "MEASURED_FRAMES", 24)
+    monkeypatch.setattr(planned_run, "MEASURED_FRAMES", 12)
     assert run.step("bf16-mixed", "none", 12) == pytest.approx(expected, rel=0.05)
     run.frames = 48
     assert run.step("bf16-mixed", "none", 1) == pytest.approx(long, rel=0.1)

@@ -12,14 +12,16 @@ from tests.support import forked
 ROOT = Path(__file__).parents[2]
 DEFERRED = """
 import sys, cli
-loaded = {"transformers", "torchvision", "scipy"} & set(sys.modules)
+loaded = {"transformers", "torchvision", "scipy", "matplotlib"} & set(sys.modules)
 assert not loaded, f"importing cli imports {loaded}"
 import torchmetrics
 from torchmetrics.image import StructuralSimilarityIndexMeasure
 metric = torchmetrics.MeanMetric()
 metric.update(3.0)
+assert metric.plot()[1].get_ylabel() == "MeanMetric"
 assert metric.compute() == 3 and isinstance(metric, torchmetrics.Metric)
 assert torchmetrics.image.StructuralSimilarityIndexMeasure is StructuralSimilarityIndexMeasure
+assert torchmetrics.utilities.plot.plot_curve
 assert torchmetrics.functional.accuracy and not hasattr(torchmetrics, "nothing")
 """
 

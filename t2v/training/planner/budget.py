@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from t2v.batch import TextEmbedding
 from t2v.generation.quantization import Weights, convert, stored_bytes
 from t2v.losses.tokens import token_loss_
-from t2v.torch_private import FakeTensorMode, quantized_moments, storage_id
+from t2v.torch_private import quantized_moments, storage_id
 from t2v.training.optimization import parameter_groups
 from t2v.training.planner.step import Device, Meter, Step, measure_step, without_data
 from t2v.transformer.block import Block
@@ -201,31 +201,32 @@ def optimizer_bytes(
         precision: Name of a Lightning precision.
         device: On "cuda" PyTorch's own optimizers update all parameters at once, which takes more.
     """
-    fake = FakeTensorMode(allow_non_fake_inputs=True)  # without memory, on a device that optimizers support
-    with fake:
-        model = without_data(model, precision_dtypes(precision)[0], "cpu")
+    model = without_data(model, precision_dtypes(precision)[0])
     optimizer, parameter_of = build_optimizer(model, factory)
     if type(optimizer).__module__.startswith("torchao"):  # which compiles its step
         moments = [part for parameter in parameter_of.values() for part in quantized_moments(optimizer, parameter)]
         return OptimizerBytes(tensor_bytes(moments), 0)
     init_state = getattr(optimizer, "init_state", None)  # of bitsandbytes, whose kernels need data
-    with fake:
-        for group_index, group in enumerate(optimizer.param_groups):
-            if device == "cuda" and group.get("foreach", False) is None and not group.get("fused"):
-                group["foreach"] = True
-            group["params"] = [parameter_of[id(scalar)] for scalar in group["params"]]
-            for index, parameter in enumerate(group["params"]):
-                parameter.grad = torch.empty_like(parameter)
-                if init_state is not None:
-                    init_state(group, parameter, group_index, index)
-        if init_state is not None:
-            return OptimizerBytes(_state_bytes(optimizer), 0)
-        with Meter(model) as meter:
-            optimizer.step()  # creates the state
-            state = meter.live
-            meter.restart()
-            optimizer.step()
-    return OptimizerBytes(_state_bytes(optimizer), meter.peak - state)
+    optimizer.is_paged = False  # type: ignore[attr-defined]  # paged state of bitsandbytes needs a GPU
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    for group_index, group in enumerate(optimizer.param_groups):
+        if device == "cuda" and group.get("foreach", False) is None and not fused:
+            group["foreach"] = True
+        # These ask for tensors on a GPU. Fused kernels take no temporaries.
+        group.update({name: False for name in ("fused", "capturable") if group.get(name)})
+        group["params"] = [parameter_of[id(scalar)] for scalar in group["params"]]
+        for index, parameter in enumerate(group["params"]):
+            parameter.grad = torch.empty_like(parameter)
+            if init_state is not None:
+                init_state(group, parameter, group_index, index)
+    if init_state is not None:
+        return OptimizerBytes(_state_bytes(optimizer), 0)
+    with Meter(model) as meter:
+        optimizer.step()  # creates the state
+        state = meter.live
+        meter.restart()
+        optimizer.step()
+    return OptimizerBytes(_state_bytes(optimizer), 0 if fused else meter.peak - state)
 
 
 def build_optimizer(

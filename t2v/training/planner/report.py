@@ -11,7 +11,7 @@ from torch import nn
 from t2v.errors import UserError
 from t2v.generation.decode import most_positions
 from t2v.training.planner.budget import decoding_bytes, generation_budget, parameter_counts
-from t2v.training.planner.run import MEASURED_FRAMES, Layout, PlannedRun, Setting
+from t2v.training.planner.run import Layout, PlannedRun, Setting
 from t2v.training.planner.step import Device
 from t2v.transformer.model import VideoTransformer
 from t2v.vqvae.loading import load_vqvae
@@ -64,7 +64,7 @@ def _head(run: PlannedRun) -> str:
         f"step         {run.batches} batches × data-parallel size {setting.dp_size} = {step_tokens:,} tokens",
     ]
     if run.is_extrapolated:
-        lines.append(f"measured     up to {MEASURED_FRAMES} frames, extrapolated beyond")
+        lines.append("measured     two smaller batches, extrapolated beyond")
     if tp_size > 1:
         lines.append("activations  are an upper bound: those without tensor parallelism")
     return "\n".join(lines)

@@ -1,7 +1,9 @@
 """A training run as the planner sees it: what it trains, its settings, and their measured steps."""
 
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -33,8 +35,8 @@ from t2v.training.vqvae import LitVQVAE
 from t2v.transformer.model import VideoTransformer
 from t2v.vqvae.model import VQVAE
 
-MEASURED_FRAMES = 256
-"""Frames of the largest batch that is measured: measuring takes time in proportion to them."""
+MEASURED_FRAMES = 128
+"""Frames from which on the bytes of a step grow linearly, so that larger batches are not measured."""
 _LINEAR_GROUPS = 16
 """Groups of frames from which on the bytes of activation checkpointing grow linearly."""
 DEFAULT_TEXT_LENGTH = 256
@@ -135,23 +137,21 @@ class PlannedRun:
         )
 
     def largest_batch(self, setting: Setting, memory: float) -> int:
-        """Return the largest batch size of a device that fits, extrapolated from two batch sizes.
-
-        The bytes of each phase of a step grow linearly, with activation checkpointing from some groups of frames on.
+        """Return the largest batch size of a device that fits, extrapolated from two batch sizes phase by phase.
 
         Args:
             setting: The setting.
             memory: Bytes of one device.
         """
-        if self.budget(setting, 1).peak > memory:
-            return 0
-        small, large = 1, max(self.clips, 2)
-        if setting.checkpointing == "frames":
-            small = math.ceil(_LINEAR_GROUPS * self.frames_at_once / self.frames)
-            large = small + 1
-        phases = zip(self.budget(setting, small).peaks, self.budget(setting, large).peaks, strict=True)
-        fitting = [small + int((memory - first) * (large - small) / max(last - first, 1)) for first, last in phases]
-        return max(1, min(fitting))
+        linear = self._measured(setting.checkpointing)[0][0]
+        for small, large in [(linear, linear + 1), (1, max(linear, 2))]:
+            phases = zip(self.budget(setting, small).peaks, self.budget(setting, large).peaks, strict=True)
+            fitting = min(
+                math.floor((memory - first) * (large - small) / max(last - first, 1)) for first, last in phases
+            )
+            if fitting >= 0:
+                return small + fitting
+        return 0
 
     def layouts(self) -> list[Layout]:
         """Return the run's own layout, one device, and FSDP2 over at least eight devices."""
@@ -169,7 +169,7 @@ class PlannedRun:
     @property
     def is_extrapolated(self) -> bool:
         """Whether the run's batch has more frames than are measured."""
-        return self.clips * self.frames > MEASURED_FRAMES
+        return self.clips * self.frames > math.prod(self._measured(self.setting.checkpointing)[1])
 
     def _check_sharding(self) -> None:
         _, world_size, tp_size = self.setting.layout
@@ -179,22 +179,24 @@ class PlannedRun:
         elif isinstance(self.module, LitVQVAE):
             self.module.check_sharding(tp_size)
 
-    def _step(self, precision: str, checkpointing: str, clips: int) -> Step:
-        """Measure a training step; that of a large batch is extrapolated from two smaller ones, since it is linear."""
-        # From `first` frames on, bytes and operations grow linearly.
-        first, last = MEASURED_FRAMES // 2, MEASURED_FRAMES
+    def _measured(self, checkpointing: str) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return the clips and frames of two batches; bytes and operations grow linearly from the first one on."""
+        first, last = MEASURED_FRAMES, 2 * MEASURED_FRAMES
         if checkpointing == "frames":
             first, last = _LINEAR_GROUPS * self.frames_at_once, (_LINEAR_GROUPS + 1) * self.frames_at_once
-        if clips * self.frames <= last:
+        if self.frames > first:  # parts of a clip
+            return (1, first), (1, last)
+        clips = math.ceil(first / self.frames)
+        return (clips, self.frames), (clips + 1, self.frames)
+
+    def _step(self, precision: str, checkpointing: str, clips: int) -> Step:
+        """Measure a training step; that of a large batch is extrapolated from two smaller ones."""
+        shapes = self._measured(checkpointing)
+        frames, (first, last) = clips * self.frames, map(math.prod, shapes)
+        if frames <= last:
             return self.measure(precision, checkpointing, clips, self.frames)
-        shapes = [(1, first), (1, last)]
-        if self.frames <= first:  # whole clips
-            fewer = math.ceil(first / self.frames)
-            shapes = [(fewer, self.frames), (max(last // self.frames, fewer + 1), self.frames)]
         small, large = (self.measure(precision, checkpointing, *shape) for shape in shapes)
-        first, last = (clips * frames for clips, frames in shapes)
-        beyond = clips * self.frames - last
-        return Step(*(b + (b - a) * beyond // (last - first) for a, b in zip(small, large, strict=True)))
+        return Step(*(b + (b - a) * (frames - last) // (last - first) for a, b in zip(small, large, strict=True)))
 
     def _measure(self, precision: str, checkpointing: str, clips: int, frames: int) -> Step:
         if isinstance(self.model, VideoTransformer):
@@ -220,13 +222,25 @@ def alternative_optimizers() -> dict[str, OptimizerFactory]:
     """Return the optimizers that are compared with a run's own; those with 8-bit state, if they are installed."""
     found: list[OptimizerFactory] = [torch.optim.AdamW]
     for package in ("bitsandbytes", "torchao"):
-        try:
+        with suppress(ImportError), _without_compiler():
             found.append(import_module(f"{package}.optim").AdamW8bit)
-        except ImportError:
-            continue
     return {_name(factory([nn.Parameter(torch.zeros(1))])): factory for factory in found} | {
         "SGD": partial(torch.optim.SGD, momentum=0.9)
     }
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Let `torch.compile` return functions as they are, without importing the compiler, which takes two seconds."""
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TORCHDYNAMO_DISABLE"]
+        else:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
 
 
 def takes_sharded_parameters(optimizer: str) -> bool:

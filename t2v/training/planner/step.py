@@ -26,8 +26,8 @@ from t2v.torch_private import (
     CPU_ATTENTION,
     ITEM,
     TO_COPY,
-    FakeTensor,
-    TorchDispatchMode,
+    DisableTorchFunction,
+    DispatchMode,
     backward_under_modes,
     fused_rms_norm,
     makes_new_storage,
@@ -83,7 +83,7 @@ _cache: dict[Any, _Outputs] = {}
 """Outputs by the operator and the shapes of its inputs: inferring them takes PyTorch long."""
 
 
-class Meter(TorchDispatchMode):
+class Meter(DispatchMode):
     """Counts the bytes of all new storages that are alive, and the executed FLOPs.
 
     Args:
@@ -111,10 +111,13 @@ class Meter(TorchDispatchMode):
         self.peak_activations = self.live - self.gradients
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        # There are no values to read; 1 is valid as a token, a number of steps and a condition.
-        if func is ITEM and (args[0].is_meta or isinstance(args[0], FakeTensor)):
-            return 1
+        with DisableTorchFunction():  # the meter's own calls need no function mode
+            return self._run(func, args, kwargs or {})
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        # There are no values to read: 1 is valid as a token and a condition, 2.0 as a number of steps and a decay.
+        if func is ITEM and args[0].is_meta:
+            return 2.0 if args[0].is_floating_point() else 1
         if func is TO_COPY and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):  # `Tensor.tolist`
             return torch.ones(args[0].shape, dtype=kwargs.get("dtype", args[0].dtype), device="cpu")
         key = (func, _signature((args, kwargs))) if makes_new_storage(func) else None
@@ -231,18 +234,17 @@ def _fused_attention(
     return output
 
 
-def without_data(module: Module, dtype: torch.dtype | None = None, device: str = "meta") -> Module:
-    """Return a copy of a module whose tensors have no data.
+def without_data(module: Module, dtype: torch.dtype | None = None) -> Module:
+    """Return a copy of a module on the meta device.
 
     Args:
         module: With or without data.
         dtype: Type of its floating-point weights and buffers; unchanged by default.
-        device: "meta", or any device in `FakeTensorMode`.
     """
     memo: dict[int, Any] = {}
     for tensor in (*module.parameters(), *module.buffers()):
         new_dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=new_dtype, device=device)
+        empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=new_dtype, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(module, memo)
 
