@@ -30,6 +30,7 @@ from torch import nn
 
 from t2v.batch import TextEmbedding
 from t2v.errors import run_tool
+from t2v.generation.decode import most_positions
 from t2v.generation.text_to_video import TextToVideo
 from t2v.losses.tokens import token_loss_
 from t2v.text import MiniLMTextEncoder
@@ -38,11 +39,12 @@ from t2v.training.planner.budget import (
     TrainingBudget,
     decoding_bytes,
     generation_budget,
+    model_sizes,
     optimizer_bytes,
-    precision_dtypes,
     training_budget,
-    transformer_step,
 )
+from t2v.training.planner.stages import transformer_step
+from t2v.training.planner.step import precision_dtypes
 from t2v.transformer.config import AttentionConfig, TextConfig
 from t2v.transformer.model import VideoTransformer
 from t2v.vqvae.model import VQVAE
@@ -169,7 +171,7 @@ def _predicted(point: Point) -> TrainingBudget:
     model = point.model("meta")
     optimizer = optimizer_bytes(model, OPTIMIZERS[point.optimizer], point.precision, "cpu")
     step = transformer_step(model, point.clips, point.frames, TEXT_LENGTH, point.precision, point.checkpointing, "cpu")
-    return training_budget(model, step, optimizer, point.precision)
+    return training_budget(model_sizes(model), step, optimizer, point.precision)
 
 
 def _measured(point: Point, steps: int) -> dict[str, Any]:
@@ -302,14 +304,15 @@ def _training(precision: str, optimizer: Any) -> Callable[[VideoTransformer], in
     def required(model: VideoTransformer) -> int:
         state = optimizer_bytes(model, optimizer, precision)
         step = transformer_step(model, 1, 32, 256, precision, "full")
-        return training_budget(model, step, state, precision).peak
+        return training_budget(model_sizes(model), step, state, precision).peak
 
     return required
 
 
 def _generation(weights: Any, decoder: int) -> Callable[[VideoTransformer], int]:
     def required(model: VideoTransformer) -> int:
-        return sum(generation_budget(model, weights, torch.bfloat16, 1, 256, guided=True)) + decoder
+        positions = most_positions("auto", rows=2)
+        return sum(generation_budget(model, weights, torch.bfloat16, 1, 256, True, positions)) + decoder
 
     return required
 

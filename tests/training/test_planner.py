@@ -21,23 +21,24 @@ from t2v.losses.tokens import token_loss_
 from t2v.text import MiniLMTextEncoder
 from t2v.torch_private import quantized_parts, storage_id
 from t2v.training.optimization import MuonAdamW, parameter_groups
-from t2v.training.planner import report
+from t2v.training.planner import report, stages
 from t2v.training.planner import run as planned_run
 from t2v.training.planner.budget import (
     decoding_bytes,
     generation_budget,
+    model_sizes,
     optimizer_bytes,
     parameter_counts,
     tensor_bytes,
     training_budget,
-    transformer_step,
     unsharded_parameters,
-    vqvae_step,
 )
 from t2v.training.planner.run import PlannedRun
+from t2v.training.planner.stages import transformer_step, vqvae_step
 from t2v.training.planner.step import Meter
 from t2v.training.transformer import LitVideoTransformer
 from t2v.training.vqvae import LitVQVAE
+from t2v.transformer.config import AttentionConfig, TextConfig
 from t2v.transformer.decoding import Decoder
 from t2v.transformer.model import VideoTransformer
 from t2v.vqvae.quantizer import VectorQuantizer
@@ -116,6 +117,19 @@ def test_planned_peaks_and_flops_equal_those_of_a_real_step(precision, checkpoin
     assert planned.flops == pytest.approx(meter.flops, rel=0.02)
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "attention", "full"])
+@pytest.mark.parametrize(("spatial", "temporal", "gate"), [(9, 6, True), (0, 12, False), (12, 0, True)])
+def test_a_step_of_a_deep_model_is_that_of_all_its_layers(spatial, temporal, gate, checkpointing, monkeypatch):
+    sizes = {"vocab_size": 64, "grid_size": 4, "dim": 32, "hidden_dim": 64}
+    attention, text = AttentionConfig(heads=4, kv_heads=2, window=2), TextConfig(dim=16, gate=gate)
+    model = VideoTransformer(
+        **sizes, spatial_layers=spatial, temporal_layers=temporal, attention=attention, text=text, device="meta"
+    )
+    deep = transformer_step(model, 3, 4, TEXT_LENGTH, "bf16-mixed", checkpointing)
+    monkeypatch.setattr(stages, "_MEASURED_LAYERS", len(model.blocks))
+    assert deep == transformer_step(model, 3, 4, TEXT_LENGTH, "bf16-mixed", checkpointing)
+
+
 def test_activation_checkpointing_saves_memory_and_adds_flops():
     levels = [
         transformer_step(shapes(), 4, 8, TEXT_LENGTH, "bf16-mixed", level) for level in ("none", "attention", "full")
@@ -179,11 +193,11 @@ def test_an_optimizer_for_cuda_graphs_can_be_planned_without_a_gpu():
 def test_tensor_parallelism_divides_only_the_layers():
     model = shapes()
     step, optimizer = transformer_step(model, 1, 2, TEXT_LENGTH), optimizer_bytes(model, torch.optim.AdamW, "32-true")
-    planned = training_budget(model, step, optimizer, "32-true", "FSDP2", 4, 2)
+    planned = training_budget(model_sizes(model), step, optimizer, "32-true", "FSDP2", 4, 2)
     total = sum(parameter.numel() for parameter in model.parameters())
     layers = sum(parameter.numel() for parameter in model.blocks.parameters())
     assert planned.weights == pytest.approx(4 * (layers / 4 + (total - layers) / 2), abs=8)
-    (divided, outside), (layers, same) = unsharded_parameters(model, 2), unsharded_parameters(model)
+    (divided, outside), (layers, same) = (unsharded_parameters(model_sizes(model), size) for size in (2, 1))
     assert (2 * divided, outside) == (layers, same)
 
 
@@ -193,19 +207,19 @@ def test_fsdp_divides_weights_gradients_and_state_and_ddp_nothing():
         transformer_step(model, 1, 2, TEXT_LENGTH),
         optimizer_bytes(model, torch.optim.AdamW, "bf16-mixed"),
     )
-    alone = training_budget(model, step, optimizer, "bf16-mixed")
-    sharded = training_budget(model, step, optimizer, "bf16-mixed", "FSDP2", 8)
-    replicated = training_budget(model, step, optimizer, "bf16-mixed", "DDP", 8)
+    alone = training_budget(model_sizes(model), step, optimizer, "bf16-mixed")
+    sharded = training_budget(model_sizes(model), step, optimizer, "bf16-mixed", "FSDP2", 8)
+    replicated = training_budget(model_sizes(model), step, optimizer, "bf16-mixed", "DDP", 8)
     count = sum(parameter.numel() for parameter in model.parameters())
     assert alone[:3] == (4 * count, 4 * count, pytest.approx(8 * count, rel=1e-3))
     assert [8 * each for each in sharded[:3]] == [pytest.approx(each, abs=8) for each in alone[:3]]
-    layers, outside = unsharded_parameters(model)
+    layers, outside = unsharded_parameters(model_sizes(model))
     assert layers + outside < count
     assert sharded.communication == 6 * layers + 8 * outside  # layers are gathered in bfloat16
     assert replicated[:3] == alone[:3]
     assert replicated.communication == alone.gradients
     assert alone.peak == sum(alone[:3]) + alone.activations
-    averaged = training_budget(model, step, optimizer, "bf16-mixed", averaged=True)
+    averaged = training_budget(model_sizes(model), step, optimizer, "bf16-mixed", averaged=True)
     assert averaged.peak == alone.peak + alone.weights
 
 
@@ -253,10 +267,10 @@ def test_a_report_recommends_more_memory_if_nothing_fits():
 def test_a_large_batch_is_extrapolated_from_measured_ones(monkeypatch):
     run = PlannedRun(lit(), None, None, "cuda")
     expected = run._measure("bf16-mixed", "none", 12, run.frames)
-    long = run._measure("bf16-mixed", "none", 1, 48)
-    monkeypatch.setattr(planned_run, "MEASURED_FRAMES", 12)
+    long = run._measure("bf16-mixed", "none", 1, 96)
+    monkeypatch.setattr(planned_run, "MEASURED_FRAMES", 24)
     assert run.step("bf16-mixed", "none", 12) == pytest.approx(expected, rel=0.05)
-    run.frames = 48
+    run.frames = 96
     assert run.step("bf16-mixed", "none", 1) == pytest.approx(long, rel=0.1)
 
 
@@ -269,10 +283,9 @@ def test_a_large_batch_in_groups_of_frames_is_extrapolated_phase_by_phase():
         measured = run._measure("32-true", "frames", clips, 2)
         assert tuple(run.step("32-true", "frames", clips)) == pytest.approx(tuple(measured), rel=0.01)
     setting = run.setting._replace(checkpointing="frames")
+    optimizer = run.optimizer("AdamW", "32-true")
     budgets = [
-        training_budget(
-            model, run._measure("32-true", "frames", clips, 2), run.optimizer("AdamW", "32-true"), "32-true"
-        )
+        training_budget(run.sizes, run._measure("32-true", "frames", clips, 2), optimizer, "32-true")
         for clips in (39, 40)
     ]
     assert 39 <= run.largest_batch(setting, (budgets[0].peak + budgets[1].peak) / 2) <= 40

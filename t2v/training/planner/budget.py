@@ -8,12 +8,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from t2v.batch import TextEmbedding
 from t2v.generation.quantization import Weights, convert, stored_bytes
-from t2v.losses.tokens import token_loss_
 from t2v.torch_private import quantized_moments, storage_id
 from t2v.training.optimization import parameter_groups
-from t2v.training.planner.step import Device, Meter, Step, measure_step, without_data
+from t2v.training.planner.stages import few_layers, with_layers
+from t2v.training.planner.step import Device, Meter, Step, empty_text, extrapolate, precision_dtypes, without_data
 from t2v.transformer.block import Block
 from t2v.transformer.decoding import Decoder
 from t2v.transformer.model import VideoTransformer
@@ -22,6 +21,25 @@ from t2v.vqvae.model import VQVAE
 Strategy = Literal["one device", "DDP", "FSDP2"]
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
 """Builds an optimizer from parameter groups."""
+
+
+class ModelSizes(NamedTuple):
+    """Numbers that a model consists of."""
+
+    parameters: int
+    trained: int
+    """Parameters that have a gradient."""
+    layers: list[int]
+    """Parameters of each transformer layer."""
+    floating: int
+    """Floating-point numbers of its state dict."""
+    other_bytes: int
+    """Bytes of the rest of its state dict."""
+
+    @property
+    def outside_layers(self) -> int:
+        """Parameters outside of transformer layers."""
+        return self.parameters - sum(self.layers)
 
 
 class OptimizerBytes(NamedTuple):
@@ -102,92 +120,16 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-def _weight_bytes(model: nn.Module, dtype: torch.dtype) -> int:
-    """Return the bytes of a state dict whose floating-point tensors have a type; shared memory counts once."""
-    tensors = {storage_id(tensor): tensor for tensor in model.state_dict().values()}
-    return sum(
-        tensor.numel() * (dtype if tensor.is_floating_point() else tensor.dtype).itemsize for tensor in tensors.values()
+def model_sizes(model: nn.Module) -> ModelSizes:
+    """Count the numbers of a model, with or without data; those that share memory count once."""
+    stored = {storage_id(tensor): tensor for tensor in model.state_dict().values()}.values()
+    return ModelSizes(
+        sum(parameter.numel() for parameter in model.parameters()),
+        sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        [sum(p.numel() for p in block.parameters()) for block in model.modules() if isinstance(block, Block)],
+        sum(tensor.numel() for tensor in stored if tensor.is_floating_point()),
+        sum(tensor.nbytes for tensor in stored if not tensor.is_floating_point()),
     )
-
-
-def precision_dtypes(precision: str) -> tuple[torch.dtype, torch.dtype | None]:
-    """Return the type of the weights and the type that autocast casts to, for the name of a Lightning precision."""
-    if precision.endswith("-mixed"):
-        return torch.float32, torch.bfloat16
-    return (torch.float32, None) if precision == "32-true" else (torch.bfloat16, None)
-
-
-def transformer_step(
-    model: VideoTransformer,
-    clips: int,
-    frames: int,
-    text_length: int,
-    precision: str = "bf16-mixed",
-    checkpointing: str = "none",
-    device: Device = "cuda",
-) -> Step:
-    """Measure a training step of the transformer.
-
-    Args:
-        model: With or without data.
-        clips: Batch size.
-        frames: Length of a clip.
-        text_length: Text tokens of the longest caption.
-        precision: Name of a Lightning precision.
-        checkpointing: Activation checkpointing, as in `VideoTransformer`.
-        device: The kind of device to plan for.
-    """
-    dtype, autocast_dtype = precision_dtypes(precision)
-    model = without_data(model, dtype)
-    model.checkpointing = checkpointing  # type: ignore[assignment]
-    for block in model.modules():
-        if isinstance(block, Block):
-            block.recompute_attention = checkpointing == "attention"
-
-    def forward() -> tuple[Tensor, Tensor]:
-        shape = (clips, frames, model.grid_size, model.grid_size)
-        tokens = torch.empty(shape, dtype=torch.long, device="meta")
-        text = _empty_text(clips, text_length, model.text.dim, dtype)
-        drop = torch.empty(clips, dtype=torch.bool, device="meta")
-        return model(tokens, text, drop), tokens
-
-    def loss(output: tuple[Tensor, Tensor]) -> Tensor:
-        return token_loss_(*output, z_loss=1e-4).objective
-
-    return measure_step(model, forward, loss, device, autocast_dtype)
-
-
-def vqvae_step(
-    model: VQVAE,
-    clips: int,
-    frames: int,
-    precision: str = "bf16-mixed",
-    frames_at_once: int | None = None,
-    device: Device = "cuda",
-) -> Step:
-    """Measure a training step of the VQ-VAE, with L1 reconstruction and without quantizer and other loss terms.
-
-    Args:
-        model: With or without data.
-        clips: Batch size.
-        frames: Length of a clip.
-        precision: Name of a Lightning precision.
-        frames_at_once: Activation checkpointing, as in `VQVAE`.
-        device: The kind of device to plan for.
-    """
-    dtype, autocast_dtype = precision_dtypes(precision)
-    model = without_data(model, dtype).train()
-    model.frames_at_once = frames_at_once
-
-    def forward() -> tuple[Tensor, Tensor]:
-        video = torch.empty(clips, frames, 3, model.image_size, model.image_size, dtype=dtype, device="meta")
-        return model(video, quantize=False).reconstruction, video
-
-    def loss(output: tuple[Tensor, Tensor]) -> Tensor:
-        reconstruction, video = output
-        return (reconstruction.float() - video).abs().mean()
-
-    return measure_step(model, forward, loss, device, autocast_dtype)
 
 
 def optimizer_bytes(
@@ -252,7 +194,7 @@ def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def training_budget(
-    model: nn.Module,
+    sizes: ModelSizes,
     step: Step,
     optimizer: OptimizerBytes,
     precision: str,
@@ -264,7 +206,7 @@ def training_budget(
     """Return the bytes on one device at the peak of a training step.
 
     Args:
-        model: The trained modules.
+        sizes: Of the trained modules.
         step: Measured at the batch size of a device.
         optimizer: Of the unsharded model.
         precision: Name of a Lightning precision.
@@ -275,22 +217,20 @@ def training_budget(
     """
     dtype, autocast_dtype = precision_dtypes(precision)
     shards = world_size if strategy == "FSDP2" else 1
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    outside_layers = parameters - sum(_layer_parameters(model))
     # Tensor parallelism divides the layers only; each of its devices has all other parameters.
-    replication = 1 + (tp_size - 1) * outside_layers / max(parameters, 1)
+    replication = 1 + (tp_size - 1) * sizes.outside_layers / max(sizes.parameters, 1)
 
     def sharded(size: int) -> int:
         return math.ceil(size * replication / shards)
 
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) * dtype.itemsize
-    weights = sharded(_weight_bytes(model, dtype))
+    trained = sizes.trained * dtype.itemsize
+    weights = sharded(sizes.floating * dtype.itemsize + sizes.other_bytes)
     gradients = sharded(trained)
     communication = 0
     if strategy == "DDP" and world_size > 1:
         communication = trained
     elif shards > 1:
-        layers, outside = unsharded_parameters(model, tp_size)
+        layers, outside = unsharded_parameters(sizes, tp_size)
         gathered = layers * (autocast_dtype or dtype).itemsize + outside * dtype.itemsize
         communication = gathered + (layers + outside) * torch.float32.itemsize  # in which gradients are summed
     backward = step.backward_activations if shards > 1 else step.backward - gradients
@@ -306,21 +246,14 @@ def training_budget(
     )
 
 
-def unsharded_parameters(model: nn.Module, tp_size: int = 1) -> tuple[int, int]:
+def unsharded_parameters(sizes: ModelSizes, tp_size: int = 1) -> tuple[int, int]:
     """Return the number of parameters that FSDP2 gathers at a time: those of two layers, and all outside of layers.
 
     Args:
-        model: With or without data.
+        sizes: Of the trained modules.
         tp_size: Tensor-parallel size, which divides the layers.
     """
-    layers = _layer_parameters(model)
-    outside = sum(parameter.numel() for parameter in model.parameters()) - sum(layers)
-    return sum(sorted(layers)[-2:]) // tp_size, outside
-
-
-def _layer_parameters(model: nn.Module) -> list[int]:
-    """Return the number of parameters of each transformer layer."""
-    return [sum(p.numel() for p in block.parameters()) for block in model.modules() if isinstance(block, Block)]
+    return sum(sorted(sizes.layers)[-2:]) // tp_size, sizes.outside_layers
 
 
 def generation_budget(
@@ -343,10 +276,15 @@ def generation_budget(
         guided: Whether classifier-free guidance doubles the batch.
         positions: Tokens of each video that a pass computes.
     """
+    small, large = few_layers(model)
+    if len(model.blocks) > small + large:
+        setting = (weights, dtype, videos, text_length, guided, positions)
+        first, second = (generation_budget(with_layers(model, layers), *setting) for layers in (small, large))
+        return extrapolate(first, second, large - small, len(model.blocks) - large)
     model = without_data(model, dtype).eval().requires_grad_(False)
     batch = 2 * videos if guided else videos
     convert(model, weights)
-    text = _empty_text(batch, text_length, model.text.dim, dtype)
+    text = empty_text(batch, text_length, model.text.dim, dtype)
     with torch.no_grad(), Meter(model) as meter:
         decoder = Decoder(model, text, positions=positions)
         kept = meter.live
@@ -365,12 +303,3 @@ def decoding_bytes(model: VQVAE, dtype: torch.dtype, videos: int) -> tuple[int, 
     with torch.no_grad(), Meter(model) as meter:
         model.decode_stream(tokens)
     return stored_bytes(model), meter.peak
-
-
-def _empty_text(batch: int, length: int, dim: int, dtype: torch.dtype) -> TextEmbedding:
-    """Return text embeddings without data."""
-    return TextEmbedding(
-        torch.empty(batch, length, dim, dtype=dtype, device="meta"),
-        torch.empty(batch, length, dtype=torch.bool, device="meta"),
-        torch.empty(batch, dim, dtype=dtype, device="meta"),
-    )

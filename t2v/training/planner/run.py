@@ -23,12 +23,12 @@ from t2v.training.planner.budget import (
     Strategy,
     TrainingBudget,
     build_optimizer,
+    model_sizes,
     optimizer_bytes,
     training_budget,
-    transformer_step,
-    vqvae_step,
 )
-from t2v.training.planner.step import Device, Step
+from t2v.training.planner.stages import transformer_step, vqvae_step
+from t2v.training.planner.step import Device, Step, extrapolate
 from t2v.training.sharding import check_tensor_parallel_size
 from t2v.training.tensor_parallel import check_heads
 from t2v.training.vqvae import LitVQVAE
@@ -91,6 +91,7 @@ class PlannedRun:
         self.module = module
         self.model: VideoTransformer | VQVAE = model
         self.trained: nn.Module = model if isinstance(model, VideoTransformer) else _trained_parts(module)
+        self.sizes = model_sizes(self.trained)
         self.device = device
         self.generation: GenerationSettings | None = getattr(module, "generation", None)
         buckets = getattr(datamodule, "buckets", None) or []
@@ -128,7 +129,7 @@ class PlannedRun:
     def budget(self, setting: Setting, clips: int) -> TrainingBudget:
         """Return the bytes on one device at a batch size."""
         return training_budget(
-            self.trained,
+            self.sizes,
             self.step(setting.precision, setting.checkpointing, clips),
             self.optimizer(setting.optimizer, setting.precision),
             setting.precision,
@@ -196,7 +197,7 @@ class PlannedRun:
         if frames <= last:
             return self.measure(precision, checkpointing, clips, self.frames)
         small, large = (self.measure(precision, checkpointing, *shape) for shape in shapes)
-        return Step(*(b + (b - a) * (frames - last) // (last - first) for a, b in zip(small, large, strict=True)))
+        return extrapolate(small, large, last - first, frames - last)
 
     def _measure(self, precision: str, checkpointing: str, clips: int, frames: int) -> Step:
         if isinstance(self.model, VideoTransformer):

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from t2v.batch import TextEmbedding
 from t2v.torch_private import (
     CPU_ATTENTION,
     ITEM,
@@ -38,6 +39,7 @@ from t2v.training.flops import executed_flops
 Device = Literal["cuda", "cpu"]
 Module = TypeVar("Module", bound=nn.Module)
 Output = TypeVar("Output")
+Numbers = TypeVar("Numbers", bound=tuple[int, ...])
 _IS_CPU = Tensor.is_cpu.__get__  # type: ignore[attr-defined]
 _AUTOCAST = {
     F.linear,
@@ -68,6 +70,19 @@ class Step(NamedTuple):
     """Peak of the backward pass without gradients."""
     flops: int
     """Executed FLOPs, recomputation included."""
+
+
+def extrapolate(small: Numbers, large: Numbers, between: int, beyond: int) -> Numbers:
+    """Return numbers on the straight lines through two measurements, as a `Step` of a larger batch.
+
+    Args:
+        small: A named tuple of numbers.
+        large: The same for a size that is larger by `between`, in any unit.
+        between: See above.
+        beyond: How much larger than that of `large` the size of the returned numbers is.
+    """
+    line = (b + (b - a) * beyond // between for a, b in zip(small, large, strict=True))
+    return type(large)(*line)  # type: ignore[arg-type]
 
 
 class _Outputs(NamedTuple):
@@ -234,6 +249,13 @@ def _fused_attention(
     return output
 
 
+def precision_dtypes(precision: str) -> tuple[torch.dtype, torch.dtype | None]:
+    """Return the type of the weights and the type that autocast casts to, for the name of a Lightning precision."""
+    if precision.endswith("-mixed"):
+        return torch.float32, torch.bfloat16
+    return (torch.float32, None) if precision == "32-true" else (torch.bfloat16, None)
+
+
 def without_data(module: Module, dtype: torch.dtype | None = None) -> Module:
     """Return a copy of a module on the meta device.
 
@@ -247,6 +269,15 @@ def without_data(module: Module, dtype: torch.dtype | None = None) -> Module:
         empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=new_dtype, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(module, memo)
+
+
+def empty_text(batch: int, length: int, dim: int, dtype: torch.dtype) -> TextEmbedding:
+    """Return text embeddings without data."""
+    return TextEmbedding(
+        torch.empty(batch, length, dim, dtype=dtype, device="meta"),
+        torch.empty(batch, length, dtype=torch.bool, device="meta"),
+        torch.empty(batch, dim, dtype=dtype, device="meta"),
+    )
 
 
 def measure_step(

@@ -1,0 +1,124 @@
+"""Training steps of the two stages, measured without memory."""
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from t2v.losses.tokens import token_loss_
+from t2v.training.planner.step import (
+    Device,
+    Step,
+    empty_text,
+    extrapolate,
+    measure_step,
+    precision_dtypes,
+    without_data,
+)
+from t2v.transformer.block import Block
+from t2v.transformer.layers import TextGate
+from t2v.transformer.model import VideoTransformer
+from t2v.vqvae.model import VQVAE
+
+_MEASURED_LAYERS = 4
+"""Least number of layers from which on the bytes of a step grow linearly with them."""
+
+
+def transformer_step(
+    model: VideoTransformer,
+    clips: int,
+    frames: int,
+    text_length: int,
+    precision: str = "bf16-mixed",
+    checkpointing: str = "none",
+    device: Device = "cuda",
+) -> Step:
+    """Measure a training step of the transformer.
+
+    Args:
+        model: With or without data.
+        clips: Batch size.
+        frames: Length of a clip.
+        text_length: Text tokens of the longest caption.
+        precision: Name of a Lightning precision.
+        checkpointing: Activation checkpointing, as in `VideoTransformer`.
+        device: The kind of device to plan for.
+
+    A deep model is measured with fewer layers of both kinds: layers of a kind take equal memory and work.
+    """
+    dtype, autocast_dtype = precision_dtypes(precision)
+    small, large = few_layers(model)
+    if len(model.blocks) > small + large:
+        setting = (clips, frames, text_length, precision, checkpointing, device)
+        first, second = (transformer_step(with_layers(model, layers), *setting) for layers in (small, large))
+        return extrapolate(first, second, large - small, len(model.blocks) - large)
+    model = without_data(model, dtype)
+    model.checkpointing = checkpointing  # type: ignore[assignment]
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.recompute_attention = checkpointing == "attention"
+
+    def forward() -> tuple[Tensor, Tensor]:
+        shape = (clips, frames, model.grid_size, model.grid_size)
+        tokens = torch.empty(shape, dtype=torch.long, device="meta")
+        text = empty_text(clips, text_length, model.text.dim, dtype)
+        drop = torch.empty(clips, dtype=torch.bool, device="meta")
+        return model(tokens, text, drop), tokens
+
+    def loss(output: tuple[Tensor, Tensor]) -> Tensor:
+        return token_loss_(*output, z_loss=1e-4).objective
+
+    return measure_step(model, forward, loss, device, autocast_dtype)
+
+
+def vqvae_step(
+    model: VQVAE,
+    clips: int,
+    frames: int,
+    precision: str = "bf16-mixed",
+    frames_at_once: int | None = None,
+    device: Device = "cuda",
+) -> Step:
+    """Measure a training step of the VQ-VAE, with L1 reconstruction and without quantizer and other loss terms.
+
+    Args:
+        model: With or without data.
+        clips: Batch size.
+        frames: Length of a clip.
+        precision: Name of a Lightning precision.
+        frames_at_once: Activation checkpointing, as in `VQVAE`.
+        device: The kind of device to plan for.
+    """
+    dtype, autocast_dtype = precision_dtypes(precision)
+    model = without_data(model, dtype).train()
+    model.frames_at_once = frames_at_once
+
+    def forward() -> tuple[Tensor, Tensor]:
+        video = torch.empty(clips, frames, 3, model.image_size, model.image_size, dtype=dtype, device="meta")
+        return model(video, quantize=False).reconstruction, video
+
+    def loss(output: tuple[Tensor, Tensor]) -> Tensor:
+        reconstruction, video = output
+        return (reconstruction.float() - video).abs().mean()
+
+    return measure_step(model, forward, loss, device, autocast_dtype)
+
+
+def few_layers(model: VideoTransformer) -> tuple[int, int]:
+    """Return two small numbers of layers with the model's fraction of temporal layers."""
+    temporal = sum(block.temporal for block in model.blocks)  # type: ignore[misc]
+    period = len(model.blocks) // math.gcd(temporal, len(model.blocks))
+    small = math.ceil(_MEASURED_LAYERS / period) * period
+    return small, small + period
+
+
+def with_layers(model: VideoTransformer, layers: int) -> VideoTransformer:
+    """Return a model that consists of the first layers and the other parts of a model, whose tensors it shares."""
+    parts: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    parts[id(model.blocks)] = model.blocks[:layers]
+    if model.gate is not None:
+        with torch.device("meta"):
+            parts[id(model.gate)] = TextGate(layers, model.attention.heads, model.attention.window)
+    return copy.deepcopy(model, parts)
