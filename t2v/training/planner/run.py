@@ -145,7 +145,10 @@ class PlannedRun:
             memory: Bytes of one device.
         """
         linear = self._measured(setting.checkpointing)[0][0]
-        for small, large in [(linear, linear + 1), (1, max(linear, 2))]:
+        pairs = [(linear, linear + 1), (1, max(linear, 2))]
+        if self.clips <= linear and self.budget(setting, self.clips).peak > memory:  # which is measured already
+            pairs = [(1, self.clips)] if self.clips > 1 else []
+        for small, large in pairs:
             phases = zip(self.budget(setting, small).peaks, self.budget(setting, large).peaks, strict=True)
             fitting = min(
                 math.floor((memory - first) * (large - small) / max(last - first, 1)) for first, last in phases
