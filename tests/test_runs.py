@@ -209,6 +209,7 @@ def test_time_that_is_up_is_named_and_the_next_command_goes_on(pipeline, capfd):
         assert printed.splitlines()[-1].endswith("--ckpt_path last --trainer.max_time null")
 
 
+@pytest.mark.slow
 def test_early_stopping_at_the_end_of_an_epoch_is_named_and_resumed(pipeline, capfd):
     def stop_early(patience: int, resume: bool) -> str:
         options = f"{{monitor: val/loss, min_delta: 100, patience: {patience}}}"

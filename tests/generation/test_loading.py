@@ -94,6 +94,7 @@ def test_unknown_values_are_refused(folder, options, message):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux' record of peak memory")
 def test_a_model_is_converted_without_a_copy_of_all_weights(vqvae, tmp_path):
     """In bfloat16 the weights take half of the file; with all of them in float32 the peak is one and a half."""
