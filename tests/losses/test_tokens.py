@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from t2v.losses.tokens import token_loss_
 
@@ -25,6 +26,21 @@ def test_the_loss_and_its_gradient_equal_the_formula(rows, dtype, smoothing, wei
     torch.testing.assert_close(found.accuracy, (logits.argmax(-1) == tokens).float().mean())
     (2 * found.objective).backward()
     torch.testing.assert_close(logits.grad, 2 * gradient)
+
+
+@pytest.mark.parametrize(("device", "groups"), [("cpu", 16), ("meta", 2)])
+def test_a_gpu_gets_few_large_kernels(device, groups):
+    """The meta device stands for a GPU: it has no cache for which the rows must be few."""
+    softmaxes = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            softmaxes.extend([func] * (func is torch.ops.aten._log_softmax.default))
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        token_loss_(torch.empty(2048, CODES, device=device), torch.zeros(2048, dtype=torch.long, device=device))
+    assert len(softmaxes) == groups
 
 
 def test_logits_are_not_modified_without_a_gradient():
