@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.rank_zero import rank_zero_only, rank_zero_warn
@@ -214,6 +215,9 @@ class T2VCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build all objects, for ``plan`` on the meta device, where weights take no memory."""
+        # As Lightning would make it, which would validate the config again: a fifth of the time before a run begins.
+        dump = self.parser.dump(self.config, skip_link_targets=False, skip_unset=False, skip_validation=True)
+        self.config_dump = yaml.safe_load(dump)[self.subcommand]
         planning = self.subcommand == "plan"
         with torch.device("meta") if planning else nullcontext(), without_weights() if planning else nullcontext():
             super().instantiate_classes()

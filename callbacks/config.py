@@ -26,7 +26,7 @@ class SaveConfig(SaveConfigCallback):
         folder = trainer.log_dir or trainer.default_root_dir  # a collective call on all ranks
         if not trainer.is_global_zero:
             return
-        content = self.parser.dump(self.config, skip_none=False)
+        content = self.parser.dump(self.config, skip_unset=False, skip_validation=True)  # valid since it was parsed
         if is_local(folder):
             Path(folder).mkdir(parents=True, exist_ok=True)
             with atomic_path(Path(folder) / self.config_filename) as partial:
