@@ -21,6 +21,7 @@ COLUMNS = {
     "bits_per_pixel": "{:.4f}",
     "psnr": "{:.2f} dB",
     "ssim": "{:.3f}",
+    "lpips": "{:.4f}",
     "mobilenet": "{:.4f}",
     "flicker": "{:.4f}",
     "codebook_usage": "{:.1%}",

@@ -26,7 +26,7 @@ from data import VideoDataModule
 from data.examples.footage import copy_footage
 from data.prepare import prepare
 from t2v.errors import UserError, run_tool
-from t2v.losses import MobileNetLoss
+from t2v.losses import L1Loss, LPIPSLoss, MobileNetLoss
 from t2v.metrics import PerceptualDistance
 from t2v.training.vqvae import LitVQVAE
 from t2v.vqvae.model import to_model_range
@@ -36,10 +36,11 @@ from tests.benchmarks.report import middle_frames, save_frames, write, write_rep
 
 RECIPE = Path(__file__).parents[2] / "configs/vqvae/footage.yaml"
 MODELS = ("ours", "llamagen", "videogpt", "h264")
-PERCEPTUAL = {
-    "class_path": "t2v.metrics.PerceptualDistance",
-    "init_args": {"term": {"class_path": "t2v.losses.MobileNetLoss"}},
-}
+TERMS = [
+    {"class_path": "t2v.losses.LPIPSLoss", "init_args": {"backbone": "alex"}},
+    {"class_path": "t2v.losses.MobileNetLoss"},
+]
+"""The terms whose distances are measured."""
 WARMUP_STEPS, MEASURED_STEPS = 4, 8
 """Steps that run before and during the measurement of a step's duration."""
 
@@ -199,7 +200,8 @@ def _measure_h264(protocol: Protocol, recipe: dict[str, Any]) -> None:
     )
     clips = torch.cat([batch.video for batch in module.val_dataloader()])
     codec = H264(find_crf(clips, target, data["fps"]), fps=data["fps"])
-    lit = LitVQVAE(codec, losses=[], metrics=[PerceptualDistance(MobileNetLoss())])
+    distances = [PerceptualDistance(LPIPSLoss(backbone="alex")), PerceptualDistance(MobileNetLoss())]
+    lit = LitVQVAE(codec, losses=[L1Loss()], metrics=distances)
     trainer = Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     trainer.validate(lit, datamodule=module, verbose=False)
     save_frames(folder, middle_frames(lit.reconstruct(clips)))
@@ -308,7 +310,9 @@ def _write_overlay(path: Path, candidate: Candidate, protocol: Protocol, max_ste
         "model": {
             "init_args": {
                 "model": candidate.model,
-                "metrics": [PERCEPTUAL],
+                "metrics": [
+                    {"class_path": "t2v.metrics.PerceptualDistance", "init_args": {"term": term}} for term in TERMS
+                ],
                 "optimizer": {"init_args": {"lr": candidate.lr}},
                 **training,
             }
@@ -330,7 +334,7 @@ def _step_times(trainer: Trainer) -> StepTimes:
 
 
 def _metrics(logged: dict[str, Tensor]) -> dict[str, float]:
-    names = ("psnr", "ssim", "mobilenet", "flicker", "codebook_usage", "codebook_perplexity")
+    names = ("psnr", "ssim", "lpips", "mobilenet", "flicker", "codebook_usage", "codebook_perplexity")
     return {name: float(logged[f"val/{name}"]) for name in names if f"val/{name}" in logged}
 
 
