@@ -249,8 +249,9 @@ def moving_sheet(videos: list[str], path: Path, rows: int = 2, columns: int = 4)
             picture.paste(shown, (left, top))
         pictures.append(picture)
     with atomic_path(path) as partial:
-        options = {"format": "WEBP", "duration": 1000 // FPS, "loop": 0, "quality": 80}
-        pictures[0].save(partial, save_all=True, append_images=pictures[1:], **options)
+        pictures[0].save(
+            partial, "WEBP", save_all=True, append_images=pictures[1:], duration=1000 // FPS, loop=0, quality=80
+        )
 
 
 def demo() -> None:

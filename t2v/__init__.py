@@ -2,6 +2,14 @@
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from t2v.generation.text_to_video import TextToVideo as TextToVideo
+    from t2v.training.transformer import LitVideoTransformer as LitVideoTransformer
+    from t2v.training.vqvae import LitVQVAE as LitVQVAE
+    from t2v.transformer.model import VideoTransformer as VideoTransformer
+    from t2v.vqvae.model import VQVAE as VQVAE
 
 try:
     __version__ = version("t2v")

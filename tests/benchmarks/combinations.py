@@ -122,9 +122,9 @@ def main(
     for split in ("train", "val"):
         print(f"nats per frame, frames 1 to 4, then the mean of the others, {split}:", end=" ")
         print(*(f"{value:.2f}" for value in likelihood(model, run / "tokens" / split)))
-    for split in (True, False):
-        drawn = [clip for clip, _ in draw(split, _DRAWINGS, seed=3)]
-        name = "held-out" if split else "training"
+    for held_out in (True, False):
+        drawn = [clip for clip, _ in draw(held_out, _DRAWINGS, seed=3)]
+        name = "held-out" if held_out else "training"
         print(
             f"reconstructions of {_DRAWINGS} drawings of {name} combinations:",
             judge(reconstruct(model.vqvae, drawn), drawn),

@@ -117,7 +117,8 @@ def speed(rounds: int) -> None:
     with torch.inference_mode():
         for job in jobs.values():
             job()
-        bandwidth, times = [], {name: [] for name in jobs}
+        bandwidth: list[float] = []
+        times: dict[str, list[float]] = {name: [] for name in jobs}
         for _ in range(rounds):
             for name, job in jobs.items():
                 bandwidth.append(4 * floats.numel() / min(seconds(floats.sum) for _ in range(3)))
@@ -143,7 +144,9 @@ def speed(rounds: int) -> None:
 def time_and_memory_per_frame(frames: int = 300, near: int = 8) -> None:
     """Print the second table: a small model, 4×4 tokens per frame and a window of 16 frames."""
     model = VideoTransformer(1024, 4, 256, 3, 3, 640, AttentionConfig(4, 2), TextConfig(384)).eval()
-    process, spent, memory = psutil.Process(), [], []
+    process = psutil.Process()
+    spent: list[float] = []
+    memory: list[float] = []
     for _ in range(2):  # the first warms up
         spent, memory, stream = [], [], generate_frames(model, text(384), frames, Sampler(), [0])
         start = time.perf_counter()

@@ -92,7 +92,7 @@ def compare(
                 trainer = main(["fit", *shipped, "-c", json.dumps(overlay), "--seed_everything", str(seed)]).trainer
             losses[name].append(trainer.callback_metrics["val/loss"].item())
             # By name, since the class in the trainer is not the one of __main__.
-            (monitor,) = (each for each in trainer.callbacks if type(each).__name__ == StepMonitor.__name__)
+            (monitor,) = (each for each in trainer.callbacks if type(each).__name__ == StepMonitor.__name__)  # type: ignore[attr-defined]
             print(
                 f"| {name} | {seed} | {statistics.median(monitor.seconds):.2f} | {time.perf_counter() - start:.0f} | "
                 f"{monitor.largest:.2f} | {losses[name][-1]:.4f} | {losses[name][-1] / losses[only[0]][-1] - 1:+.2%} | "

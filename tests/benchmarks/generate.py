@@ -13,6 +13,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -46,13 +47,20 @@ DRAFTS = {"the frame before": decode._draft, "the row above": row_above, "token 
 
 
 def generate(
-    model: TextToVideo, prompts: list[str], seed: int, parallel: Parallel, frames: int | None = None, **options: bool
+    model: TextToVideo,
+    prompts: list[str],
+    seed: int,
+    parallel: Parallel,
+    frames: int | None = None,
+    compiled: bool = False,
 ) -> Video:
     """Generate the tokens of videos."""
     frames = frames or model.frames
     seeds = range(seed, seed + len(prompts))
-    arguments = model.transformer, model.embed(prompts), frames, model.sampler, seeds, model.guidance
-    stream = generate_frames(*arguments, parallel=parallel, **options)
+    text = model.embed(prompts)
+    stream = generate_frames(
+        model.transformer, text, frames, model.sampler, seeds, model.guidance, parallel=parallel, compiled=compiled
+    )
     drawn, passes = [], []
     for frame in stream:
         drawn.append(frame)
@@ -120,14 +128,14 @@ def times(model: TextToVideo, prompts: list[str], rounds: int) -> None:
     """Print the second table."""
     print("\n| videos | decoding | seconds | relative to sequential | passes |\n|---|---|---|---|---|")
     for batch in (1, 16):
-        texts = (prompts * batch)[:batch]
+        run = partial(generate, model, (prompts * batch)[:batch], 0)
         jobs: dict[str, Callable[[], Video]] = {
-            "sequential": lambda texts=texts: generate(model, texts, 0, 1),
-            "parallel": lambda texts=texts: generate(model, texts, 0, "auto"),
+            "sequential": partial(run, 1),
+            "parallel": partial(run, "auto"),
         }
         if compile_error() is None:
-            jobs["sequential, compiled"] = lambda texts=texts: generate(model, texts, 0, 1, compiled=True)
-            jobs["parallel, compiled"] = lambda texts=texts: generate(model, texts, 0, "auto", compiled=True)
+            jobs["sequential, compiled"] = partial(run, 1, compiled=True)
+            jobs["parallel, compiled"] = partial(run, "auto", compiled=True)
         seconds: dict[str, list[float]] = {name: [] for name in jobs}
         passes = {}
         for each in range(rounds + 1):

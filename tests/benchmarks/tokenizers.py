@@ -27,7 +27,7 @@ from data.examples.footage import copy_footage
 from data.prepare import prepare
 from t2v.errors import UserError, run_tool
 from t2v.losses import L1Loss, LPIPSLoss, MobileNetLoss
-from t2v.metrics import PerceptualDistance
+from t2v.metrics import PerceptualDistance, VideoMetric
 from t2v.training.vqvae import LitVQVAE
 from t2v.vqvae.model import to_model_range
 from tests.benchmarks.candidates import Candidate, build, configure, count_parameters
@@ -200,7 +200,7 @@ def _measure_h264(protocol: Protocol, recipe: dict[str, Any]) -> None:
     )
     clips = torch.cat([batch.video for batch in module.val_dataloader()])
     codec = H264(find_crf(clips, target, data["fps"]), fps=data["fps"])
-    distances = [PerceptualDistance(LPIPSLoss(backbone="alex")), PerceptualDistance(MobileNetLoss())]
+    distances: list[VideoMetric] = [PerceptualDistance(LPIPSLoss(backbone="alex")), PerceptualDistance(MobileNetLoss())]
     lit = LitVQVAE(codec, losses=[L1Loss()], metrics=distances)
     trainer = Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     trainer.validate(lit, datamodule=module, verbose=False)

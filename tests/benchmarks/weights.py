@@ -103,7 +103,7 @@ def log_probabilities(
     return model(tokens, embedded).flatten(0, 3).log_softmax(dim=-1)
 
 
-def quality(ckpt: str, tokenizer: str, per_combination: int, batch: int) -> None:
+def quality(ckpt: str, tokenizer: str | None, per_combination: int, batch: int) -> None:
     """Print the accuracy by the oracle, and the distance of the probabilities from the full model's."""
     pairs = held_out_prompts(per_combination)
     prompts = [prompt for _, prompt in pairs]

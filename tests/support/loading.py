@@ -39,7 +39,7 @@ def _status(key: str) -> int:
 def _load(folder: str, dtype: str, weights: str) -> None:
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    model = TextToVideo.from_pretrained(folder, weights, dtype=dtype, device="cpu")
+    model = TextToVideo.from_pretrained(folder, weights, dtype=dtype, device="cpu")  # type: ignore[arg-type]
     print(_status("VmHWM") - before)
     assert model.device.type == "cpu"  # it is alive until here
 
