@@ -225,8 +225,12 @@ class Nf4Linear(QuantizedLinear):
 
     Args:
         weight: The weight to quantize.
+
+    Attributes:
+        ends_graph: `torch.compile` cannot compile the layer as a part of its model, but in parts of its own.
     """
 
+    ends_graph = True
     linear: Any
 
     def __init__(self, weight: Float[Tensor, "d_out d_in"]) -> None:

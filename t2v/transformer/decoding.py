@@ -303,11 +303,14 @@ def _compiled_pass(model: VideoTransformer) -> Callable[..., Any]:
     """Return `decode_pass` compiled for a model, whose modules must not change from then on.
 
     Guards on modules would be checked in every pass (0.4 ms for ten layers on a CPU) and are left out. Without them a
-    model could run the code of another, therefore the code of each model is isolated.
+    model could run the code of another, therefore the code of each model is isolated. They stay where a module ends the
+    graph (`ends_graph`), since the graphs of one layer's parts would be used for another layer.
     """
     prepare_compilation(_COMPILED_PASSES)
     if model not in _COMPILED:
-        options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        options: dict[str, Any] = {}
+        if not any(getattr(module, "ends_graph", False) for module in model.modules()):
+            options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
         _COMPILED[model] = torch.compile(  # type: ignore[call-overload]  # the overloads lack isolate_recompiles
             decode_pass, dynamic=False, isolate_recompiles=True, options=options
         )
