@@ -55,7 +55,7 @@ class Fork:
         while self.process.exitcode is None and not reached():
             self.process.join(0.005)
 
-    def wait(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def wait(self, timeout: float = 900) -> subprocess.CompletedProcess[str]:
         """Return the result when the program ends; the status of one that was killed is minus the signal."""
         self.process.join(timeout)
         if self.process.exitcode is None:
