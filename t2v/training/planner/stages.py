@@ -37,6 +37,8 @@ def transformer_step(
 ) -> Step:
     """Measure a training step of the transformer.
 
+    A deep model is measured with fewer layers of both kinds, since layers of a kind take equal memory and work.
+
     Args:
         model: With or without data.
         clips: Batch size.
@@ -45,8 +47,6 @@ def transformer_step(
         precision: Name of a Lightning precision.
         checkpointing: Activation checkpointing, as in `VideoTransformer`.
         device: The kind of device to plan for.
-
-    A deep model is measured with fewer layers of both kinds: layers of a kind take equal memory and work.
     """
     dtype, autocast_dtype = precision_dtypes(precision)
     small, large = few_layers(model)
