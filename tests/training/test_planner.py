@@ -120,14 +120,26 @@ def test_planned_peaks_and_flops_equal_those_of_a_real_step(precision, checkpoin
 @pytest.mark.parametrize("checkpointing", ["none", "attention", "full"])
 @pytest.mark.parametrize(("spatial", "temporal", "gate"), [(9, 6, True), (0, 12, False), (12, 0, True)])
 def test_a_step_of_a_deep_model_is_that_of_all_its_layers(spatial, temporal, gate, checkpointing, monkeypatch):
-    sizes = {"vocab_size": 64, "grid_size": 4, "dim": 32, "hidden_dim": 64}
-    attention, text = AttentionConfig(heads=4, kv_heads=2, window=2), TextConfig(dim=16, gate=gate)
-    model = VideoTransformer(
-        **sizes, spatial_layers=spatial, temporal_layers=temporal, attention=attention, text=text, device="meta"
-    )
+    model = deep_model(spatial, temporal, gate)
     deep = transformer_step(model, 3, 4, TEXT_LENGTH, "bf16-mixed", checkpointing)
     monkeypatch.setattr(stages, "_MEASURED_LAYERS", len(model.blocks))
     assert deep == transformer_step(model, 3, 4, TEXT_LENGTH, "bf16-mixed", checkpointing)
+
+
+@pytest.mark.parametrize("weights", ["full", "fp8", "int8", "nf4"])
+def test_the_generation_of_a_deep_model_takes_what_all_its_layers_take(weights, monkeypatch):
+    model = deep_model(9, 6, gate=True)
+    deep = generation_budget(model, weights, torch.bfloat16, 2, TEXT_LENGTH, guided=True, positions=7)
+    monkeypatch.setattr(stages, "_MEASURED_LAYERS", len(model.blocks))
+    assert deep == generation_budget(model, weights, torch.bfloat16, 2, TEXT_LENGTH, guided=True, positions=7)
+
+
+def deep_model(spatial: int, temporal: int, gate: bool) -> VideoTransformer:
+    sizes = {"vocab_size": 64, "grid_size": 4, "dim": 32, "hidden_dim": 64}
+    attention, text = AttentionConfig(heads=4, kv_heads=2, window=2), TextConfig(dim=16, gate=gate)
+    return VideoTransformer(
+        **sizes, spatial_layers=spatial, temporal_layers=temporal, attention=attention, text=text, device="meta"
+    )
 
 
 def test_activation_checkpointing_saves_memory_and_adds_flops():
@@ -268,7 +280,7 @@ def test_a_large_batch_is_extrapolated_from_measured_ones(monkeypatch):
     run = PlannedRun(lit(), None, None, "cuda")
     expected = run._measure("bf16-mixed", "none", 12, run.frames)
     long = run._measure("bf16-mixed", "none", 1, 96)
-    monkeypatch.setattr(planned_run, "MEASURED_FRAMES", 24)
+    monkeypatch.setattr(planned_run, "_LINEAR_FRAMES", 24)
     assert run.step("bf16-mixed", "none", 12) == pytest.approx(expected, rel=0.05)
     run.frames = 96
     assert run.step("bf16-mixed", "none", 1) == pytest.approx(long, rel=0.1)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from t2v.generation.quantization import Weights, convert, stored_bytes
 from t2v.torch_private import quantized_moments, storage_id
 from t2v.training.optimization import parameter_groups
-from t2v.training.planner.stages import few_layers, with_layers
-from t2v.training.planner.step import Device, Meter, Step, empty_text, extrapolate, precision_dtypes, without_data
+from t2v.training.planner.stages import measure_with_few_layers
+from t2v.training.planner.step import Device, Meter, Step, empty_text, precision_dtypes, without_data
 from t2v.transformer.block import Block
 from t2v.transformer.decoding import Decoder
 from t2v.transformer.model import VideoTransformer
@@ -276,11 +276,19 @@ def generation_budget(
         guided: Whether classifier-free guidance doubles the batch.
         positions: Tokens of each video that a pass computes.
     """
-    small, large = few_layers(model)
-    if len(model.blocks) > small + large:
-        setting = (weights, dtype, videos, text_length, guided, positions)
-        first, second = (generation_budget(with_layers(model, layers), *setting) for layers in (small, large))
-        return extrapolate(first, second, large - small, len(model.blocks) - large)
+    setting = (weights, dtype, videos, text_length, guided, positions)
+    return measure_with_few_layers(model, lambda few: _generation_budget(few, *setting))
+
+
+def _generation_budget(
+    model: VideoTransformer,
+    weights: Weights,
+    dtype: torch.dtype,
+    videos: int,
+    text_length: int,
+    guided: bool,
+    positions: int,
+) -> GenerationBudget:
     model = without_data(model, dtype).eval().requires_grad_(False)
     batch = 2 * videos if guided else videos
     convert(model, weights)

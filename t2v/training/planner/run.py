@@ -35,7 +35,7 @@ from t2v.training.vqvae import LitVQVAE
 from t2v.transformer.model import VideoTransformer
 from t2v.vqvae.model import VQVAE
 
-MEASURED_FRAMES = 128
+_LINEAR_FRAMES = 128
 """Frames from which on the bytes of a step grow linearly, so that larger batches are not measured."""
 _LINEAR_GROUPS = 16
 """Groups of frames from which on the bytes of activation checkpointing grow linearly."""
@@ -144,11 +144,13 @@ class PlannedRun:
             setting: The setting.
             memory: Bytes of one device.
         """
-        linear = self._measured(setting.checkpointing)[0][0]
-        pairs = [(linear, linear + 1), (1, max(linear, 2))]
+        linear = self._measured_batches(setting.checkpointing)[0][0]
+        pairs = [(linear, linear + 1), (1, linear)]
         if self.clips <= linear and self.budget(setting, self.clips).peak > memory:  # which is measured already
-            pairs = [(1, self.clips)] if self.clips > 1 else []
+            pairs = [(1, self.clips)]
         for small, large in pairs:
+            if small == large:
+                continue
             phases = zip(self.budget(setting, small).peaks, self.budget(setting, large).peaks, strict=True)
             fitting = min(
                 math.floor((memory - first) * (large - small) / max(last - first, 1)) for first, last in phases
@@ -173,7 +175,7 @@ class PlannedRun:
     @property
     def is_extrapolated(self) -> bool:
         """Whether the run's batch has more frames than are measured."""
-        return self.clips * self.frames > math.prod(self._measured(self.setting.checkpointing)[1])
+        return self.clips * self.frames > math.prod(self._measured_batches(self.setting.checkpointing)[1])
 
     def _check_sharding(self) -> None:
         _, world_size, tp_size = self.setting.layout
@@ -183,9 +185,9 @@ class PlannedRun:
         elif isinstance(self.module, LitVQVAE):
             self.module.check_sharding(tp_size)
 
-    def _measured(self, checkpointing: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    def _measured_batches(self, checkpointing: str) -> tuple[tuple[int, int], tuple[int, int]]:
         """Return the clips and frames of two batches; bytes and operations grow linearly from the first one on."""
-        first, last = MEASURED_FRAMES, 2 * MEASURED_FRAMES
+        first, last = _LINEAR_FRAMES, 2 * _LINEAR_FRAMES
         if checkpointing == "frames":
             first, last = _LINEAR_GROUPS * self.frames_at_once, (_LINEAR_GROUPS + 1) * self.frames_at_once
         if self.frames > first:  # parts of a clip
@@ -195,7 +197,7 @@ class PlannedRun:
 
     def _step(self, precision: str, checkpointing: str, clips: int) -> Step:
         """Measure a training step; that of a large batch is extrapolated from two smaller ones."""
-        shapes = self._measured(checkpointing)
+        shapes = self._measured_batches(checkpointing)
         frames, (first, last) = clips * self.frames, map(math.prod, shapes)
         if frames <= last:
             return self.measure(precision, checkpointing, clips, self.frames)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from t2v.losses.tokens import token_loss_
 from t2v.training.planner.step import (
     Device,
+    Numbers,
     Step,
     empty_text,
     extrapolate,
@@ -48,12 +50,20 @@ def transformer_step(
         checkpointing: Activation checkpointing, as in `VideoTransformer`.
         device: The kind of device to plan for.
     """
+    setting = (clips, frames, text_length, precision, checkpointing, device)
+    return measure_with_few_layers(model, lambda few: _transformer_step(few, *setting))
+
+
+def _transformer_step(
+    model: VideoTransformer,
+    clips: int,
+    frames: int,
+    text_length: int,
+    precision: str,
+    checkpointing: str,
+    device: Device,
+) -> Step:
     dtype, autocast_dtype = precision_dtypes(precision)
-    small, large = few_layers(model)
-    if len(model.blocks) > small + large:
-        setting = (clips, frames, text_length, precision, checkpointing, device)
-        first, second = (transformer_step(with_layers(model, layers), *setting) for layers in (small, large))
-        return extrapolate(first, second, large - small, len(model.blocks) - large)
     model = without_data(model, dtype)
     model.checkpointing = checkpointing  # type: ignore[assignment]
     for block in model.modules():
@@ -106,15 +116,24 @@ def vqvae_step(
     return measure_step(model, forward, loss, device, autocast_dtype)
 
 
-def few_layers(model: VideoTransformer) -> tuple[int, int]:
-    """Return two small numbers of layers with the model's fraction of temporal layers."""
+def measure_with_few_layers(model: VideoTransformer, measure: Callable[[VideoTransformer], Numbers]) -> Numbers:
+    """Return the measurement of a model; that of a deep one is extrapolated from two with some of its layers.
+
+    Args:
+        model: With or without data.
+        measure: Returns numbers that grow by the same amount with each group of spatial and temporal layers.
+    """
     temporal = sum(block.temporal for block in model.blocks)  # type: ignore[misc]
-    period = len(model.blocks) // math.gcd(temporal, len(model.blocks))
-    small = math.ceil(_MEASURED_LAYERS / period) * period
-    return small, small + period
+    group = len(model.blocks) // math.gcd(temporal, len(model.blocks))  # layers with the fraction of temporal ones
+    small = math.ceil(_MEASURED_LAYERS / group) * group
+    large = small + group
+    if len(model.blocks) <= small + large:
+        return measure(model)
+    first, second = (measure(_with_layers(model, layers)) for layers in (small, large))
+    return extrapolate(first, second, large - small, len(model.blocks) - large)
 
 
-def with_layers(model: VideoTransformer, layers: int) -> VideoTransformer:
+def _with_layers(model: VideoTransformer, layers: int) -> VideoTransformer:
     """Return a model that consists of the first layers and the other parts of a model, whose tensors it shares."""
     parts: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     parts[id(model.blocks)] = model.blocks[:layers]
