@@ -145,10 +145,10 @@ def time_and_memory_per_frame(frames: int = 300, near: int = 8) -> None:
     """Print the second table: a small model, 4×4 tokens per frame and a window of 16 frames."""
     model = VideoTransformer(1024, 4, 256, 3, 3, 640, AttentionConfig(4, 2), TextConfig(384)).eval()
     process = psutil.Process()
-    spent: list[float] = []
-    memory: list[float] = []
     for _ in range(2):  # the first warms up
-        spent, memory, stream = [], [], generate_frames(model, text(384), frames, Sampler(), [0])
+        spent: list[float] = []
+        memory: list[float] = []
+        stream = generate_frames(model, text(384), frames, Sampler(), [0])
         start = time.perf_counter()
         for _ in stream:
             spent.append(time.perf_counter() - start)

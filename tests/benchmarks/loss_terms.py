@@ -6,7 +6,6 @@ terms and seed, so that the command can be interrupted and repeated; the table h
 """
 
 import json
-import math
 import time
 from pathlib import Path
 from statistics import mean
@@ -15,12 +14,9 @@ from typing import Any
 import yaml
 
 from cli import main
-from data.examples.footage import copy_footage
-from data.prepare import prepare
 from t2v.errors import UserError, run_tool
-from tests.benchmarks.report import write
-
-_RECIPE = Path(__file__).parents[2] / "configs/vqvae/footage.yaml"
+from tests.benchmarks.report import print_table, write
+from tests.benchmarks.tokenizers import RECIPE, prepare_clips
 
 
 def _object(name: str, **arguments: Any) -> dict[str, Any]:
@@ -50,6 +46,8 @@ _METRICS = [
     _object("metrics.KernelVideoDistance", features=_object("metrics.I3D")),
 ]
 COLUMNS = {
+    "terms": "{}",
+    "seeds": "{}",
     "steps": "{:.0f}",
     "seconds": "{:.0f}",
     "psnr": "{:.2f} dB",
@@ -81,10 +79,8 @@ def compare(out: Path, steps: int = 500, seeds: int = 1, only: str | None = None
     if only is not None and only not in TERMS:
         raise UserError(f"only={only} is no set of terms: give one of {', '.join(TERMS)}.")
     out = out.absolute()
-    data = yaml.safe_load(_RECIPE.read_text())["data"]["init_args"]
-    copy_footage(out / "clips")
-    for split, size in {"train": int(data["size"] / data["crop"]), "val": data["size"]}.items():
-        prepare(out / "clips" / split, out / "shards" / split, size=size, fps=float(data["fps"]), frames=16)
+    data = yaml.safe_load(RECIPE.read_text())["data"]["init_args"]
+    prepare_clips(out, data, clip_frames=16)
     for name in TERMS if only is None else (only,):
         for seed in range(seeds):
             _run(out, name, steps, seed, precision)
@@ -111,7 +107,7 @@ def _run(out: Path, name: str, steps: int, seed: int, precision: str) -> None:
         "data": {"init_args": {f"{split}": str(out / "shards" / split) for split in ("train", "val")} | {"seed": seed}},
     }
     write(folder / "overlay.yaml", yaml.safe_dump(overlay))
-    flags = ["-c", str(_RECIPE), "-c", str(folder / "overlay.yaml"), "--ckpt_path", "last"]
+    flags = ["-c", str(RECIPE), "-c", str(folder / "overlay.yaml"), "--ckpt_path", "last"]
     start = time.perf_counter()
     main(["fit", *flags])
     seconds = time.perf_counter() - start
@@ -124,12 +120,12 @@ def _run(out: Path, name: str, steps: int, seed: int, precision: str) -> None:
 def _print_table(out: Path) -> None:
     """Print the mean over seeds for each set of terms and number of steps."""
     results = [json.loads(path.read_text()) for path in sorted(out.glob("*/result.json"))]
-    print("|".join(["", "terms", "seeds", *(name.replace("_", " ") for name in COLUMNS), ""]))
-    print("|---" * (2 + len(COLUMNS)) + "|")
+    rows = []
     for name, steps in sorted({(each["name"], each["steps"]) for each in results}, key=_order):
-        rows = [each for each in results if (each["name"], each["steps"]) == (name, steps)]
-        cells = (form.format(mean(row.get(column, math.nan) for row in rows)) for column, form in COLUMNS.items())
-        print("|".join(["", name, str(len(rows)), *cells, ""]))
+        runs = [each for each in results if (each["name"], each["steps"]) == (name, steps)]
+        means = {column: mean(run[column] for run in runs) for column in COLUMNS if all(column in run for run in runs)}
+        rows.append({"terms": name, "seeds": len(runs), **means})
+    print_table(COLUMNS, rows)
 
 
 def _order(row: tuple[str, int]) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import UInt8
@@ -39,12 +40,21 @@ def write_report(out: Path, models: Sequence[str]) -> None:
     found = [path for name in models for path in sorted(out.glob(f"{name}*/result.json"))]
     results = [json.loads(path.read_text()) for path in found]
     write(out / "report.json", json.dumps(results, indent=1))
-    print("|".join(["", "model", *(name.replace("_", " ") for name in COLUMNS), ""]))
-    print("|---" * (1 + len(COLUMNS)) + "|")
-    for result in results:
-        cells = (form.format(result[name]) if name in result else "–" for name, form in COLUMNS.items())
-        print("|".join(["", result["name"], *cells, ""]))
+    print_table({"model": "{}", **COLUMNS}, [{**result, "model": result["name"]} for result in results])
     _draw_frames(out / "frames.png", [out, *(path.parent for path in found)])
+
+
+def print_table(columns: dict[str, str], rows: Sequence[dict[str, Any]]) -> None:
+    """Print a Markdown table.
+
+    Args:
+        columns: Keys of the rows and the format of their values.
+        rows: Values by key; one that is missing is printed as a dash.
+    """
+    print("|".join(["", *(name.replace("_", " ") for name in columns), ""]))
+    print("|---" * len(columns) + "|")
+    for row in rows:
+        print("|".join(["", *(form.format(row[name]) if name in row else "–" for name, form in columns.items()), ""]))
 
 
 def middle_frames(clips: UInt8[Tensor, "b t c h w"]) -> UInt8[Tensor, "n c h w"]:

@@ -124,7 +124,7 @@ def compare(
         )
     protocol = Protocol(out.absolute(), recipe.absolute(), minutes, seed, precision, clip_frames)
     _keep_protocol(protocol)
-    _prepare_clips(protocol, settings["data"]["init_args"])
+    prepare_clips(protocol.out, settings["data"]["init_args"], protocol.clip_frames)
     rates = {"ours": lr_ours, "llamagen": lr_llamagen, "videogpt": lr_videogpt}
     for name in MODELS if only is None else (only,):
         if name == "h264":
@@ -239,13 +239,20 @@ def _keep_protocol(protocol: Protocol) -> None:
     write(path, json.dumps(settings, indent=1))
 
 
-def _prepare_clips(protocol: Protocol, data: dict[str, Any]) -> None:
-    clips, shards = protocol.out / "clips", protocol.out / "shards"
+def prepare_clips(out: Path, data: dict[str, Any], clip_frames: int) -> None:
+    """Write the footage to `out/clips`, and its shards to `out/shards/train` and `out/shards/val`.
+
+    Args:
+        out: The folder.
+        data: Arguments of the recipe's DataModule.
+        clip_frames: Frames of a clip.
+    """
+    clips, shards = out / "clips", out / "shards"
     copy_footage(clips)
     shards.mkdir(exist_ok=True)
     train_size = 2 * math.ceil(data["size"] / data.get("crop", 1.0) / 2)  # even, and large enough for random crops
     for split, size in {"train": train_size, "val": data["size"]}.items():
-        prepare(clips / split, shards / split, size=size, fps=float(data["fps"]), frames=protocol.clip_frames)
+        prepare(clips / split, shards / split, size=size, fps=float(data["fps"]), frames=clip_frames)
 
 
 def _plan(candidate: Candidate, protocol: Protocol) -> dict[str, Any]:
