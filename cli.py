@@ -12,6 +12,7 @@
   status 75, Ctrl-C with 130; other commands stop at once, with 143 or 130.
 """
 
+import gc
 import signal
 import sys
 
@@ -21,6 +22,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the process without a traceback
     answer(sys.argv[1:])
     keep_freed_memory()
+    gc.disable()  # what is imported stays, and a thousand collections would walk through it
 defer_torchmetrics()  # before the imports below, which take seconds
 
 import argparse
@@ -386,5 +388,7 @@ def main(args: ArgsType = None) -> T2VCLI:
 
 
 if __name__ == "__main__":
+    gc.freeze()
+    gc.enable()
     shorten_tracebacks()
     main()

@@ -68,6 +68,12 @@ def makes_new_storage(operator: Any) -> bool:
     return all(each.alias_info is None for each in (*schema.arguments, *schema.returns))
 
 
+@cache
+def changes_lists_in_place(operator: Any) -> bool:
+    """Return whether an operator changes the values of all tensors of its first argument and returns nothing."""
+    return operator.name().startswith("aten::_foreach_") and not operator._schema.returns
+
+
 def backward_under_modes(objective: Float[Tensor, ""]) -> None:
     """Run `objective.backward()` with dispatch and function modes kept on.
 

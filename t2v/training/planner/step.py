@@ -30,6 +30,7 @@ from t2v.torch_private import (
     DisableTorchFunction,
     DispatchMode,
     backward_under_modes,
+    changes_lists_in_place,
     fused_rms_norm,
     makes_new_storage,
     storage_id,
@@ -41,6 +42,7 @@ Module = TypeVar("Module", bound=nn.Module)
 Output = TypeVar("Output")
 Numbers = TypeVar("Numbers", bound=tuple[int, ...])
 _IS_CPU = Tensor.is_cpu.__get__  # type: ignore[attr-defined]
+_GETTER = type(_IS_CPU)
 _AUTOCAST = {
     F.linear,
     F.conv1d,
@@ -135,10 +137,12 @@ class Meter(DispatchMode):
             return 2.0 if args[0].is_floating_point() else 1
         if func is TO_COPY and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):  # `Tensor.tolist`
             return torch.ones(args[0].shape, dtype=kwargs.get("dtype", args[0].dtype), device="cpu")
-        key = (func, _signature((args, kwargs))) if makes_new_storage(func) else None
-        if key in _cache:
-            output = _empty(_cache[key])
-            self.flops += _cache[key].flops
+        if changes_lists_in_place(func) and args[0][0].is_meta:  # there are no values to change
+            return None
+        key = (func, *map(_signature, args), *map(_signature, kwargs.items())) if makes_new_storage(func) else None
+        if (known := _cache.get(key)) is not None:
+            output = _empty(known)
+            self.flops += known.flops
         else:
             output = func(*args, **kwargs)
             flops = executed_flops(func, args, kwargs, output)
@@ -177,8 +181,6 @@ def _signature(value: Any) -> Any:
         return value.shape, value.stride(), value.dtype, value.is_meta
     if isinstance(value, tuple | list):
         return tuple(map(_signature, value))
-    if isinstance(value, dict):
-        return tuple((name, _signature(each)) for name, each in value.items())
     return type(value), value
 
 
@@ -210,8 +212,8 @@ class _DeviceRules(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func == _IS_CPU:
-            return self.on_cpu
+        if type(func) is _GETTER:
+            return self.on_cpu if func == _IS_CPU else func(*args)
         if self.autocast_dtype is not None:
             if func in _AUTOCAST:
                 args = tuple(self._cast(each, self.autocast_dtype) for each in args)
