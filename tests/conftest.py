@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+gc.disable()  # until all tests are imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in parallel, one process per core
 
@@ -26,6 +27,7 @@ def pytest_collection_finish() -> None:
     """Exempt all that the tests have imported from garbage collection, each of which would walk through it."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
