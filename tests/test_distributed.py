@@ -244,6 +244,7 @@ def test_a_signal_to_one_of_two_ranks_stops_both_and_resuming_is_exact(pipeline,
     assert losses(pipeline.run / "rest/losses", 1) == pytest.approx(runs.one[16:], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_resumes_from_a_file(pipeline, runs):
     flags = command(pipeline, "transformer", "sharded", *runs.flags, *SHARDED, *ONE)
     pipeline.main(*flags, f"--ckpt_path={at(pipeline, 'one', 4)}")

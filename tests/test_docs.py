@@ -13,6 +13,7 @@ from functools import cache
 from operator import attrgetter
 from pathlib import Path
 from pkgutil import resolve_name
+from typing import Any
 
 import pytest
 import torch
@@ -162,7 +163,12 @@ def checkout(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", sorted(shell_commands("cli.py")))
+def _slow_unless_in_the_readme(command: str) -> Any:
+    marks = () if command in shell_commands("cli.py", [ROOT / "README.md"]) else pytest.mark.slow
+    return pytest.param(command, marks=marks)
+
+
+@pytest.mark.parametrize("command", map(_slow_unless_in_the_readme, sorted(shell_commands("cli.py"))))
 def test_cli_commands_parse(command, parser, checkout, monkeypatch):
     monkeypatch.chdir(checkout)
     words = shlex.split(command)

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -59,11 +60,12 @@ def commands(script: str) -> list[list[str]]:
     return found
 
 
-def shell_commands(word: str) -> set[str]:
+def shell_commands(word: str, documents: Sequence[Path] = DOCUMENTS) -> set[str]:
     """Return every command of the documentation that contains a word.
 
     Args:
         word: Such as ``make`` or ``cli.py``.
+        documents: The documents.
     """
-    scripts = [script for path in DOCUMENTS for script in blocks(path, "sh")]
+    scripts = [script for path in documents for script in blocks(path, "sh")]
     return {shlex.join(command) for script in scripts for command in commands(script) if word in command}

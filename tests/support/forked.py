@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 _IMPORTED = (
-    "cli",
+    "tests.support.parsed_configs",
     "t2v.generation.text_to_video",
     "data.prepare",
     "data.inspect",

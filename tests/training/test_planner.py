@@ -118,7 +118,14 @@ def test_planned_peaks_and_flops_equal_those_of_a_real_step(precision, checkpoin
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "attention", "full"])
-@pytest.mark.parametrize(("spatial", "temporal", "gate"), [(9, 6, True), (0, 12, False), (12, 0, True)])
+@pytest.mark.parametrize(
+    ("spatial", "temporal", "gate"),
+    [
+        (9, 6, True),
+        pytest.param(0, 12, False, marks=pytest.mark.slow),
+        pytest.param(12, 0, True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_step_of_a_deep_model_is_that_of_all_its_layers(spatial, temporal, gate, checkpointing, monkeypatch):
     model = deep_model(spatial, temporal, gate)
     deep = transformer_step(model, 3, 4, TEXT_LENGTH, "bf16-mixed", checkpointing)
