@@ -248,6 +248,7 @@ from t2v.generation.sampling import Sampler
 from t2v.generation.settings import GenerationSettings
 from t2v.text import MiniLMTextEncoder
 from t2v.training.objective import TokenObjective
+from t2v.transformer.config import AttentionConfig, TextConfig
 
 rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 if ranks > 1:
