@@ -25,7 +25,6 @@ from tests.support.pipeline import Pipeline
 
 def pytest_collection_finish() -> None:
     """Exempt all that the tests have imported from garbage collection, each of which would walk through it."""
-    gc.collect()
     gc.freeze()
     gc.enable()
 
@@ -46,7 +45,7 @@ def _restored_environment() -> Iterator[None]:
 
 @pytest.fixture
 def unchecked_shapes() -> Iterator[None]:
-    """Switch the checks of shapes off, for planning and compilation, which take ten times as long with them."""
+    """Switch the checks of shapes off, for planning, compilation and long videos, which take far longer with them."""
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     yield

@@ -90,12 +90,9 @@ def test_the_stages_of_the_demo_match(build):
     assert splits == [second.datamodule.train, second.datamodule.val]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked_shapes")
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, marks=[] if path.stem == "shapes" else pytest.mark.slow) for path in CONFIGS],
-    ids=lambda path: f"{path.parent.name}-{path.stem}",
-)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_recipe_can_be_planned_without_weights(path, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # no weights for LPIPS
     cli.main(["plan", "--config", str(path)])

@@ -376,7 +376,15 @@ def test_an_incomplete_folder_is_no_checkpoint(tmp_path, capsys):
 
 @pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
 @pytest.mark.parametrize("overlay", ["ddp", "fsdp"])
-@pytest.mark.parametrize("config", ["vqvae/shapes", "vqvae/footage", "transformer/shapes", "transformer/8b"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        "vqvae/shapes",
+        pytest.param("vqvae/footage", marks=pytest.mark.slow),
+        pytest.param("transformer/shapes", marks=pytest.mark.slow),
+        "transformer/8b",
+    ],
+)
 def test_cluster_overlays_fit_both_stages(overlay, config, monkeypatch):
     monkeypatch.setattr(cli.T2VCLI, "_run_subcommand", lambda self, subcommand: None)
     files = [f"--config={ROOT}/configs/{name}.yaml" for name in (config, f"cluster/{overlay}")]

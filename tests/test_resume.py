@@ -9,7 +9,8 @@ from tests.support import forked
 from tests.support.pipeline import ROOT, differences, resumable, training_state
 
 
-@pytest.mark.parametrize("stage", ["vqvae", pytest.param("transformer", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["vqvae", "transformer"])
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(copy_pipeline, stage, capfd):
     pipeline = copy_pipeline()
     fit, checkpoint = resumable(pipeline, stage), pipeline.checkpoint(stage)

@@ -7,6 +7,7 @@ import torch
 
 from t2v.video import probe, read_clip, read_frames, write_mp4
 
+pytestmark = pytest.mark.slow  # Gradio's import alone takes seconds
 DEFAULTS = {"frames": 4, "seed": 0, "guidance": None, "temperature": None, "top_k": None, "top_p": None, "start": None}
 
 

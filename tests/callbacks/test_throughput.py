@@ -131,7 +131,7 @@ def test_flops_are_counted_for_each_shape():
     assert last["throughput/tflop_per_step"] == pytest.approx(2 * 5 * PASS / 1e12)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", [pytest.param("32-true", marks=pytest.mark.slow), "bf16-mixed"])
 def test_recomputation_by_activation_checkpointing_is_not_counted(precision):
     batch = TokenBatch(torch.randint(32, (1, 3, 12, 12)), tokens(1).text, [""], [""])
 

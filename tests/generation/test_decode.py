@@ -31,6 +31,7 @@ def video(*args, **kwargs) -> Tensor:
     return torch.cat(list(generate_frames(*args, **kwargs)), dim=1)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(("guidance", "start_frames"), [(1.0, 0), (3.0, 2), (Linear(4.0, 1.0), 0)])
 def test_a_video_depends_only_on_its_own_text_seed_and_start_frames(transformer, guidance, start_frames):
     sampler = Sampler(temperature=4.0)  # guidance makes the toy model's probabilities extreme
@@ -68,6 +69,7 @@ def test_with_guidance_0_the_text_has_no_effect(transformer):
     assert torch.equal(one, other)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(("guidance", "start_frames"), [(3.0, 1), (1.0, 3), (3.0, 4)])
 def test_a_video_continued_from_its_own_first_frames_is_the_same_video(transformer, guidance, start_frames):
     """The window is 2 frames: the start frames fill the caches once, and more than once."""

@@ -63,6 +63,7 @@ def compare(seed: int, videos: int, positions: list[int]) -> None:
         assert fewer <= passes
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize("seed", range(6))
 def test_parallel_decoding_equals_sequential_decoding(seed):
     """Passes of 2 and of 7 positions, a row, a frame, two frames, and as many as drafts are right for."""

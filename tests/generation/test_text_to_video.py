@@ -49,6 +49,7 @@ def test_prompts_can_be_embedded_before(model):
     assert torch.equal(model.generate(model.embed(PROMPTS)), model.generate(PROMPTS))
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_a_stream_yields_frames_as_they_are_generated(model):
     endless = model.stream(PROMPTS, frames=100_000)
     assert next(endless).shape == next(endless).shape == (3, 1, 3, 16, 16)
@@ -70,6 +71,7 @@ def test_a_video_begins_with_the_reconstruction_of_start(model, vqvae, start):
     assert not close(videos[:, batch.shape[1] :], model.generate(PROMPTS, start=255 - start)[:, batch.shape[1] :])
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_negative_prompts(model):
     plain = model.generate(PROMPTS, guidance=3.0)
     no_guidance = model.generate(PROMPTS)

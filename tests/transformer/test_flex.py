@@ -89,7 +89,7 @@ def test_a_compiled_layer_with_blocks_has_the_same_output_and_gradients(recomput
     assert len(graphs) == 1  # blocks of another forward pass are other inputs of the same graph
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "attention", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", pytest.param("attention", marks=pytest.mark.slow), "full"])
 def test_all_layers_share_the_blocks_of_a_forward_on_a_gpu(checkpointing, monkeypatch):
     """On CUDA tensors without data, with layers that would be compiled."""
     made, used = [], []
