@@ -13,7 +13,6 @@ from functools import cache
 from operator import attrgetter
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any
 
 import pytest
 import torch
@@ -163,12 +162,16 @@ def checkout(tmp_path_factory) -> Path:
     return folder
 
 
-def _slow_unless_in_the_readme(command: str) -> Any:
-    marks = () if command in shell_commands("cli.py", [ROOT / "README.md"]) else pytest.mark.slow
-    return pytest.param(command, marks=marks)
+IN_README = shell_commands("cli.py", [ROOT / "README.md"])
 
 
-@pytest.mark.parametrize("command", map(_slow_unless_in_the_readme, sorted(shell_commands("cli.py"))))
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, marks=() if command in IN_README else pytest.mark.slow)
+        for command in sorted(shell_commands("cli.py"))
+    ],
+)
 def test_cli_commands_parse(command, parser, checkout, monkeypatch):
     monkeypatch.chdir(checkout)
     words = shlex.split(command)

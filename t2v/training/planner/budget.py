@@ -276,32 +276,23 @@ def generation_budget(
         guided: Whether classifier-free guidance doubles the batch.
         positions: Tokens of each video that a pass computes.
     """
-    setting = (weights, dtype, videos, text_length, guided, positions)
-    return measure_with_few_layers(model, lambda few: _generation_budget(few, *setting))
-
-
-def _generation_budget(
-    model: VideoTransformer,
-    weights: Weights,
-    dtype: torch.dtype,
-    videos: int,
-    text_length: int,
-    guided: bool,
-    positions: int,
-) -> GenerationBudget:
-    model = without_data(model, dtype).eval().requires_grad_(False)
     batch = 2 * videos if guided else videos
-    convert(model, weights)
-    text = empty_text(batch, text_length, model.text.dim, dtype)
-    with torch.no_grad(), Meter(model) as meter:
-        decoder = Decoder(model, text, positions=positions)
-        kept = meter.live
-        meter.restart()
-        tokens = torch.empty(batch, 2 * model.grid_size**2, dtype=torch.long, device="meta")
-        decoder.logits(tokens, tokens[:, 0], positions)
-    cache = tensor_bytes(tensor for each in decoder.caches for tensor in (each.keys, each.values))
-    text_cache = tensor_bytes(tensor for keys_and_values in decoder.text for tensor in keys_and_values)
-    return GenerationBudget(stored_bytes(model), cache, text_cache, meter.peak - kept)
+
+    def measure(few: VideoTransformer) -> GenerationBudget:
+        few = without_data(few, dtype).eval().requires_grad_(False)
+        convert(few, weights)
+        text = empty_text(batch, text_length, few.text.dim, dtype)
+        with torch.no_grad(), Meter(few) as meter:
+            decoder = Decoder(few, text, positions=positions)
+            kept = meter.live
+            meter.restart()
+            tokens = torch.empty(batch, 2 * few.grid_size**2, dtype=torch.long, device="meta")
+            decoder.logits(tokens, tokens[:, 0], positions)
+        cache = tensor_bytes(tensor for each in decoder.caches for tensor in (each.keys, each.values))
+        text_cache = tensor_bytes(tensor for keys_and_values in decoder.text for tensor in keys_and_values)
+        return GenerationBudget(stored_bytes(few), cache, text_cache, meter.peak - kept)
+
+    return measure_with_few_layers(model, measure)
 
 
 def decoding_bytes(model: VQVAE, dtype: torch.dtype, videos: int) -> tuple[int, int]:

@@ -50,37 +50,27 @@ def transformer_step(
         checkpointing: Activation checkpointing, as in `VideoTransformer`.
         device: The kind of device to plan for.
     """
-    setting = (clips, frames, text_length, precision, checkpointing, device)
-    return measure_with_few_layers(model, lambda few: _transformer_step(few, *setting))
-
-
-def _transformer_step(
-    model: VideoTransformer,
-    clips: int,
-    frames: int,
-    text_length: int,
-    precision: str,
-    checkpointing: str,
-    device: Device,
-) -> Step:
     dtype, autocast_dtype = precision_dtypes(precision)
-    model = without_data(model, dtype)
-    model.checkpointing = checkpointing  # type: ignore[assignment]
-    for block in model.modules():
-        if isinstance(block, Block):
-            block.recompute_attention = checkpointing == "attention"
 
-    def forward() -> tuple[Tensor, Tensor]:
-        shape = (clips, frames, model.grid_size, model.grid_size)
-        tokens = torch.empty(shape, dtype=torch.long, device="meta")
-        text = empty_text(clips, text_length, model.text.dim, dtype)
-        drop = torch.empty(clips, dtype=torch.bool, device="meta")
-        return model(tokens, text, drop), tokens
+    def measure(few: VideoTransformer) -> Step:
+        few = without_data(few, dtype)
+        few.checkpointing = checkpointing  # type: ignore[assignment]
+        for block in few.modules():
+            if isinstance(block, Block):
+                block.recompute_attention = checkpointing == "attention"
 
-    def loss(output: tuple[Tensor, Tensor]) -> Tensor:
-        return token_loss_(*output, z_loss=1e-4).objective
+        def forward() -> tuple[Tensor, Tensor]:
+            tokens = torch.empty(clips, frames, few.grid_size, few.grid_size, dtype=torch.long, device="meta")
+            text = empty_text(clips, text_length, few.text.dim, dtype)
+            drop = torch.empty(clips, dtype=torch.bool, device="meta")
+            return few(tokens, text, drop), tokens
 
-    return measure_step(model, forward, loss, device, autocast_dtype)
+        def loss(output: tuple[Tensor, Tensor]) -> Tensor:
+            return token_loss_(*output, z_loss=1e-4).objective
+
+        return measure_step(few, forward, loss, device, autocast_dtype)
+
+    return measure_with_few_layers(model, measure)
 
 
 def vqvae_step(

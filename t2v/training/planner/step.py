@@ -43,6 +43,7 @@ Output = TypeVar("Output")
 Numbers = TypeVar("Numbers", bound=tuple[int, ...])
 _IS_CPU = Tensor.is_cpu.__get__  # type: ignore[attr-defined]
 _GETTER = type(_IS_CPU)
+"""The type of the functions that read or set an attribute of a tensor, which are half of all calls."""
 _AUTOCAST = {
     F.linear,
     F.conv1d,
