@@ -30,6 +30,8 @@ _PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """Ends of the names of pictures."""
 _PICTURE_FPS = 25.0
 """Frame rate that a picture is given, as FFmpeg does."""
+_LONGEST_STEP = 10.0
+"""Seconds between two frames that count towards the time limit; a longer gap is a process that was suspended."""
 
 Transform = Callable[[UInt8[Tensor, "t c height width"]], Tensor]
 
@@ -98,7 +100,8 @@ def read_frames(
         transform: Applied to each group of decoded frames, such as resizing, so that not all frames are in memory at
             full size. It is called with each frame once, by increasing index, and must return as many frames.
         timeout: Time limit in seconds, including `transform`. It is checked between frames, or between decord's groups
-            of frames: a call into FFmpeg that hangs is not interrupted.
+            of frames: a call into FFmpeg that hangs is not interrupted. Time in which the process is suspended does not
+            count, but for the first seconds.
         reader: "pyav" or "decord". decord is no faster, does not see damage, and some damaged files crash it. PyAV is
             used instead if decord is not installed, fails, is not known to return the same frames, or needs too much
             memory.
@@ -286,10 +289,13 @@ def _read(
     """Decode the frames nearest to times, if `timed`, or those with the given indices."""
     assert min(wanted, default=-1) >= 0
     targets = sorted(set(wanted))
-    deadline = time.monotonic() + timeout
+    spent, checked = 0.0, time.monotonic()
 
     def check_time() -> None:
-        if time.monotonic() > deadline:
+        nonlocal spent, checked
+        now = time.monotonic()
+        spent, checked = spent + min(now - checked, _LONGEST_STEP), now
+        if spent > timeout:
             raise DecodeError(f"it takes longer than the limit of {timeout:g} seconds per clip")
 
     parts: list[Tensor] = []

@@ -30,6 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.gpu)
+            item.add_marker(pytest.mark.usefixtures("unchecked_shapes"))  # compiling the checks takes minutes
             if DEVICE == "cuda" and not torch.cuda.is_available():
                 item.add_marker(missing)
 

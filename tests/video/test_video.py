@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import itertools
 import struct
 import weakref
 from functools import partial
@@ -22,6 +23,7 @@ from t2v.video import (
     probe,
     read_clip,
     read_frames,
+    reading,
     resize_and_crop,
     selection,
     stream_frames,
@@ -154,6 +156,16 @@ def test_few_full_size_frames_are_in_memory_at_a_time(decoder, monkeypatch):
 def test_the_time_limit_stops_decoding(decoder):
     with pytest.raises(DecodeError, match="longer than the limit of 0 seconds"):
         decoder(encode_mp4(moving_square(), fps=8), [0], timeout=0.0)
+
+
+def test_the_time_of_a_suspended_process_does_not_count(monkeypatch):
+    """A job scheduler or Ctrl-Z may stop it for hours; its clip is not damaged."""
+    clock = itertools.count(step=3600)
+    monkeypatch.setattr(reading.time, "monotonic", lambda: next(clock))
+    content = encode_mp4(moving_square(frames=4), fps=8)
+    assert len(read_frames(content, [0, 1, 2], timeout=60.0)) == 3
+    with pytest.raises(DecodeError, match="longer than the limit of 20 seconds"):
+        read_frames(content, [0, 1, 2], timeout=20.0)
 
 
 def test_frames_above_the_limit_are_not_decoded(decoder, monkeypatch):
