@@ -31,7 +31,7 @@ _PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _PICTURE_FPS = 25.0
 """Frame rate that a picture is given, as FFmpeg does."""
 _LONGEST_STEP = 10.0
-"""Seconds between two frames that count towards the time limit; a longer gap is a process that was suspended."""
+"""Seconds that a gap between two frames counts towards the time limit at most: a process may have been suspended."""
 
 Transform = Callable[[UInt8[Tensor, "t c height width"]], Tensor]
 
@@ -100,8 +100,8 @@ def read_frames(
         transform: Applied to each group of decoded frames, such as resizing, so that not all frames are in memory at
             full size. It is called with each frame once, by increasing index, and must return as many frames.
         timeout: Time limit in seconds, including `transform`. It is checked between frames, or between decord's groups
-            of frames: a call into FFmpeg that hangs is not interrupted. Time in which the process is suspended does not
-            count, but for the first seconds.
+            of frames: a call into FFmpeg that hangs is not interrupted. Each time between two checks counts as 10
+            seconds at most, so that a process may be suspended.
         reader: "pyav" or "decord". decord is no faster, does not see damage, and some damaged files crash it. PyAV is
             used instead if decord is not installed, fails, is not known to return the same frames, or needs too much
             memory.

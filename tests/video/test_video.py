@@ -23,7 +23,6 @@ from t2v.video import (
     probe,
     read_clip,
     read_frames,
-    reading,
     resize_and_crop,
     selection,
     stream_frames,
@@ -161,7 +160,7 @@ def test_the_time_limit_stops_decoding(decoder):
 def test_the_time_of_a_suspended_process_does_not_count(monkeypatch):
     """A job scheduler or Ctrl-Z may stop it for hours; its clip is not damaged."""
     clock = itertools.count(step=3600)
-    monkeypatch.setattr(reading.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr("time.monotonic", partial(next, clock))
     content = encode_mp4(moving_square(frames=4), fps=8)
     assert len(read_frames(content, [0, 1, 2], timeout=60.0)) == 3
     with pytest.raises(DecodeError, match="longer than the limit of 20 seconds"):
