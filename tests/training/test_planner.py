@@ -35,7 +35,7 @@ from t2v.training.planner.budget import (
 )
 from t2v.training.planner.run import PlannedRun
 from t2v.training.planner.stages import transformer_step, vqvae_step
-from t2v.training.planner.step import Meter
+from t2v.training.planner.step import Meter, Step
 from t2v.training.transformer import LitVideoTransformer
 from t2v.training.vqvae import LitVQVAE
 from t2v.transformer.config import AttentionConfig, TextConfig
@@ -122,6 +122,8 @@ def test_planned_peaks_and_flops_equal_those_of_a_real_step(precision, checkpoin
     ("spatial", "temporal", "gate"),
     [
         (9, 6, True),
+        (13, 7, True),
+        pytest.param(1, 20, False, marks=pytest.mark.slow),
         pytest.param(0, 12, False, marks=pytest.mark.slow),
         pytest.param(12, 0, True, marks=pytest.mark.slow),
     ],
@@ -129,16 +131,30 @@ def test_planned_peaks_and_flops_equal_those_of_a_real_step(precision, checkpoin
 def test_a_step_of_a_deep_model_is_that_of_all_its_layers(spatial, temporal, gate, checkpointing, monkeypatch):
     model = deep_model(spatial, temporal, gate)
     deep = transformer_step(model, 3, 4, TEXT_LENGTH, "bf16-mixed", checkpointing)
-    monkeypatch.setattr(stages, "_MEASURED_LAYERS", len(model.blocks))
+    measure_all_layers(monkeypatch)
     assert deep == transformer_step(model, 3, 4, TEXT_LENGTH, "bf16-mixed", checkpointing)
 
 
 @pytest.mark.parametrize("weights", ["full", "fp8", "int8", "nf4"])
-def test_the_generation_of_a_deep_model_takes_what_all_its_layers_take(weights, monkeypatch):
-    model = deep_model(9, 6, gate=True)
+@pytest.mark.parametrize(("spatial", "temporal"), [(9, 6), (13, 7)])
+def test_the_generation_of_a_deep_model_takes_what_all_its_layers_take(spatial, temporal, weights, monkeypatch):
+    model = deep_model(spatial, temporal, gate=True)
     deep = generation_budget(model, weights, torch.bfloat16, 2, TEXT_LENGTH, guided=True, positions=7)
-    monkeypatch.setattr(stages, "_MEASURED_LAYERS", len(model.blocks))
+    measure_all_layers(monkeypatch)
     assert deep == generation_budget(model, weights, torch.bfloat16, 2, TEXT_LENGTH, guided=True, positions=7)
+
+
+def test_layers_without_a_common_factor_are_planned_from_few(monkeypatch):
+    layers: list[int] = []
+    monkeypatch.setattr(stages, "measure_step", lambda model, *_: Step(*[layers.append(len(model.blocks)) or 1] * 6))
+    transformer_step(deep_model(401, 307, gate=False), 3, 4, TEXT_LENGTH, "bf16-mixed", "none")
+    assert len(layers) == 3
+    assert max(layers) < 10
+
+
+def measure_all_layers(monkeypatch) -> None:
+    monkeypatch.setattr(stages, "_MEASURED_LAYERS", 100)
+    monkeypatch.setattr(stages, "_LARGEST_GROUP", 100)
 
 
 def deep_model(spatial: int, temporal: int, gate: bool) -> VideoTransformer:

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -137,13 +138,22 @@ def optimizer_bytes(
 ) -> OptimizerBytes:
     """Return the bytes of an optimizer's state and of a step, measured by a step without memory.
 
+    That of a deep transformer is measured with some of its layers.
+
     Args:
         model: The trained modules.
         factory: Builds the optimizer.
         precision: Name of a Lightning precision.
         device: On "cuda" PyTorch's own optimizers update all parameters at once, which takes more.
     """
-    model = without_data(model, precision_dtypes(precision)[0])
+    measure = partial(_measure_optimizer, factory=factory, dtype=precision_dtypes(precision)[0], device=device)
+    return measure_with_few_layers(model, measure) if isinstance(model, VideoTransformer) else measure(model)
+
+
+def _measure_optimizer(
+    model: nn.Module, factory: OptimizerFactory, dtype: torch.dtype, device: Device
+) -> OptimizerBytes:
+    model = without_data(model, dtype)
     optimizer, parameter_of = build_optimizer(model, factory)
     if type(optimizer).__module__.startswith("torchao"):  # which compiles its step
         moments = [part for parameter in parameter_of.values() for part in quantized_moments(optimizer, parameter)]
