@@ -27,8 +27,8 @@ from t2v.vqvae.model import VQVAE
 _MEASURED_LAYERS = 4
 """Least number of layers from which on the bytes of a step grow linearly with them."""
 _LARGEST_GROUP = 12
-"""Most layers that make up a group. Models of larger ones are extrapolated kind by kind, which is exact but for the peak
-of the backward pass with checkpointing, which may differ by about 1 %."""
+"""Most layers that make up a group. Models of larger ones are extrapolated kind by kind, which is exact but for the
+peak of the backward pass with checkpointing, which may differ by about 1 %."""
 
 
 def transformer_step(
