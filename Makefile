@@ -13,6 +13,9 @@ CLIPS_flare := flare $(RUN)/clips
 PREPARE_digits := --filters.min_brightness 0
 PREPARE_two_digits := $(PREPARE_digits)
 PREPARE_flare := --fps 15
+# The fastest precision of this machine, and for training of stage 2 whether a compiler works here.
+FAST = $$(head -n 1 $(RUN)/fast)
+FAST_TRAINING = $$(cat $(RUN)/fast)
 BIN := $(VENV)/bin
 EXTRAS := demo,dev,docs,footage,perceptual,prepare,ray,t5
 ENVIRONMENT := $(if $(filter shapes,$(DATA)),$(VENV)/.demo,$(VENV)/.installed)
@@ -30,14 +33,15 @@ ifeq ($(DATA),shapes)
 else
 	@echo "==> Clips, both stages, generated clips in runs/$(DATA); what is finished is not repeated"
 	$(BIN)/python -m data.examples.$(or $(CLIPS_$(DATA)),$(error DATA=$(DATA) must be shapes, digits, two_digits or flare))
+	@test -s $(RUN)/fast || $(BIN)/python -c 'import demo; print("--trainer.precision", demo.fastest_precision()); print("--model.compiled", str(demo.compile_error() is None).lower())' > $(RUN)/fast
 	$(BIN)/python -m data.prepare $(RUN)/clips/train $(RUN)/shards/train $(PREPARE_$(DATA))
 	$(BIN)/python -m data.prepare $(RUN)/clips/val $(RUN)/shards/val $(PREPARE_$(DATA))
-	$(BIN)/python cli.py fit --config configs/vqvae/$(DATA).yaml --ckpt_path last
-	test -d $(RUN)/tokens/val || $(BIN)/python cli.py predict --config configs/vqvae/$(DATA).yaml --ckpt_path last
-	$(BIN)/python cli.py fit --config configs/transformer/$(DATA).yaml --ckpt_path last
-	$(BIN)/python cli.py test --config configs/transformer/$(DATA).yaml --ckpt_path last
+	$(BIN)/python cli.py fit --config configs/vqvae/$(DATA).yaml --ckpt_path last $(FAST)
+	test -d $(RUN)/tokens/val || $(BIN)/python cli.py predict --config configs/vqvae/$(DATA).yaml --ckpt_path last $(FAST)
+	$(BIN)/python cli.py fit --config configs/transformer/$(DATA).yaml --ckpt_path last $(FAST_TRAINING)
+	$(BIN)/python cli.py test --config configs/transformer/$(DATA).yaml --ckpt_path last $(FAST)
 	sed -n '2,25p' $(RUN)/clips/val/captions.csv | cut -d, -f2 > $(RUN)/prompts.txt
-	$(BIN)/python cli.py predict --config configs/transformer/$(DATA).yaml --ckpt_path last --data.prompts $(RUN)/prompts.txt
+	$(BIN)/python cli.py predict --config configs/transformer/$(DATA).yaml --ckpt_path last $(FAST) --data.prompts $(RUN)/prompts.txt
 endif
 
 test: lint
