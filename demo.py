@@ -147,7 +147,7 @@ def tokenize(precision: str) -> None:
     cli("predict", "--config", STAGE1, "--ckpt_path", "last", "--trainer.precision", precision)
 
 
-def generate(precision: str, folder: Path, frames: int) -> list[str]:
+def generate(precision: str, folder: Path, frames: int, *args: str) -> list[str]:
     """Generate videos of held-out prompts in `folder`, and return their file names in the order of the prompts."""
     for old in (folder / "videos").glob("*.mp4"):
         old.unlink()
@@ -159,6 +159,7 @@ def generate(precision: str, folder: Path, frames: int) -> list[str]:
         *("--trainer.precision", precision, "--trainer.default_root_dir", str(folder)),
         *("--model.tokenizer", f"{RUN}/vqvae/checkpoints/last.ckpt", "--model.generation.frames", str(frames)),
         *("--data.prompts", f"{folder}/prompts.txt", "--data.batch_size", str(len(prompts))),
+        *args,
     )
     return sorted(path.name for path in (folder / "videos").glob("*.mp4"))
 
@@ -285,7 +286,7 @@ def demo() -> None:
     long = steps.run(
         "generate_long",
         f"Stage 2: generating videos of {LONG_FRAMES} frames with a model trained on {FRAMES} frames",
-        lambda: generate(precision, LONG, LONG_FRAMES),
+        lambda: generate(precision, LONG, LONG_FRAMES, "--model.generation.candidates", "1"),
     )
     real = steps.run("judge_real", "Measuring the oracle's accuracy on real clips", judge_real)
     generated = steps.run(

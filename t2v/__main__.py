@@ -7,7 +7,7 @@ arguments are checked, since that takes seconds.
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
@@ -32,6 +32,7 @@ def generate(
     parallel: int | Literal["auto"] = "auto",
     revision: str | None = None,
     negative_prompt: str = "",
+    candidates: int = 1,
 ) -> None:
     """Generate one video from text and write it as an mp4.
 
@@ -52,6 +53,7 @@ def generate(
             on this kind of device. The video is the same with any number, up to rounding.
         revision: Branch, tag or commit of a repository.
         negative_prompt: What the video should not show; it needs guidance.
+        candidates: Videos to generate, of which the most probable one under guidance is written; it needs guidance.
 
     Raises:
         UserError: If an argument is invalid, the model cannot be loaded, or the video cannot be written.
@@ -61,7 +63,8 @@ def generate(
     from t2v.video import Mp4Writer
 
     model = TextToVideo.from_pretrained(folder, weights, compiled, dtype, device, text_device, revision)
-    stream = model.stream(prompt, frames, seed, guidance=guidance, parallel=parallel, negative_prompt=negative_prompt)
+    options: dict[str, Any] = {"parallel": parallel, "negative_prompt": negative_prompt, "candidates": candidates}
+    stream = model.stream(prompt, frames, seed, guidance=guidance, **options)
     try:
         with Mp4Writer(output, model.fps) as file:
             for frame in stream:

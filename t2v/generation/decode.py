@@ -9,30 +9,21 @@ equal to those that decoding one after the other draws; the others are the draft
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from t2v.batch import TextEmbedding, check_token_range
 from t2v.errors import UserError
+from t2v.generation.parallel import Parallel, check_parallel, most_positions, next_positions
 from t2v.generation.sampling import GumbelNoise, Sampler, wide
 from t2v.generation.schedules import Schedule, value_at
 from t2v.transformer.decoding import Decoder
 from t2v.transformer.model import VideoTransformer
 
-Parallel = int | Literal["auto"]
-
-_POSITIONS = 256
-"""Positions of all videos, both branches of guidance counted, that a GPU computes in about the time of one."""
-_COMPILED_POSITIONS = 64
-"""The same for compiled passes on a CPU."""
-_CPU_POSITIONS = 16
-"""Positions of each video that uncompiled passes on a CPU may compute, however many videos there are."""
-_FEW_POSITIONS = 8
-"""The same for compiled passes. Each number of positions is compiled, so that they compute one, this, or the most."""
 _ADAPTATION = 0.2
 """Weight of the last pass in the average of right drafts."""
 _LEAD = 16
@@ -50,6 +41,7 @@ def generate_frames(
     compiled: bool = False,
     parallel: Parallel = 1,
     negative: TextEmbedding | None = None,
+    scored: bool = False,
 ) -> "FrameStream":
     """Generate videos and yield the tokens of each frame as soon as they are final in all videos.
 
@@ -71,6 +63,7 @@ def generate_frames(
             to rounding.
         negative: Text embedding of the negative prompt of each video, from which guidance leads away in place of "no
             text"; a row whose mask has no text token is "no text".
+        scored: Whether to compute `scores`.
 
     Returns:
         The frames in order, from the first after the start frames.
@@ -92,7 +85,7 @@ def generate_frames(
         if len(negative.pooled) != batch:
             raise UserError(f"There are {len(negative.pooled)} negative prompts for {batch} prompts: give one or each.")
         check_negative(schedules.guidance[0 if start is None else start.shape[1] :])
-    return FrameStream(model, text, sampler, seeds, schedules, start, compiled, parallel, negative)
+    return FrameStream(model, text, sampler, seeds, schedules, start, compiled, parallel, negative, scored)
 
 
 class Schedules(NamedTuple):
@@ -129,51 +122,6 @@ def check_negative(scales: Sequence[float]) -> None:
         raise UserError("The negative prompt has no effect with guidance=1: raise guidance to 2 to 8, or leave it out.")
 
 
-def check_parallel(parallel: Parallel, argument: str = "parallel") -> None:
-    """Check the number of tokens per pass.
-
-    Raises:
-        UserError: If it is neither "auto" nor at least 1.
-    """
-    if parallel != "auto" and (isinstance(parallel, str) or parallel < 1):
-        raise UserError(f"{argument}={parallel} must be at least 1 (one token after the other), or auto.")
-
-
-def most_positions(parallel: Parallel, rows: int, on_cpu: bool = False, compiled: bool = False) -> int:
-    """Return the most tokens of each video that a pass computes.
-
-    Args:
-        parallel: A number, or "auto".
-        rows: Videos, twice as many with guidance.
-        on_cpu: Whether passes run on a CPU.
-        compiled: Whether they are compiled.
-    """
-    if parallel != "auto":
-        return parallel
-    if not on_cpu:
-        return max(_POSITIONS // rows, 1)
-    if compiled:
-        return max(_COMPILED_POSITIONS // rows, _FEW_POSITIONS)
-    return max(_POSITIONS // rows, _CPU_POSITIONS)
-
-
-def next_positions(right: float, most: int, compiled: bool) -> int:
-    """Return the number of positions of the next pass on a CPU, where each position costs time.
-
-    Uncompiled, it is about three times the number of drafts that are right, and one if they hardly ever are. Compiled,
-    it is the first of a few numbers that is at least twice that of the right drafts. It does not depend on measured
-    times, so that a video is the same in every run.
-
-    Args:
-        right: Average number of drafts at the beginning of the last passes that turned out to be right.
-        most: Most positions of a pass.
-        compiled: Whether passes are compiled.
-    """
-    if not compiled:
-        return min(most, 1 << round(math.log2(1 + 3 * right)))
-    return next((number for number in (1, _FEW_POSITIONS) if 2 * right <= number < most), most)
-
-
 class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
     """The frames of `generate_frames`; each is generated when it is read.
 
@@ -181,6 +129,9 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
         passes: Passes of the transformer so far.
         frame_size: Tokens of a frame.
         videos: Number of videos.
+        guided: Whether a generated frame has a guidance scale other than 1.
+        scores: If asked for, log p(video | text) + the sum over its frames of (guidance − 1) · (log p(frame | text) −
+            log p(frame | no text)) in nats, of the tokens that are final.
     """
 
     def __init__(
@@ -194,6 +145,7 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
         compiled: bool,
         parallel: Parallel,
         negative: TextEmbedding | None = None,
+        scored: bool = False,
     ) -> None:
         self._model, self._text, self._sampler, self._seeds, self._negative = model, text, sampler, seeds, negative
         self._schedules, self._start, self._compiled = schedules, start, compiled
@@ -202,6 +154,7 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
         guided = [frame for frame, scale in enumerate(schedules.guidance) if scale != 1.0 and frame >= self._first]
         self._guided_frames = guided[-1] + 1 if guided else 0
         """Frames up to the last that is guided."""
+        self.guided = bool(guided)
         on_cpu = text.pooled.device.type == "cpu"
         self._adaptive = parallel == "auto" and on_cpu
         self._branches = 2 if self._guided_frames else 1  # with text, and without
@@ -211,6 +164,8 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
         """Average number of drafts at the beginning of a pass that turned out to be right."""
         self._begun = False
         self.passes = 0
+        self._scored = scored
+        self.scores = torch.zeros(self.videos, dtype=torch.float64, device=text.pooled.device)
 
     @torch.inference_mode()
     def __next__(self) -> Int[Tensor, "b 1 h w"]:
@@ -271,8 +226,9 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
 
         inputs = tokens.repeat(self._branches, 1), self._position.repeat(self._branches)
         logits = self._decoder.logits(*inputs, positions, max(self._done[row] for row in rows) + positions)
+        by_branch = wide(logits).chunk(self._branches)
         if self._branches == 2:
-            with_text, without_text = wide(logits).chunk(2)
+            with_text, without_text = by_branch
             logits = without_text.lerp(with_text, self._guidance[frame][..., None].to(with_text.dtype))
         noise, temperature = self._noise.at(at), self._temperature[frame][..., None]
         drawn = self._sampler(*(each.flatten(0, 1) for each in (logits, noise, temperature))).view_as(draft)
@@ -283,7 +239,10 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
         self._failed = torch.minimum(self._failed, torch.where(failed, frame, self._frames).amin())
         self._tokens[self._rows] = tokens.scatter_(1, at % ring, drawn)
         limit = size * min(self._frames, self._emitted + _LEAD)
-        self._position = (self._position + final.sum(dim=1)).clamp(max=limit)
+        reached = (self._position + final.sum(dim=1)).clamp(max=limit)
+        if self._scored:
+            self._score(by_branch, drawn, self._guidance[frame], at < reached[:, None])
+        self._position = reached
         self._drafted = torch.maximum(self._drafted, at[:, -1] + 1)
         self.passes += 1
         if self._most == 1:  # the host knows the progress and need not wait for the device
@@ -295,6 +254,25 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
         self._streak += _ADAPTATION * (total / len(rows) - self._streak)
         for row, final_tokens in zip(rows, done, strict=True):  # each pass makes at least one more token final
             self._done[row] = min(max(final_tokens, self._done[row] + 1), limit)
+
+    def _score(
+        self,
+        logits: Sequence[Float[Tensor, "b n v"]],
+        drawn: Int[Tensor, "b n"],
+        guidance: Float[Tensor, "b n"],
+        counted: Bool[Tensor, "b n"],
+    ) -> None:
+        """Add the scores of the tokens that have become final.
+
+        Args:
+            logits: Of each branch.
+            drawn: The tokens.
+            guidance: Guidance scale at each position.
+            counted: The positions that have become final.
+        """
+        with_text, *without = (each.log_softmax(dim=-1).gather(2, drawn[..., None])[..., 0] for each in logits)
+        score = with_text + (guidance - 1) * (with_text - without[0]) if without else with_text
+        self.scores.index_add_(0, self._rows, (score * counted).sum(dim=1).to(self.scores.dtype))
 
     def _leave(self) -> None:
         """Let finished videos leave the batch, and all of them the branch without text after the last guided frame.

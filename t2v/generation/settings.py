@@ -8,7 +8,9 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from t2v.errors import UserError
-from t2v.generation.decode import Parallel, check_negative, check_parallel, check_schedules
+from t2v.generation.candidates import check_candidates
+from t2v.generation.decode import check_negative, check_schedules
+from t2v.generation.parallel import Parallel, check_parallel
 from t2v.generation.quantization import Weights
 from t2v.generation.sampling import Sampler
 from t2v.generation.schedules import Schedule
@@ -30,6 +32,8 @@ class GenerationSettings:
         negative_prompt: What the videos should not show: guidance leads away from it in place of "no text".
         parallel: Tokens of each video that a pass of the transformer computes; 1 is one after the other. "auto" is as
             many as are worth it on this kind of device. The videos are the same with any number, up to rounding.
+        candidates: Videos that are generated for each prompt, of which the one is kept that is most probable under
+            guidance, see `t2v.generation.candidates`.
 
     Raises:
         UserError: If a value is out of its range.
@@ -44,12 +48,15 @@ class GenerationSettings:
     compiled: bool = False
     parallel: Parallel = "auto"
     negative_prompt: str = ""
+    candidates: int = 1
 
     def __post_init__(self) -> None:
         if self.frames < 1:
             raise UserError(f"generation.frames={self.frames} must be at least 1.")
         check_parallel(self.parallel, "generation.parallel")
         schedules = check_schedules(self.sampler, self.guidance, self.frames)
+        guided = any(scale != 1.0 for scale in schedules.guidance)
+        check_candidates(self.candidates, guided, "generation.candidates")
         if self.negative_prompt:
             check_negative(schedules.guidance)
         if self.start is not None:

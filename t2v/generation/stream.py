@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
+from t2v.generation.candidates import BestFrames
 from t2v.generation.decode import FrameStream
 from t2v.vqvae.model import VQVAE, to_uint8
 
@@ -23,7 +24,7 @@ class VideoStream(Iterator[UInt8[Tensor, "b 1 c height width"]]):
         tokens: Tokens of the generated frames; its `passes` is the number of passes of the transformer so far.
     """
 
-    def __init__(self, vqvae: VQVAE, tokens: FrameStream, start: Int[Tensor, "b t h w"] | None) -> None:
+    def __init__(self, vqvae: VQVAE, tokens: FrameStream | BestFrames, start: Int[Tensor, "b t h w"] | None) -> None:
         self.tokens = tokens
         self._frames = self._decode(vqvae, start)
         self._began: float | None = None

@@ -3,6 +3,7 @@
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from t2v.checkpoints.hub import find_folder, upload_folder
 from t2v.checkpoints.storage import model_weights
 from t2v.errors import UserError, reason_of
 from t2v.files import atomic_path
+from t2v.generation.candidates import best_of
 from t2v.generation.card import CARD, model_card, training_record
-from t2v.generation.decode import Parallel, generate_frames
+from t2v.generation.decode import generate_frames
 from t2v.generation.devices import find_device, find_dtype, float_type
 from t2v.generation.loading import check_parts, check_target, load_checkpoint
+from t2v.generation.parallel import Parallel
 from t2v.generation.quantization import Weights, convert
 from t2v.generation.sampling import Sampler
 from t2v.generation.schedules import Schedule
@@ -113,9 +116,10 @@ class TextToVideo:
         sampler: Sampler | None = None,
         parallel: Parallel = "auto",
         negative_prompt: str | Sequence[str] = "",
+        candidates: int = 1,
     ) -> UInt8[Tensor, "b t c height width"]:
         """Generate one whole video per prompt; the arguments are those of `stream`."""
-        stream = self.stream(prompts, frames, seed, start, guidance, sampler, parallel, negative_prompt)
+        stream = self.stream(prompts, frames, seed, start, guidance, sampler, parallel, negative_prompt, candidates)
         return torch.cat(list(stream), dim=1)
 
     def stream(
@@ -128,6 +132,7 @@ class TextToVideo:
         sampler: Sampler | None = None,
         parallel: Parallel = "auto",
         negative_prompt: str | Sequence[str] = "",
+        candidates: int = 1,
     ) -> VideoStream:
         """Generate one video per prompt and yield frame after frame, in constant memory for any length.
 
@@ -145,6 +150,9 @@ class TextToVideo:
                 as many as are worth it on this kind of device. The video is the same with any number, up to rounding.
             negative_prompt: What the videos should not show, for all or one per prompt; empty for none. Guidance leads
                 away from its text in place of "no text".
+            candidates: Videos that are generated for each prompt, of which the one is kept that is most probable under
+                guidance, see `t2v.generation.candidates`. Takes as many times the work and memory, and the first frame
+                comes when all of them are finished.
 
         Returns:
             The frames in order, start frames included.
@@ -155,18 +163,18 @@ class TextToVideo:
         text = self._to_model(prompts) if isinstance(prompts, TextEmbedding) else self.embed(prompts)
         batch = len(text.pooled)
         start_tokens = None if start is None else self._encode(start, batch)
-        tokens = generate_frames(
+        generate = partial(
+            generate_frames,
             self.transformer,
-            text,
-            self.frames if frames is None else frames,
-            sampler or self.sampler,
-            [int(seed) + i for i in range(batch)] if isinstance(seed, int | Integral) else [int(each) for each in seed],
-            self.guidance if guidance is None else guidance,
-            start_tokens,
-            self.compiled,
-            parallel,
-            self._embed_negative(negative_prompt, batch),
+            frames=self.frames if frames is None else frames,
+            sampler=sampler or self.sampler,
+            guidance=self.guidance if guidance is None else guidance,
+            compiled=self.compiled,
+            parallel=parallel,
         )
+        seeds = [seed + i for i in range(batch)] if isinstance(seed, int | Integral) else seed
+        negative = self._embed_negative(negative_prompt, batch)
+        tokens = best_of(candidates, generate, text, [int(each) for each in seeds], start_tokens, negative)
         return VideoStream(self.vqvae, tokens, start_tokens)
 
     def embed(self, prompts: str | Sequence[str]) -> TextEmbedding:

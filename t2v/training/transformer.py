@@ -173,11 +173,17 @@ class LitVideoTransformer(LightningModule):
             text: The prompts' embeddings from `embed_prompts`; computed here by default.
             start: Start frames of every video, or of each.
         """
-        generator, parallel = self._text_to_video(), self.generation.parallel
-        prompts, negative = text or batch.prompts, self.generation.negative_prompts(batch.negatives, len(batch.seeds))
-        stream = generator.stream(prompts, None, batch.seeds, start, parallel=parallel, negative_prompt=negative)
+        generator, settings = self._text_to_video(), self.generation
+        stream = generator.stream(
+            text or batch.prompts,
+            seed=batch.seeds,
+            start=start,
+            parallel=settings.parallel,
+            negative_prompt=settings.negative_prompts(batch.negatives, len(batch.seeds)),
+            candidates=settings.candidates,
+        )
         frames = unsharded(self.model, in_context(self.trainer.precision_plugin.forward_context, stream))
-        return GeneratedVideos(frames, self.generation.frames, batch.prompts, batch.names, generator.fps, stream.speed)
+        return GeneratedVideos(frames, settings.frames, batch.prompts, batch.names, generator.fps, stream.speed)
 
     def _text_to_video(self) -> TextToVideo:
         self.text_encoder.to(self.device)

@@ -107,6 +107,7 @@ def main(
     seed: int = 1,
     guidance: float | Schedule | None = None,
     sampler: Sampler | None = None,
+    candidates: int = 1,
 ) -> None:
     """Print all tables.
 
@@ -116,6 +117,7 @@ def main(
         seed: Equal seeds give equal held-out prompts; 1 those of the demo.
         guidance: Guidance scale; the model's own by default.
         sampler: Draws the tokens; the model's own by default.
+        candidates: Videos of each prompt, of which the best one is judged.
     """
     token_noise(run / "tokens/train")
     model = TextToVideo.from_checkpoint(run / "transformer/checkpoints/last.ckpt")
@@ -135,7 +137,8 @@ def main(
     }
     for name, each in prompts.items():
         texts = [prompt for _, prompt in each]
-        videos = model.generate(texts, FRAMES, seed=range(len(each)), guidance=guidance, sampler=sampler)
+        options = {"guidance": guidance, "sampler": sampler, "candidates": candidates}
+        videos = model.generate(texts, FRAMES, seed=range(len(each)), **options)
         print(f"{len(each)} prompts of {name} combinations:", judge(videos, [clip for clip, _ in each]))
 
 

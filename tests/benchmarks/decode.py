@@ -24,7 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from t2v import TextToVideo
 from t2v.batch import TextEmbedding
 from t2v.errors import run_tool
-from t2v.generation.decode import Parallel, generate_frames
+from t2v.generation.decode import generate_frames
+from t2v.generation.parallel import Parallel
 from t2v.generation.sampling import Sampler
 from t2v.text import MiniLMTextEncoder
 from t2v.transformer.config import AttentionConfig, TextConfig

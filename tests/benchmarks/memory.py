@@ -30,7 +30,7 @@ from torch import nn
 
 from t2v.batch import TextEmbedding
 from t2v.errors import run_tool
-from t2v.generation.decode import most_positions
+from t2v.generation.parallel import most_positions
 from t2v.generation.text_to_video import TextToVideo
 from t2v.losses.tokens import token_loss_
 from t2v.text import MiniLMTextEncoder

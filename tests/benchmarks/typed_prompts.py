@@ -73,18 +73,19 @@ PROMPTS = {
 }
 
 
-def main(run: Path, seeds: int = 3) -> None:
+def main(run: Path, seeds: int = 3, candidates: int = 1) -> None:
     """Print how many videos are right, and those that are not.
 
     Args:
         run: Folder with vqvae/checkpoints/last.ckpt and transformer/checkpoints/last.ckpt.
         seeds: Videos of each prompt.
+        candidates: Candidates of each video, of which the best one is judged.
     """
     last = "checkpoints/last.ckpt"
     model = TextToVideo.from_checkpoint(run / "transformer" / last, run / "vqvae" / last)
     right, strictly = 0, 0
     for repetition in range(seeds):
-        videos = model.generate(list(PROMPTS), frames=FRAMES, seed=repetition * len(PROMPTS))
+        videos = model.generate(list(PROMPTS), frames=FRAMES, seed=repetition * len(PROMPTS), candidates=candidates)
         clips: list[np.ndarray] = list(videos.permute(0, 1, 3, 4, 2).numpy())
         for video, (prompt, attributes) in zip(clips, PROMPTS.items(), strict=True):
             truth, answer = Answer(*attributes.split()), recognize(video)

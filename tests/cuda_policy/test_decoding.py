@@ -9,7 +9,8 @@ import torch
 from t2v.batch import TextEmbedding
 from t2v.errors import UserError
 from t2v.generation import Linear, Sampler
-from t2v.generation.decode import Parallel, generate_frames
+from t2v.generation.decode import generate_frames
+from t2v.generation.parallel import Parallel
 from t2v.generation.text_to_video import TextToVideo
 from tests.cuda_policy.toys import CODES, TEXT_DIM, PromptEncoder, transformer, vqvae
 from tests.support.cuda_policy import fake_cuda, to_fake_cuda

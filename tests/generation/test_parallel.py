@@ -9,7 +9,8 @@ from torch import Tensor
 from t2v.batch import TextEmbedding
 from t2v.errors import UserError
 from t2v.generation import Cosine, Interval, Linear, Sampler
-from t2v.generation.decode import generate_frames, next_positions
+from t2v.generation.decode import generate_frames
+from t2v.generation.parallel import next_positions
 from t2v.transformer.config import AttentionConfig, TextConfig
 from t2v.transformer.model import VideoTransformer
 

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import nn
 
 from t2v.errors import UserError
-from t2v.generation.decode import most_positions
+from t2v.generation.parallel import most_positions
 from t2v.training.planner.budget import decoding_bytes, generation_budget, parameter_counts
 from t2v.training.planner.run import Layout, PlannedRun, Setting
 from t2v.training.planner.step import Device
@@ -166,6 +166,7 @@ def _recommendation(run: PlannedRun, largest: dict[Setting, int], memory: float)
 
 def _generation(model: VideoTransformer, run: PlannedRun, memory: float) -> str:
     guided = run.generation is not None and run.generation.guidance != 1.0
+    candidates = run.generation.candidates if run.generation else 1
     kinds: list[tuple[str, Any, torch.dtype]] = [
         ("float32", "full", torch.float32),
         ("bf16", "full", torch.bfloat16),
@@ -173,9 +174,11 @@ def _generation(model: VideoTransformer, run: PlannedRun, memory: float) -> str:
         ("int8", "int8", torch.bfloat16),
         ("nf4", "nf4", torch.bfloat16),
     ]
-    positions = most_positions(run.generation.parallel if run.generation else "auto", 2 if guided else 1)
+    batch = 2 * candidates if guided else candidates
+    positions = most_positions(run.generation.parallel if run.generation else "auto", batch)
     budgets = [
-        generation_budget(model, weights, dtype, 1, run.text_length, guided, positions) for _, weights, dtype in kinds
+        generation_budget(model, weights, dtype, candidates, run.text_length, guided, positions)
+        for _, weights, dtype in kinds
     ]
     guidance = ", with guidance" if guided else ""
     lines = {
