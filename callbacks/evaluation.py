@@ -166,6 +166,7 @@ class GenerationEvaluation(MetricsReport):
             "fps": fps,
             "pixels": pl_module.tokenizer.image_size,
             "generated_frames": pl_module.generation.frames,
+            "candidates": pl_module.generation.candidates,
             "seed": self._describe_run(trainer)["seed"],
             "accuracies": {name: accuracy._asdict() for name, accuracy in scores.items()},
         }

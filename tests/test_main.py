@@ -75,12 +75,13 @@ def test_an_exported_model_generates_what_its_checkpoint_generates(trained_pipel
 def test_generate_writes_the_video_that_the_library_generates(exported, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     options = ("--frames=3", "--seed=7", "--weights=int8", "--guidance=2", "--device=cpu", "--dtype=bfloat16")
+    options += ("--candidates=2",)
     done = run("generate", exported, "a red circle", "-o", "out.mp4", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["Wrote", "out.mp4"]
     assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
     model = TextToVideo.from_pretrained(exported, "int8", dtype="bfloat16", device="cpu")
-    video = model.generate("a red circle", frames=3, seed=7, guidance=2.0)
+    video = model.generate("a red circle", frames=3, seed=7, guidance=2.0, candidates=2)
     write_mp4(tmp_path / "expected.mp4", video[0], fps=8)
     assert torch.equal(*(read_frames(tmp_path / name, range(3)) for name in ("out.mp4", "expected.mp4")))
 
@@ -102,6 +103,8 @@ def test_generate_writes_video_mp4_by_default(exported, tmp_path):
         (("--text_device", "abacus"), "text_device=abacus cannot be used ("),
         (("--frames", "many"), 'Parser key "frames": '),
         (("--frames", "0"), "frames=0 must be at least 1."),
+        (("--candidates", "0"), "candidates=0 must be at least 1."),
+        (("--candidates", "2", "--guidance", "1"), "candidates=2 needs guidance, by which candidates are compared"),
         (("--length", "3"), "unrecognized arguments: --length 3"),
     ],
 )

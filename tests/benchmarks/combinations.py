@@ -137,8 +137,9 @@ def main(
     }
     for name, each in prompts.items():
         texts = [prompt for _, prompt in each]
-        options = {"guidance": guidance, "sampler": sampler, "candidates": candidates}
-        videos = model.generate(texts, FRAMES, seed=range(len(each)), **options)
+        videos = model.generate(
+            texts, FRAMES, seed=range(len(each)), guidance=guidance, sampler=sampler, candidates=candidates
+        )
         print(f"{len(each)} prompts of {name} combinations:", judge(videos, [clip for clip, _ in each]))
 
 

@@ -73,10 +73,11 @@ def run(batches: list[PromptBatch], lit: LitVideoTransformer, folder: Path, keep
     return keep.videos
 
 
-def test_predict_generates_what_the_model_generates(model, tokenizer, tmp_path):
-    guidance = Linear(4.0, 1.0)
-    videos = predict(build(model, tokenizer, guidance=guidance), tmp_path)
-    assert torch.equal(videos, model.generate(PROMPTS, 6, seed=[3, 4], guidance=guidance))
+@pytest.mark.parametrize("candidates", [1, 3])
+def test_predict_generates_what_the_model_generates(candidates, model, tokenizer, tmp_path):
+    options: dict[str, Any] = {"guidance": Linear(4.0, 1.0), "candidates": candidates}
+    videos = predict(build(model, tokenizer, **options), tmp_path)
+    assert torch.equal(videos, model.generate(PROMPTS, 6, seed=[3, 4], **options))
 
 
 def test_frames_are_generated_in_the_trainers_precision(model, tokenizer, tmp_path):
