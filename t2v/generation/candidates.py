@@ -19,7 +19,7 @@ from t2v.errors import UserError
 from t2v.generation.decode import FrameStream
 
 
-def check_candidates(candidates: int, guided: bool = True, argument: str = "candidates") -> None:
+def check_candidates(candidates: int, guided: bool, argument: str = "candidates") -> None:
     """Check the number of candidates.
 
     Args:
@@ -75,13 +75,14 @@ def best_of(
     Raises:
         UserError: If there are several candidates and no guidance; and as `generate_frames`.
     """
+    only = generate(text, seeds=seeds, start=start, negative=negative)  # which checks the arguments
     if candidates == 1:
-        return generate(text, seeds=seeds, start=start, negative=negative)
+        return only
+    check_candidates(candidates, only.guided)
 
     def repeat(tensor: Tensor) -> Tensor:
         return tensor.repeat_interleave(candidates, dim=0)
 
-    check_candidates(candidates)
     stream = generate(
         TextEmbedding(*map(repeat, text)),
         seeds=candidate_seeds(seeds, candidates),
@@ -89,7 +90,6 @@ def best_of(
         negative=None if negative is None else TextEmbedding(*map(repeat, negative)),
         scored=True,
     )
-    check_candidates(candidates, stream.guided)
     return BestFrames(stream, candidates)
 
 

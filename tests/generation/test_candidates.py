@@ -88,3 +88,8 @@ def test_candidates_out_of_range_or_without_guidance_are_refused(candidates, gui
         model.stream(PROMPTS, guidance=guidance, candidates=candidates)
     with pytest.raises(UserError, match=f"generation.candidates={candidates} .*{message}"):
         GenerationSettings(Sampler(), frames=4, guidance=guidance, candidates=candidates)
+
+
+def test_other_mistakes_are_named_by_the_numbers_of_prompts(model):
+    with pytest.raises(UserError, match="There are 3 seeds for 2 texts"):
+        model.stream(PROMPTS, seed=[1, 2, 3], guidance=2.0, candidates=2)
