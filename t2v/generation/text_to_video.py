@@ -172,7 +172,7 @@ class TextToVideo:
             compiled=self.compiled,
             parallel=parallel,
         )
-        seeds = [seed + i for i in range(batch)] if isinstance(seed, int | Integral) else seed
+        seeds = [int(seed) + i for i in range(batch)] if isinstance(seed, int | Integral) else seed
         negative = self._embed_negative(negative_prompt, batch)
         tokens = best_of(candidates, generate, text, [int(each) for each in seeds], start_tokens, negative)
         return VideoStream(self.vqvae, tokens, start_tokens)

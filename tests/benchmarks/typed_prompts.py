@@ -2,8 +2,8 @@
 
 `python -m tests.benchmarks.typed_prompts RUN` reads the run folder of `make demo`, generates a video for each prompt
 below, and prints how many show the prompt's colour, shape and direction: by the oracle, and by the strict judge
-(data/examples/oracle.py). The prompts differ from the training captions in capitals, punctuation, politeness and words,
-and were written without looking at what the model makes of them.
+(data/examples/oracle.py). Most prompts differ from the training captions in capitals, punctuation, politeness or words;
+combinations that training shows are among them, and held-out ones. None was changed or left out because of its videos.
 """
 
 from pathlib import Path
