@@ -26,6 +26,8 @@ TextKeysValues = tuple[Float[Tensor, "b kv_heads l head_dim"], Float[Tensor, "b 
 _SHORT_LENGTH = 256
 """Up to this length a plain matrix product beats the CPU's flash kernel (forward and backward in bfloat16: 7× at 16
 positions, 2× at 256). In bfloat16, chunks of this many queries beat it at any length (2.5× at 512, 1.5× at 4,096)."""
+CHUNK = 512
+"""Queries of a window that are computed at once, see `causal_attention`."""
 
 
 class CacheSlots(NamedTuple):
@@ -107,13 +109,15 @@ class SelfAttention(nn.Module):
         self.query_norm: nn.Module = RMSNorm(self.head_dim)
         self.key_norm: nn.Module = RMSNorm(self.head_dim)
         self.out = Linear(dim, dim)
+        self.chunk = CHUNK
+        """Queries of a window that are computed at once; the planner measures very long clips with more."""
 
     def forward(
         self, x: Float[Tensor, "b n d"], rotate: Rotation, window: int, blocks: WindowBlocks | None = None
     ) -> Float[Tensor, "b n d"]:
         """Attend from each position to itself and the `window` - 1 positions before it; see `causal_attention`."""
         q, k, v = self._project(x, rotate)
-        return self._merge_heads(causal_attention(q, k, v, window, blocks))
+        return self._merge_heads(causal_attention(q, k, v, window, blocks, self.chunk))
 
     def step(
         self, x: Float[Tensor, "b n d"], rotate: Rotation, cache: KVCache, slots: CacheSlots
@@ -267,7 +271,7 @@ def causal_attention(
     v: Float[Tensor, "b kv_heads n head_dim"],
     window: int,
     blocks: WindowBlocks | None = None,
-    chunk: int = 512,
+    chunk: int = CHUNK,
 ) -> Queries:
     """Return causal attention over a sliding window of positions, without a mask as large as n × n.
 
@@ -278,11 +282,12 @@ def causal_attention(
         window: Positions that a query attends to, its own included.
         blocks: Result of `window_blocks`; compiled code then uses FlexAttention where there are more positions than
             `window`.
-        chunk: Queries that are computed at once where there are more positions than `window`.
+        chunk: Queries that are computed at once where there are more positions than `window`; half as many on the CPU
+            in bfloat16.
     """
     n, longest = q.shape[2], window
     if q.is_cpu and q.dtype == torch.bfloat16:
-        chunk = _SHORT_LENGTH
+        chunk //= 2
         longest = min(window, chunk)
     if n <= longest:
         return grouped_query_attention(q, k, v, causal=True)

@@ -35,7 +35,7 @@ from t2v.training.planner.budget import (
 )
 from t2v.training.planner.run import PlannedRun
 from t2v.training.planner.stages import transformer_step, vqvae_step
-from t2v.training.planner.step import Meter, Step
+from t2v.training.planner.step import Meter, Step, extrapolate
 from t2v.training.transformer import LitVideoTransformer
 from t2v.training.vqvae import LitVQVAE
 from t2v.transformer.config import AttentionConfig, TextConfig
@@ -113,7 +113,7 @@ def test_planned_peaks_and_flops_equal_those_of_a_real_step(precision, checkpoin
         meter.restart()
         loss.backward()
     planned = transformer_step(model, CLIPS, FRAMES, TEXT_LENGTH, precision, checkpointing, "cpu")
-    assert planned[:4] == pytest.approx((saved, forward, in_loss, meter.peak), rel=0.02)
+    assert (*planned[:3], planned.backward) == pytest.approx((saved, forward, in_loss, meter.peak), rel=0.02)
     assert planned.flops == pytest.approx(meter.flops, rel=0.02)
 
 
@@ -146,7 +146,7 @@ def test_the_generation_of_a_deep_model_takes_what_all_its_layers_take(spatial, 
 
 def test_layers_without_a_common_factor_are_planned_from_few(monkeypatch):
     layers: list[int] = []
-    monkeypatch.setattr(stages, "measure_step", lambda model, *_: Step(*[layers.append(len(model.blocks)) or 1] * 6))
+    monkeypatch.setattr(stages, "measure_step", lambda model, *_: Step(*[layers.append(len(model.blocks)) or 1] * 7))
     transformer_step(deep_model(401, 307, gate=False), 3, 4, TEXT_LENGTH, "bf16-mixed", "none")
     assert len(layers) == 3
     assert max(layers) < 10
@@ -303,10 +303,25 @@ def test_a_large_batch_is_extrapolated_from_measured_ones(monkeypatch):
     run = PlannedRun(lit(), None, None, "cuda")
     expected = run._measure("bf16-mixed", "none", 12, run.frames)
     long = run._measure("bf16-mixed", "none", 1, 96)
-    monkeypatch.setattr(planned_run, "_LINEAR_FRAMES", 24)
+    monkeypatch.setattr(planned_run, "_LINEAR_TOKENS", 24 * run.model.grid_size**2)
     assert run.step("bf16-mixed", "none", 12) == pytest.approx(expected, rel=0.05)
     run.frames = 96
     assert run.step("bf16-mixed", "none", 1) == pytest.approx(long, rel=0.1)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_the_backward_peak_is_extrapolated_although_gradients_dominate_it_in_short_clips(precision):
+    attention, text = AttentionConfig(heads=4, kv_heads=2, window=2), TextConfig(32)
+    with torch.device("meta"):
+        model = VideoTransformer(64, 8, 2048, 3, 3, 6144, attention, text)
+
+    def step(frames: int) -> Step:
+        return transformer_step(model, 1, frames, TEXT_LENGTH, precision, "full")
+
+    short, longer, long = step(256), step(320), step(1000)
+    assert short.first_backward < short.last_backward
+    assert long.first_backward > long.last_backward
+    assert extrapolate(short, longer, 64, 680).backward == pytest.approx(long.backward, rel=0.03)
 
 
 @pytest.mark.slow

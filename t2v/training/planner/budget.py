@@ -61,8 +61,9 @@ class TrainingBudget(NamedTuple):
     """The moving average of the weights."""
     communication: int
     """Gradient buckets of DDP; unsharded layers of FSDP2."""
-    phases: tuple[int, int, int, int]
-    """Peaks of activations and temporaries: in the forward pass, the loss, the backward pass, the optimizer's step."""
+    phases: tuple[int, ...]
+    """Peaks of activations and temporaries: in the forward pass, the loss, the backward pass through the last layers and
+    the others, the optimizer's step."""
     saved: int
     """Activations that the forward pass saves for the backward pass."""
 
@@ -243,8 +244,10 @@ def training_budget(
         layers, outside = unsharded_parameters(sizes, tp_size)
         gathered = layers * (autocast_dtype or dtype).itemsize + outside * dtype.itemsize
         communication = gathered + (layers + outside) * torch.float32.itemsize  # in which gradients are summed
-    backward = step.backward_activations if shards > 1 else step.backward - gradients
-    phases = (step.forward, step.loss, backward, math.ceil(optimizer.temporary / shards))
+    backward = [step.first_backward - gradients, step.last_backward - gradients]
+    if shards > 1:
+        backward = [step.backward_activations]
+    phases = (step.forward, step.loss, *backward, math.ceil(optimizer.temporary / shards))
     return TrainingBudget(
         weights,
         gradients,

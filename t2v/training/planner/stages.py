@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from t2v.training.planner.step import (
     precision_dtypes,
     without_data,
 )
+from t2v.transformer.attention import CHUNK
 from t2v.transformer.block import Block
 from t2v.transformer.layers import TextGate
 from t2v.transformer.model import VideoTransformer
@@ -29,6 +31,9 @@ _MEASURED_LAYERS = 4
 _LARGEST_GROUP = 12
 """Most layers that make up a group. Models of larger ones are extrapolated kind by kind, which is exact but for the
 peak of the backward pass with checkpointing, which may differ by about 1 %."""
+_MOST_CHUNKS = 64
+"""Most parts in which attention over a long clip is measured. Larger parts take more temporary memory, but each is a
+small fraction of the clip."""
 
 
 def transformer_step(
@@ -61,6 +66,7 @@ def transformer_step(
         for block in few.modules():
             if isinstance(block, Block):
                 block.recompute_attention = checkpointing == "attention"
+                block.attention.chunk = max(CHUNK, math.ceil(frames * few.grid_size**2 / _MOST_CHUNKS))
 
         def forward() -> tuple[Tensor, Tensor]:
             tokens = torch.empty(clips, frames, few.grid_size, few.grid_size, dtype=torch.long, device="meta")
@@ -71,7 +77,7 @@ def transformer_step(
         def loss(output: tuple[Tensor, Tensor]) -> Tensor:
             return token_loss_(*output, z_loss=1e-4).objective
 
-        return measure_step(few, forward, loss, device, autocast_dtype)
+        return measure_step(few, forward, loss, device, autocast_dtype, _last_of_each_kind(few))
 
     return measure_with_few_layers(model, measure)
 
@@ -148,10 +154,20 @@ def _temporal(model: VideoTransformer) -> list[bool]:
     return [bool(block.temporal) for block in model.blocks]
 
 
+def _last_of_each_kind(model: VideoTransformer) -> Sequence[torch.nn.Module]:
+    """Return the last layers, from the last one of the kind that ends first."""
+    ends = {temporal: number for number, temporal in enumerate(_temporal(model))}
+    return model.blocks[min(ends.values(), default=0) :]
+
+
 def _with_layers(model: VideoTransformer, layers: Sequence[int]) -> VideoTransformer:
     """Return a model that consists of some layers and the other parts of a model, whose tensors it shares."""
-    parts: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    parts[id(model.blocks)] = torch.nn.ModuleList(model.blocks[number] for number in layers)
+    kept = torch.nn.ModuleList(model.blocks[number] for number in layers)
+    others = [child for name, child in model.named_children() if child is not model.blocks]
+    parts: dict[int, Any] = {id(model.blocks): kept}
+    tensors = [model.parameters(recurse=False), *(part.parameters() for part in (kept, *others))]
+    tensors += [part.buffers() for part in (kept, *others)]
+    parts |= {id(tensor): tensor for tensor in chain(*tensors)}
     if model.gate is not None:
         with torch.device("meta"):
             parts[id(model.gate)] = TextGate(len(layers), model.attention.heads, model.attention.window)

@@ -11,7 +11,7 @@ fused RMSNorm saves no squares.
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -67,12 +67,21 @@ class Step(NamedTuple):
     """Peak of the model's forward pass, without gradients of the previous step."""
     loss: int
     """Peak while the loss is computed from the model's output."""
-    backward: int
-    """Peak of the backward pass, with the gradients that exist at that moment."""
+    first_backward: int
+    """Peak of the backward pass through the last layers, where it begins, with the gradients that exist at that moment.
+    Activations dominate it, and gradients that of the rest: each grows linearly with the batch, their maximum does not.
+    """
+    last_backward: int
+    """Peak of the rest of the backward pass, with the gradients that exist at that moment."""
     backward_activations: int
     """Peak of the backward pass without gradients."""
     flops: int
     """Executed FLOPs, recomputation included."""
+
+    @property
+    def backward(self) -> int:
+        """Peak of the backward pass, with the gradients that exist at that moment."""
+        return max(self.first_backward, self.last_backward)
 
 
 def extrapolate(small: Numbers, large: Numbers, between: int, beyond: int) -> Numbers:
@@ -289,6 +298,7 @@ def measure_step(
     loss: Callable[[Output], Float[Tensor, ""]],
     device: Device,
     autocast_dtype: torch.dtype | None,
+    last_layers: Sequence[nn.Module] = (),
 ) -> Step:
     """Run a training step without memory.
 
@@ -300,14 +310,22 @@ def measure_step(
         loss: Computes the loss from what `forward` returns.
         device: The kind of device to plan for.
         autocast_dtype: Type that autocast casts to; None for no autocast.
+        last_layers: The backward pass of these layers, which it begins with, is measured apart.
     """
     meter, rules = Meter(model), _DeviceRules(device, autocast_dtype)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
     counted: set[int] = set()
+    waits_for = {id(weight) for layer in last_layers for weight in layer.parameters() if weight.requires_grad}
+    first_backward = 0
 
     def count_gradient(weight: Tensor) -> None:
+        nonlocal first_backward
         if id(weight) not in counted and weight.grad is not None:
             counted.add(id(weight))
             meter.gradients += weight.grad.untyped_storage().nbytes()
+            if waits_for and waits_for <= counted:
+                first_backward, meter.peak = meter.peak, meter.live
+                waits_for.clear()
 
     with ExitStack() as stack:
         stack.enter_context(meter)
@@ -319,10 +337,9 @@ def measure_step(
         del output
         rules.weight_casts = None
         saved, in_loss = meter.live, meter.peak
-        for weight in model.parameters():
-            if weight.requires_grad:
-                weight.grad = None
-                stack.callback(weight.register_post_accumulate_grad_hook(count_gradient).remove)
+        for weight in trained:
+            weight.grad = None
+            stack.callback(weight.register_post_accumulate_grad_hook(count_gradient).remove)
         meter.restart()
         backward_under_modes(objective)
-    return Step(saved, in_forward, in_loss, meter.peak, meter.peak_activations, meter.flops)
+    return Step(saved, in_forward, in_loss, first_backward, meter.peak, meter.peak_activations, meter.flops)
