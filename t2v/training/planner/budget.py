@@ -62,8 +62,8 @@ class TrainingBudget(NamedTuple):
     communication: int
     """Gradient buckets of DDP; unsharded layers of FSDP2."""
     phases: tuple[int, ...]
-    """Peaks of activations and temporaries: in the forward pass, the loss, the backward pass through the last layers and
-    the others, the optimizer's step."""
+    """Peaks of activations and temporaries: in the forward pass, the loss, the backward pass (through the last layers,
+    then the others), the optimizer's step."""
     saved: int
     """Activations that the forward pass saves for the backward pass."""
 

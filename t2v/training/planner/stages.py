@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -157,7 +156,7 @@ def _temporal(model: VideoTransformer) -> list[bool]:
 def _last_of_each_kind(model: VideoTransformer) -> Sequence[torch.nn.Module]:
     """Return the last layers, from the last one of the kind that ends first."""
     ends = {temporal: number for number, temporal in enumerate(_temporal(model))}
-    return model.blocks[min(ends.values(), default=0) :]
+    return list(model.blocks)[min(ends.values(), default=0) :]
 
 
 def _with_layers(model: VideoTransformer, layers: Sequence[int]) -> VideoTransformer:
@@ -165,9 +164,9 @@ def _with_layers(model: VideoTransformer, layers: Sequence[int]) -> VideoTransfo
     kept = torch.nn.ModuleList(model.blocks[number] for number in layers)
     others = [child for name, child in model.named_children() if child is not model.blocks]
     parts: dict[int, Any] = {id(model.blocks): kept}
-    tensors = [model.parameters(recurse=False), *(part.parameters() for part in (kept, *others))]
-    tensors += [part.buffers() for part in (kept, *others)]
-    parts |= {id(tensor): tensor for tensor in chain(*tensors)}
+    for part in (kept, *others):
+        parts |= {id(tensor): tensor for tensor in (*part.parameters(), *part.buffers())}
+    parts |= {id(parameter): parameter for parameter in model.parameters(recurse=False)}
     if model.gate is not None:
         with torch.device("meta"):
             parts[id(model.gate)] = TextGate(len(layers), model.attention.heads, model.attention.window)
