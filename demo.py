@@ -134,6 +134,14 @@ def fastest_precision() -> str:
     return "bf16-mixed" if 2 * seconds(torch.bfloat16) < seconds(torch.float32) else "32-true"
 
 
+def pays_to_compile(precision: str) -> bool:
+    """Return whether stage 2 is trained sooner if it is compiled.
+
+    On a CPU compilation takes about 90 s, and then saves 20 ms of a step in bfloat16 and 30 ms in float32.
+    """
+    return (torch.cuda.is_available() or precision == "32-true") and compile_error() is None
+
+
 def prepare() -> None:
     """Draw captioned mp4 files, and pack them into shards."""
     run_module("-m", "data.examples.shapes", f"{RUN}/clips")
@@ -271,7 +279,7 @@ def demo() -> None:
     steps.run(
         "fit_transformer",
         "Stage 2: training the transformer",
-        lambda: fit(STAGE2, *fast, "--model.compiled", str(compile_error() is None).lower()),
+        lambda: fit(STAGE2, *fast, "--model.compiled", str(pays_to_compile(precision)).lower()),
     )
     stage2 = steps.run(
         "validate_transformer",

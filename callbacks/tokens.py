@@ -19,8 +19,8 @@ from t2v.errors import UserError, check_range
 from t2v.files import LOCK, locked, remove
 from t2v.text import TextEncoder
 
-_BATCH_SIZE = 64
-"""Captions that are embedded in one pass."""
+_BATCH_SIZE = 32
+"""Captions that are embedded in one pass: of about one length, since shorter ones are padded."""
 _CACHE_BYTES = 2**28
 """Bytes of embeddings that are kept for captions that occur again."""
 
@@ -265,7 +265,7 @@ class _EmbeddingCache:
 
     def embed(self, captions: list[str]) -> list[Embedding]:
         """Return the embeddings of all captions, which are as if each caption were embedded alone."""
-        new = [caption for caption in dict.fromkeys(captions) if caption not in self.embeddings]
+        new = sorted(set(captions) - self.embeddings.keys(), key=lambda caption: (len(caption), caption))
         for start in range(0, len(new), _BATCH_SIZE):
             self._embed_batch(new[start : start + _BATCH_SIZE])
         found = [self.embeddings[caption] for caption in captions]
