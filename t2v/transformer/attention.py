@@ -244,7 +244,7 @@ def grouped_query_attention(
         if causal:
             mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril()
         if mask is not None:
-            scores = scores.masked_fill(~(mask if mask.ndim == 2 else mask[:, :, None]), -torch.inf)
+            scores.masked_fill_(~(mask if mask.ndim == 2 else mask[:, :, None]), -torch.inf)
         y: Tensor = scores.softmax(dim=-1).to(v.dtype).flatten(2, 3) @ v
         return rearrange(y, "b kv (g n) d -> b (kv g) n d", g=groups)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)

@@ -47,7 +47,8 @@ class _RMSNormFunction(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
         scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight).to(x.dtype)
+        y: Tensor = (x * scale).mul_(weight).to(x.dtype)
+        return y
 
     @staticmethod
     @once_differentiable
