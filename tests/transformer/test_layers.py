@@ -1,0 +1,33 @@
+"""Small layers of the transformer against PyTorch's own operators."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from t2v.transformer.layers import RMSNorm
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_the_training_path_of_rms_norm_equals_pytorch_in_double_precision(dtype, tolerance, autocast):
+    torch.manual_seed(0)
+    norm = RMSNorm(16).to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    x = (torch.randn(2, 3, 5, 16) * torch.tensor([1e-3, 1.0, 1e3])[:, None, None]).to(dtype)
+    x, gradient = x.transpose(1, 2).requires_grad_(), torch.randn(2, 5, 3, 16).to(dtype)
+    exact_x, exact_weight = (each.detach().double().requires_grad_() for each in (x, norm.weight))
+    exact = F.rms_norm(exact_x, (16,), exact_weight, norm.eps)
+    exact.backward(gradient.double())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = norm(x)
+        y.backward(gradient)
+    assert y.dtype == x.grad.dtype == norm.weight.grad.dtype == dtype
+    for found, expected in ((y, exact), (x.grad, exact_x.grad), (norm.weight.grad, exact_weight.grad)):
+        scale = expected.abs().amax(-1, keepdim=True)
+        assert ((found.double() - expected) / scale).abs().max() < tolerance
+
+
+def test_rms_norm_of_zeros_has_a_finite_gradient():
+    x = torch.zeros(2, 4, requires_grad=True)
+    RMSNorm(4)(x).sum().backward()
+    torch.testing.assert_close(x.grad, torch.full((2, 4), 1e3))
