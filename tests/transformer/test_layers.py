@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from t2v.transformer.layers import RMSNorm
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 4e-3)]
+)
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 def test_the_training_path_of_rms_norm_equals_pytorch_in_double_precision(dtype, tolerance, autocast):
     torch.manual_seed(0)
