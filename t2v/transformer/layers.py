@@ -54,7 +54,7 @@ class _RMSNormFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Float[Tensor, "*b d"]) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
-        normalized = x * scale
+        gradient, normalized = gradient.to(scale.dtype), x * scale
         product = (gradient * normalized).flatten(0, -2)
         with without_autocast(x):
             projection = (product @ weight.to(product.dtype)).view_as(scale).mul_(scale).div_(-x.shape[-1])
