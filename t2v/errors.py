@@ -99,7 +99,7 @@ def check_range(owner: object, interval: str, **values: Any) -> None:
 def _demand(interval: str, low: float, high: float) -> str:
     """Return an interval in words."""
     if math.isfinite(high):
-        return f"lie in {interval}"
+        return f"lie in {interval}" if math.isfinite(low) else f"be at most {high:g}"
     if not math.isfinite(low):
         return "be a finite number"
     return f"be at least {low:g}" if interval[0] == "[" else f"be greater than {low:g}"

@@ -33,6 +33,7 @@ def test_values_in_range(interval, value):
         ("[0, 1)", 1, "x=1 must lie in [0, 1) (Thing)."),
         ("(0, 1]", 0.0, "x=0.0 must lie in (0, 1] (Thing)."),
         ("[1, inf)", 0, "x=0 must be at least 1 (Thing)."),
+        ("(-inf, 2]", 3, "x=3 must be at most 2 (Thing)."),
         ("(0, inf)", float("nan"), "x=nan must be greater than 0 (Thing)."),
         ("[0, inf)", float("inf"), "x=inf must be at least 0 and finite (Thing)."),
         ("(-inf, inf)", float("inf"), "x=inf must be a finite number (Thing)."),

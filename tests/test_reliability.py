@@ -79,6 +79,8 @@ def test_arguments_of_a_run(stage, flags, message, fails, trained_pipeline):
         ("vqvae", "--model.model.quantizer.codebook_size=0", "codebook_size=0 must be at least 2"),
         ("vqvae", "--model.quantize_from_step=-1", "quantize_from_step=-1 must be at least 0"),
         ("transformer", "--model.model.spatial_layers=-1", "spatial_layers=-1 must be at least 0"),
+        ("transformer", "--model.model.temporal_layers=40000", "temporal_layers=40000 must be at most 1000"),
+        ("vqvae", "--model.model.decoder_blocks=500", "decoder_blocks=500 must be at most 100"),
         ("transformer", "--model.model.attention.window=0", "window=0 must be at least 1 (attention)"),
         ("transformer", "--model.model.dim=0", "dim=0 must be at least 1"),
         ("transformer", "--model.objective.corruption=.nan", "corruption=nan must lie in [0, 1)"),

@@ -65,8 +65,8 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
         vocab_size: Codebook size of the VQ-VAE.
         grid_size: Height and width of the token grid of a frame.
         dim: Width of the model.
-        spatial_layers: Layers that attend within a frame; spatial and temporal layers are interleaved evenly.
-        temporal_layers: Layers that attend over the last frames.
+        spatial_layers: Layers that attend within a frame, at most 1,000; both kinds are interleaved evenly.
+        temporal_layers: Layers that attend over the last frames, at most 1,000.
         hidden_dim: Hidden width of SwiGLU.
         attention: Number of heads, temporal window and rotary embedding.
         text: Width of the text embeddings, and how they condition the model.
@@ -98,6 +98,7 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
         check_range(self, "[2, inf)", vocab_size=vocab_size)
         check_range(self, "[1, inf)", grid_size=grid_size, dim=dim, hidden_dim=hidden_dim)
         check_range(self, "[0, inf)", spatial_layers=spatial_layers, temporal_layers=temporal_layers)
+        check_range(self, "(-inf, 1000]", spatial_layers=spatial_layers, temporal_layers=temporal_layers)
         check_range(self, "[1, inf)", **{"spatial_layers + temporal_layers": spatial_layers + temporal_layers})
         heads, kv_heads = attention.heads, attention.kv_heads
         if dim % (2 * heads) or heads % kv_heads or hidden_dim % kv_heads:

@@ -57,11 +57,11 @@ class VQVAE(
         image_size: Height and width of a frame in pixels, a multiple of the stride.
         base_channels: Channels of the first level.
         channel_multipliers: Channels of each level in units of `base_channels`; between levels the size is halved.
-        encoder_blocks: Residual blocks per level of the encoder.
+        encoder_blocks: Residual blocks per level of the encoder, at most 100.
         encoder_kernel_size: Kernel size of the encoder's first convolution and residual blocks, odd. With 1 and a
             single level, a token depends on its own pixels alone, which makes it easier to predict.
-        decoder_blocks: Residual blocks per level of the decoder.
-        temporal_blocks: Causal blocks over time in the decoder.
+        decoder_blocks: Residual blocks per level of the decoder, at most 100.
+        temporal_blocks: Causal blocks over time in the decoder, at most 100.
         patch_size: Side in pixels of the blocks that are folded into channels before the first level.
         latent_patch_size: Side in latents of the blocks that become one token.
         quantizer: The quantizer; by default a `VectorQuantizer` with 16,384 codes.
@@ -103,8 +103,9 @@ class VQVAE(
             latent_patch_size=latent_patch_size,
             frames_at_once=frames_at_once,
         )
-        check_range(self, "[0, inf)", encoder_blocks=encoder_blocks, decoder_blocks=decoder_blocks)
-        check_range(self, "[0, inf)", temporal_blocks=temporal_blocks)
+        for interval in ("[0, inf)", "(-inf, 100]"):
+            check_range(self, interval, encoder_blocks=encoder_blocks, decoder_blocks=decoder_blocks)
+            check_range(self, interval, temporal_blocks=temporal_blocks)
         if encoder_kernel_size % 2 == 0:
             raise UserError(f"encoder_kernel_size={encoder_kernel_size} must be odd, such as 3 (VQVAE).")
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
