@@ -54,7 +54,7 @@ def kill_run_when(pattern, source, out):
     fork.process.kill()
     assert fork.wait().returncode == -signal.SIGKILL
     assert not out.exists()
-    complete = [path for pattern in ("clips/*.json", "shards/*.tar") for path in partial.glob(pattern)]
+    complete = [path for pattern in ("clips/[!.]*.json", "shards/[!.]*.tar") for path in partial.glob(pattern)]
     return {path.relative_to(partial): path.stat().st_mtime_ns for path in complete}
 
 
