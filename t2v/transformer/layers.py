@@ -32,8 +32,9 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         with without_autocast(x):
-            if x.is_cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                y: Tensor = _RMSNormFunction.apply(x, local_tensor(self.weight), self.eps)
+            plain = x.is_cpu and not torch.compiler.is_compiling() and not isinstance(self.weight, DTensor)
+            if plain and torch.is_grad_enabled():
+                y: Tensor = _RMSNormFunction.apply(x, self.weight, self.eps)
                 return y
             return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 

@@ -104,8 +104,13 @@ class VQVAE(
             frames_at_once=frames_at_once,
         )
         for interval in ("[0, inf)", "(-inf, 100]"):
-            check_range(self, interval, encoder_blocks=encoder_blocks, decoder_blocks=decoder_blocks)
-            check_range(self, interval, temporal_blocks=temporal_blocks)
+            check_range(
+                self,
+                interval,
+                encoder_blocks=encoder_blocks,
+                decoder_blocks=decoder_blocks,
+                temporal_blocks=temporal_blocks,
+            )
         if encoder_kernel_size % 2 == 0:
             raise UserError(f"encoder_kernel_size={encoder_kernel_size} must be odd, such as 3 (VQVAE).")
         widths = [base_channels * multiplier for multiplier in channel_multipliers]

@@ -20,6 +20,7 @@ from t2v.errors import UserError
 from t2v.losses.tokens import token_loss_
 from t2v.training.sharding import ShardedStrategy, shard
 from t2v.training.streaming import unsharded
+from t2v.training.tensor_parallel import parallelize
 from t2v.transformer.decoding import Decoder
 from tests.support.cuda_policy import cuda_autocast
 from tests.support.toys import TEXT_DIM, VOCABULARY, toy_transformer, toy_vqvae
@@ -55,6 +56,21 @@ def transformer_loss(model: nn.Module) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(VOCABULARY, (2, 3, 2, 2), generator=generator)
     return token_loss_(model(tokens, text(model.start.dtype)), tokens).objective
+
+
+def test_tensor_parallel_training_has_the_loss_and_the_gradients_of_one_process(mesh):
+    model = toy_transformer()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    plain = copy.deepcopy(model)
+    parallelize(model, mesh["tensor_parallel"])
+    found, expected = transformer_loss(model), transformer_loss(plain)
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    expected.backward()
+    for parameter, own in zip(model.parameters(), plain.parameters(), strict=True):
+        if own.grad is not None:
+            torch.testing.assert_close(parameter.grad.full_tensor(), own.grad)
 
 
 def vqvae_loss(model: nn.Module) -> Tensor:
