@@ -40,7 +40,7 @@ _LINEAR_FRAMES = 128
 _LINEAR_TOKENS = 16_384
 """The same of the transformer, in tokens. With them, clips of 300 frames are planned exactly, but for the peak of the
 backward pass with full checkpointing, which is up to 3 % too small in shallow models."""
-_LINEAR_GROUPS = 8
+_LINEAR_GROUPS = 16
 """Groups of frames from which on the bytes of activation checkpointing grow linearly."""
 DEFAULT_TEXT_LENGTH = 256
 """Text tokens of the longest caption, if the text encoder has no limit."""
