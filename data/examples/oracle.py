@@ -13,7 +13,8 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float64, UInt8
+from jaxtyping import Bool, Float, Float64, UInt8
+from torch import Tensor
 
 from data.examples.shapes import BACKGROUND, COLOURS, SHAPES, SIZES, ShapeClip, coverage
 
@@ -76,28 +77,32 @@ def shows(video: UInt8[np.ndarray, "t height width 3"], colour: str, shape: str)
 def best_fits(video: UInt8[np.ndarray, "t height width 3"]) -> list[Fit]:
     """Return the shape, of any colour and size and at any position, that is most similar to each frame."""
     frames = (torch.from_numpy(video).float() - torch.tensor(BACKGROUND)).permute(0, 3, 1, 2)
-    names, errors = [], []
+    colours = torch.tensor(list(COLOURS.values())).float() - torch.tensor(BACKGROUND)
+    errors = []
     for size in SIZES.values():
         box = size + 2 * MARGIN
         padded = F.pad(frames, [MARGIN] * 4)  # beyond the picture there is background
-        inside = F.pad(torch.ones_like(frames[:1, :1]), [MARGIN] * 4)
-        energy = F.conv2d(padded.square().sum(1, keepdim=True), frames.new_ones(1, 1, box, box))
-        pixels = F.conv2d(inside, frames.new_ones(1, 1, box, box))
-        for shape in SHAPES:
-            mask = torch.from_numpy(coverage(shape, size)).float()
-            products = F.conv2d(frames.flatten(0, 1)[:, None], mask[None, None]).unflatten(0, frames.shape[:2])
-            for name, rgb in COLOURS.items():
-                colour = (torch.tensor(rgb) - torch.tensor(BACKGROUND)).float()
-                product = torch.einsum("tcyx,c->tyx", products[:, :, 0], colour)
-                squares = energy[:, 0] - 2 * product + mask.square().sum() * colour.square().sum()
-                errors.append((squares / (3 * pixels[:, 0])).flatten(1).amin(1))
-                names.append((name, shape))
-    mse, best = torch.stack(errors).min(0)
+        energy = _box_sums(padded.square().sum(1, keepdim=True), box)
+        pixels = _box_sums(F.pad(torch.ones_like(frames[:1, :1]), [MARGIN] * 4), box)
+        masks = torch.stack([torch.from_numpy(coverage(shape, size)).float() for shape in SHAPES])
+        products = F.conv2d(frames.flatten(0, 1)[:, None], masks[:, None]).unflatten(0, frames.shape[:2])
+        products = torch.einsum("tcsyx,kc->tskyx", products, colours)
+        drawn = masks.square().sum((1, 2))[:, None] * colours.square().sum(1)  # the energy of each shape and colour
+        squares = energy[:, :, None] - 2 * products + drawn[..., None, None]
+        errors.append((squares / (3 * pixels)).flatten(3).amin(3).flatten(1))
+    mse, best = torch.cat(errors, dim=1).min(1)
+    names = [(colour, shape) for _ in SIZES for shape in SHAPES for colour in COLOURS]
     psnr = 10 * (255**2 / mse.clamp(min=1e-6)).log10()
     return [
         Fit(colour, shape, value)
         for (colour, shape), value in zip((names[index] for index in best.tolist()), psnr.tolist(), strict=True)
     ]
+
+
+def _box_sums(x: Float[Tensor, "t 1 height width"], box: int) -> Float[Tensor, "t 1 rows columns"]:
+    """Return the sum of each square of `box` × `box` pixels."""
+    columns = F.avg_pool2d(x, (box, 1), stride=1, divisor_override=1)
+    return F.avg_pool2d(columns, (1, box), stride=1, divisor_override=1)
 
 
 def recognize_file(path: str | Path) -> Answer:
