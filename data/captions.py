@@ -124,7 +124,7 @@ def texts(value: Any, name: str) -> list[str]:
     for each in found:
         if not isinstance(each, str):
             raise ValueError(f"its {name} is {_KINDS.get(type(each), type(each).__name__)}, not text")
-        if any("\ud800" <= character <= "\udfff" for character in each):
+        if not each.isascii() and any("\ud800" <= character <= "\udfff" for character in each):
             raise ValueError(f"its {name} has half of a surrogate pair, which is not text")
         if "\0" in each:
             raise ValueError(f"its {name} has characters of code 0, as a damaged file has")

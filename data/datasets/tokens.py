@@ -77,17 +77,18 @@ class TokenClips(Clips):
         """Load a clip with one of its captions: a random one, or the first without a generator."""
         members = self.shards.read(sample, "tokens.npy", *TOKEN_TEXT_MEMBERS)
         tokens = _array(members["tokens.npy"])[self.window(sample, bucket, rng)].astype(np.int64)
-        texts = torch.from_numpy(_array(members["text.npy"]).astype(np.float32))  # of all captions, one after another
-        pooled = torch.from_numpy(_array(members["pooled.npy"]).astype(np.float32))
+        texts, pooled = _array(members["text.npy"]), _array(members["pooled.npy"])  # of all captions, one after another
         captions, lengths = read_embedded_captions(read_metadata(members), texts.shape[0] if texts.ndim else 0)
-        if texts.ndim != 2 or pooled.numel() != len(captions) * texts.shape[1]:
+        if texts.ndim != 2 or pooled.size != len(captions) * texts.shape[1]:
             raise ValueError(
-                f"its text.npy and pooled.npy have the shapes {tuple(texts.shape)} and {tuple(pooled.shape)}, with "
-                f"{len(captions)} captions"
+                f"its text.npy and pooled.npy have the shapes {texts.shape} and {pooled.shape}, with {len(captions)} "
+                "captions"
             )
         i = 0 if rng is None else int(rng.integers(len(captions)))
-        text = texts.split(lengths)[i]
-        return TokenClip(torch.from_numpy(tokens), text, pooled.view(len(captions), -1)[i], captions[i], sample.key)
+        start = sum(lengths[:i])
+        text = torch.from_numpy(texts[start : start + lengths[i]].astype(np.float32))
+        of_caption = torch.from_numpy(pooled.reshape(len(captions), -1)[i].astype(np.float32))
+        return TokenClip(torch.from_numpy(tokens), text, of_caption, captions[i], sample.key)
 
 
 def _array(content: bytes) -> Shaped[np.ndarray, "..."]:

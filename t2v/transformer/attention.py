@@ -243,8 +243,9 @@ def grouped_query_attention(
         scores = (rows @ k.transpose(-1, -2)).unflatten(2, (groups, n))
         if causal:
             mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril()
-        if mask is not None:
-            scores.masked_fill_(~(mask if mask.ndim == 2 else mask[:, :, None]), -torch.inf)
+        if mask is not None:  # added: `masked_fill_` takes longer, and has work to do in the backward pass
+            shown = mask if mask.ndim == 2 else mask[:, :, None]
+            scores += scores.new_zeros(shown.shape).masked_fill_(~shown, -torch.inf)
         y: Tensor = scores.softmax(dim=-1).to(v.dtype).flatten(2, 3) @ v
         return rearrange(y, "b kv (g n) d -> b (kv g) n d", g=groups)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)

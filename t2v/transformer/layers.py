@@ -55,12 +55,14 @@ class _RMSNormFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Float[Tensor, "*b d"]) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
-        gradient, normalized = gradient.to(scale.dtype), x * scale
-        product = (gradient * normalized).flatten(0, -2)
+        gradient = gradient.to(scale.dtype)
+        product = (gradient * x).flatten(0, -2)
         with without_autocast(x):
-            projection = (product @ weight.to(product.dtype)).view_as(scale).mul_(scale).div_(-x.shape[-1])
-        of_x = (gradient * weight).mul_(scale).addcmul_(normalized, projection)
-        return of_x.to(x.dtype), product.sum(0).to(weight.dtype), None
+            projection = (product @ weight.to(product.dtype)).view_as(scale)
+            of_weight = scale.flatten() @ product
+        projection = projection.mul_(scale.square()).div_(-x.shape[-1])
+        of_x = (gradient * weight).addcmul_(x, projection).mul_(scale)
+        return of_x.to(x.dtype), of_weight.to(weight.dtype), None
 
 
 class Linear(nn.Linear):
