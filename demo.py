@@ -7,6 +7,7 @@ gallery and `runs/demo/report.json` the report; delete `runs/demo` to start from
 
 import csv
 import json
+import math
 import os
 import shlex
 import shutil
@@ -125,16 +126,15 @@ def fastest_precision() -> str:
     if torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
 
-    def seconds(dtype: torch.dtype) -> float:
-        a = torch.randn(256, 256, dtype=dtype)  # small: without bfloat16 units a product of 1024 takes seconds
-        times = []
-        for _ in range(8):
+    matrices = [torch.randn(256, 256, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    fastest = [math.inf, math.inf]  # seconds; larger matrices would take seconds without bfloat16 units
+    end = time.perf_counter() + 0.5
+    while time.perf_counter() < end:  # in turns, since another program may take the processor for a while
+        for i, matrix in enumerate(matrices):
             start = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return "bf16-mixed" if 1.25 * seconds(torch.bfloat16) < seconds(torch.float32) else "32-true"
+            matrix @ matrix
+            fastest[i] = min(fastest[i], time.perf_counter() - start)
+    return "bf16-mixed" if 1.25 * fastest[1] < fastest[0] else "32-true"
 
 
 def pays_to_compile(precision: str) -> bool:
