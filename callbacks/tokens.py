@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Float16, Int
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
@@ -36,11 +35,10 @@ class TokenShardWriter(BasePredictionWriter):
     """Writes ``OUTPUT_DIR/SPLIT/shard-RANK-NUMBER.tar``, one folder for each split of the data.
 
     A sample is ``KEY.tokens.npy`` (t, h, w); ``KEY.text.npy`` (l, d), the text embeddings of all its captions
-    concatenated, and ``KEY.pooled.npy`` (captions, d), both in float16, with `bf16-mixed` computed in bfloat16; and
-    ``KEY.json`` with the captions, the number of text tokens of each, the frame rate, and a fingerprint of the
-    tokenizer, the text encoder and the frame rate. The folders of the splits appear when all samples are written; until
-    then the shards are in ``OUTPUT_DIR/.partial``, where the same command, with the same weights and clips, continues
-    after the last complete one.
+    concatenated, and ``KEY.pooled.npy`` (captions, d), both in float16; and ``KEY.json`` with the captions, the number
+    of text tokens of each, the frame rate, and a fingerprint of the tokenizer, the text encoder and the frame rate. The
+    folders of the splits appear when all samples are written; until then the shards are in ``OUTPUT_DIR/.partial``,
+    where the same command, with the same weights and clips, continues after the last complete one.
 
     Args:
         output_dir: Folder for the folders of the splits, which must not contain shards already.
@@ -131,10 +129,7 @@ class TokenShardWriter(BasePredictionWriter):
         number = trainer.predict_dataloaders[dataloader_idx].numbers[batch_idx]  # type: ignore[index]
         start = self._starts.get(split, _Reached())
         done = start.samples if number == start.batch else 0
-        with (
-            trainer.profiler.profile(f"[TextEncoder]{self.text_encoder.name}"),  # type: ignore[attr-defined]
-            torch.autocast(pl_module.device.type, torch.bfloat16, enabled=trainer.precision == "bf16-mixed"),
-        ):
+        with trainer.profiler.profile(f"[TextEncoder]{self.text_encoder.name}"):  # type: ignore[attr-defined]
             all_captions = [caption for captions in batch.captions[done:] for caption in captions]
             embeddings = iter(self._embeddings.embed(all_captions))
         if self._dry_run:

@@ -173,26 +173,6 @@ def test_captions_embedded_in_a_batch_equal_captions_embedded_alone(monkeypatch)
         np.testing.assert_allclose(pooled, alone.pooled[0], atol=1e-4)
 
 
-class MatrixEncoder(LetterEncoder):
-    """Multiplies embeddings by a matrix, and remembers the types of the products."""
-
-    def __init__(self) -> None:
-        self.types: set[torch.dtype] = set()
-
-    def embed(self, caption: str) -> tuple[Tensor, Tensor]:
-        tokens, _ = super().embed(caption)
-        product = tokens @ torch.eye(self.width)
-        self.types.add(product.dtype)
-        return product.float(), product.float().mean(0)
-
-
-@pytest.mark.parametrize(("precision", "dtype"), [("bf16-mixed", torch.bfloat16), ("32-true", torch.float32)])
-def test_captions_are_embedded_in_the_precision_of_the_run(tmp_path, precision, dtype):
-    encoder = MatrixEncoder()
-    predict(TokenShardWriter(str(tmp_path), encoder), precision=precision)
-    assert encoder.types == {dtype}
-
-
 def test_shards_have_the_given_number_of_samples(tmp_path):
     predict(TokenShardWriter(str(tmp_path), LetterEncoder(), samples_per_shard=2))
     assert len(list((tmp_path / "train").glob("*.tar"))) == 3
