@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from t2v.torch_private import configure_compiler
+
 
 def compile_layer(layer: nn.Module) -> None:
     """Compile a layer for each shape of its inputs; FSDP2 must have sharded it before, if it does.
@@ -14,6 +16,7 @@ def compile_layer(layer: nn.Module) -> None:
     Args:
         layer: A layer that is compiled already stays unchanged.
     """
+    configure_compiler()
     if not isinstance(layer, FSDPModule):
         layer.compile(dynamic=False)
     elif "forward" not in vars(layer):

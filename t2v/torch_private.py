@@ -49,11 +49,19 @@ def mark_dynamic(tensor: Tensor, dimension: int) -> None:
     torch._dynamo.maybe_mark_dynamic(tensor, dimension)
 
 
-def raise_recompile_limit(limit: int) -> None:
-    """Let a function be compiled for at least `limit` shapes before it runs uncompiled."""
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, limit)
-    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, limit)
+def configure_compiler(shapes: int = 1) -> None:
+    """Prepare `torch.compile` for this processor; called before anything is compiled.
+
+    The cache of compiled code, in a folder of the computer or of a cluster, does not tell instruction sets apart unless
+    one is set: code for AVX-512 that a run with AVX2 finds there is wrong, or never ends (torch 2.14).
+
+    Args:
+        shapes: Number of input shapes for which a function is at least compiled before it runs uncompiled.
+    """
+    limits, cpp = torch._dynamo.config, torch._inductor.config.cpp
+    limits.recompile_limit = max(limits.recompile_limit, shapes)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, shapes)
+    cpp.simdlen = {"AVX2": 256, "AVX512": 512}.get(torch.backends.cpu.get_cpu_capability(), cpp.simdlen)
 
 
 def storage_id(tensor: Tensor) -> int:

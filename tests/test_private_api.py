@@ -1,6 +1,9 @@
 """Private API of our dependencies: a test here fails, with the reason, when a new version changes it."""
 
 import inspect
+import os
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -239,13 +242,41 @@ def test_the_attention_operators_of_gpus_exist():
 def test_dynamo_has_the_recompile_limit_and_the_mark_of_dynamic_sizes():
     limit = torch._dynamo.config.recompile_limit
     try:
-        torch_private.raise_recompile_limit(limit + 5)
+        torch_private.configure_compiler(limit + 5)
         assert torch._dynamo.config.recompile_limit == limit + 5
-        torch_private.raise_recompile_limit(1)
+        torch_private.configure_compiler(1)
         assert torch._dynamo.config.recompile_limit == limit + 5
     finally:
         torch._dynamo.config.recompile_limit = limit
     torch_private.mark_dynamic(torch.ones(2, 3), 1)
+
+
+COMPILED_SOFTMAX = """
+import torch
+from t2v.torch_private import configure_compiler
+
+configure_compiler()
+torch.manual_seed(0)
+scores = torch.randn(4, 16)
+torch._dynamo.mark_dynamic(scores, 1)
+function = torch.compile(lambda scores: (scores.softmax(-1), torch.backends.cpu.get_cpu_capability()))
+found, capability = function(scores)
+torch.testing.assert_close(found, scores.softmax(-1))
+print(capability)
+"""
+
+
+def test_code_that_was_compiled_for_other_instructions_is_not_taken_from_the_cache(tmp_path: Path):
+    """An endless loop in code for AVX-512 that a run with AVX2 found in the cache was how this showed."""
+    capabilities = []
+    for asked in ("avx512", "avx2"):
+        environment = {**os.environ, "ATEN_CPU_CAPABILITY": asked, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        command = [sys.executable, "-c", COMPILED_SOFTMAX]
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert ran.returncode == 0, ran.stderr
+        capabilities.append(ran.stdout.strip())
+    if capabilities != ["AVX512", "AVX2"]:
+        pytest.skip(f"this processor has {capabilities[0]} only")
 
 
 def test_modules_tell_which_buffers_are_persistent():

@@ -4,6 +4,8 @@ from functools import cache
 
 import torch
 
+from t2v.torch_private import configure_compiler
+
 
 @cache
 def compile_error(device: str = "cpu") -> str | None:
@@ -11,6 +13,7 @@ def compile_error(device: str = "cpu") -> str | None:
 
     The cause is usually a missing C++ compiler, or for GPUs a missing Triton.
     """
+    configure_compiler()
     try:
         torch.compile(torch.neg)(torch.ones(8, device=device))
     except Exception as error:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from t2v.autocast import to_autocast_type, without_autocast
 from t2v.errors import UserError
 from t2v.generation.compilation import compile_error
-from t2v.torch_private import raise_recompile_limit
+from t2v.torch_private import configure_compiler
 from t2v.transformer.model import VideoTransformer
 
 Weights = Literal["full", "fp8", "int8", "nf4"]
@@ -303,7 +303,7 @@ def _run(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
 @cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return the function compiled for all sizes, and for each number of rows and type."""
-    raise_recompile_limit(64)
+    configure_compiler(64)
     return torch.compile(function, dynamic=True)
 
 

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from t2v.autocast import without_autocast
-from t2v.torch_private import linear_row, raise_recompile_limit
+from t2v.torch_private import configure_compiler, linear_row
 
 
 class RMSNorm(nn.RMSNorm):
@@ -99,7 +99,7 @@ def prepare_compilation(shapes: int) -> None:
 
     Tracing through the Python code of einops takes two thirds of the time until a decoding step is traced.
     """
-    raise_recompile_limit(shapes)
+    configure_compiler(shapes)
     torch.compiler.allow_in_graph(rearrange)
 
 

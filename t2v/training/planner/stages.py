@@ -30,7 +30,7 @@ _MEASURED_LAYERS = 4
 _LARGEST_GROUP = 12
 """Most layers that make up a group. Models of larger ones are extrapolated kind by kind, which is exact but for the
 peak of the backward pass with checkpointing, which may differ by about 1 %."""
-_MOST_CHUNKS = 64
+_MOST_CHUNKS = 32
 """Most parts in which attention over a long clip is measured. Larger parts take more temporary memory, but each is a
 small fraction of the clip."""
 
