@@ -37,10 +37,8 @@ class CacheSlots(NamedTuple):
 
     write: Int[Tensor, "b n"]
     """Slots for the new positions of each row."""
-    read: int
-    """Number of slots to read, from the first."""
     mask: Bool[Tensor, "b 1 n m"]
-    """Slots to attend to among those read."""
+    """Slots to attend to among the first m, which are read."""
 
 
 BlockList = tuple[Int[Tensor, "1 1 rows"], Int[Tensor, "1 1 rows columns"]]
@@ -74,8 +72,9 @@ class KVCache:
 
     def __init__(self, size: int, like: Float[Tensor, "b kv_heads _ head_dim"]) -> None:
         self.size = size
-        self.keys = like.new_zeros(*like.shape[:2], size, like.shape[3])
-        self.values = torch.zeros_like(self.keys)
+        # With one slot more, all slots are as little contiguous as some of them, and run the same compiled code.
+        self.keys = like.new_zeros(*like.shape[:2], size + 1, like.shape[3])[:, :, :size]
+        self.values = self.keys.new_zeros(*like.shape[:2], size + 1, like.shape[3])[:, :, :size]
 
     def write(self, slots: Int[Tensor, "b m"], keys: Keys, values: Keys) -> None:
         """Overwrite slots of each row, which hold the oldest positions."""
@@ -127,7 +126,8 @@ class SelfAttention(nn.Module):
         """Add the positions to the cache, and attend from them to those in the cache that the mask allows."""
         q, k, v = self._project(x, rotate)
         cache.write(slots.write, k, v)
-        keys, values = cache.keys[:, :, : slots.read], cache.values[:, :, : slots.read]
+        read = slots.mask.shape[-1]
+        keys, values = cache.keys[:, :, :read], cache.values[:, :, :read]
         return self._merge_heads(grouped_query_attention(q, keys, values, slots.mask))
 
     def extend(

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from t2v.batch import TextEmbedding
 from t2v.errors import UserError
+from t2v.torch_private import mark_dynamic
 from t2v.transformer.attention import CacheSlots, KVCache, TextKeysValues
 from t2v.transformer.block import Block
 from t2v.transformer.layers import local_tensor, prepare_compilation
@@ -77,6 +78,7 @@ class Decoder:
             KVCache(self._frame_size * ((model.attention.window if block.temporal else 1) + reach), like=values)
             for block, (_, values) in zip(self._blocks, self.text, strict=True)
         ]
+        self._slots = torch.arange(self._frame_size * (model.attention.window + reach), device=self._device)
         self._graphs: dict[int, _CudaGraph] = {}
 
     def logits(
@@ -90,22 +92,25 @@ class Decoder:
                 the pass; the logits at a position are those of the model if all tokens before it are right.
             position: The first position of each video.
             positions: Number of positions, at most that of the decoder.
-            stop: No video's pass reaches beyond this position; slots of the caches after it are not read. Compiled
-                passes always read whole caches.
+            stop: No video's pass reaches beyond this position; the temporal layers' slots after it are not read. A CUDA
+                graph always reads all.
         """
-        if not self._compiled:
-            return self._decode(tokens, position, positions, stop)
-        if self._device.type != "cuda":
-            return self._decode(tokens, position, positions)
-        if positions not in self._graphs:
-            self._graphs[positions] = _CudaGraph(partial(self._decode, positions=positions), tokens, position)
-        return self._graphs[positions](tokens, position)
+        if self._compiled and self._device.type == "cuda":
+            if positions not in self._graphs:
+                self._graphs[positions] = _CudaGraph(partial(self._decode, positions=positions), tokens, position)
+            return self._graphs[positions](tokens, position)
+        return self._decode(tokens, position, positions, stop)
 
     def _decode(
         self, tokens: Int[Tensor, "b ring"], position: Int[Tensor, " b"], positions: int, stop: int | None = None
     ) -> Float[Tensor, "b {positions} v"]:
+        slots = self._slots
+        if stop is not None:
+            slots = slots[: -(-stop // self._frame_size) * self._frame_size]
+            if self._compiled:
+                mark_dynamic(slots, 0)
         inputs = tokens, position, self._pooled, self.text, self._mask, self._gates
-        logits: Tensor = self._run(self._model, *inputs, self.caches, positions, stop)
+        logits: Tensor = self._run(self._model, *inputs, self.caches, positions, slots)
         return logits
 
     def step(self, tokens: Int[Tensor, " b"] | None) -> Float[Tensor, "b v"]:
@@ -225,7 +230,7 @@ def decode_pass(
     gates: list[Float[Tensor, "window heads"]] | list[None],
     caches: list[KVCache],
     positions: int,
-    stop: int | None,
+    slots: Int[Tensor, " read"],
 ) -> Float[Tensor, "b {positions} v"]:
     """Compute one pass, which is what is compiled; see `Decoder.logits`.
 
@@ -239,7 +244,7 @@ def decode_pass(
         gates: Scales of text attention of each layer by frame; the last is that of all later frames.
         caches: Cache of each layer.
         positions: Number of positions.
-        stop: Position before which all end; None if it is not known.
+        slots: The slots of temporal layers to read, from the first.
     """
     grid, window = model.grid_size, model.attention.window
     frame_size, ring = grid * grid, tokens.shape[1]
@@ -255,13 +260,14 @@ def decode_pass(
     rotate = Rotation(cos[:, None], sin[:, None])
     blocks = cast("list[Block]", model.blocks)
     sizes = {block.temporal: cache.size for block, cache in zip(blocks, caches, strict=True)}
-    slots = {
-        temporal: _slots(at, frame_size, window if temporal else None, size, stop) for temporal, size in sizes.items()
+    used = {
+        temporal: _cache_slots(at, frame_size, window if temporal else None, size, slots)
+        for temporal, size in sizes.items()
     }
     context = frame.clamp(max=window - 1).flatten()
     for block, keys_values, gate, cache in zip(blocks, text, gates, caches, strict=True):
         scale = None if gate is None else gate[context]
-        x = block.step(x, keys_values, mask, scale, rotate, cache, slots[block.temporal])
+        x = block.step(x, keys_values, mask, scale, rotate, cache, used[block.temporal])
     return model.logits(x)
 
 
@@ -277,22 +283,25 @@ def _previous_frame(
     return model.previous_frame.at(tokens.gather(1, slots.flatten(1)).view_as(slots), inside)
 
 
-def _slots(at: Int[Tensor, "b n"], frame_size: int, window: int | None, size: int, stop: int | None) -> CacheSlots:
+def _cache_slots(
+    at: Int[Tensor, "b n"], frame_size: int, window: int | None, size: int, slots: Int[Tensor, " read"]
+) -> CacheSlots:
     """Return the slots of a cache that positions take, and those that they attend to.
 
     Args:
         at: Successive positions of each row.
         frame_size: Positions of a frame.
-        window: Frames that a temporal layer attends to; None for a spatial layer.
+        window: Frames that a temporal layer attends to; None for a spatial layer, which reads its whole cache.
         size: Size of the cache.
-        stop: Position before which all end; None if it is not known.
+        slots: The slots of a temporal layer to read.
     """
-    read = size if stop is None else min(size, -(-stop // frame_size) * frame_size)
+    if window is None:
+        slots = torch.arange(size, device=at.device)
     last = at[:, -1:]
-    held = last - (last - torch.arange(read, device=at.device)) % size  # the position that each slot holds
+    held = last - (last - slots) % size  # the position that each slot holds
     query, key = at[:, :, None], held[:, None]
     near = query // frame_size == key // frame_size if window is None else query - key < window * frame_size
-    return CacheSlots(at % size, read, ((key >= 0) & (key <= query) & near)[:, None])
+    return CacheSlots(at % size, ((key >= 0) & (key <= query) & near)[:, None])
 
 
 _COMPILED: WeakKeyDictionary[VideoTransformer, Callable[..., Any]] = WeakKeyDictionary()
