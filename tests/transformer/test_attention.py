@@ -66,17 +66,23 @@ def test_flex_attention_equals_chunks():
     torch.testing.assert_close(flex, causal_attention(q, k, v, 48, chunk=32))
 
 
-@pytest.mark.parametrize("window", [300, 1000])
+@pytest.mark.parametrize(
+    ("positions", "window"), [(64, 64), (200, 256), (512, 300), (512, 512), (700, 300), (700, 1000)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_in_chunks_equals_attention_with_a_full_mask(dtype, window):
-    q, k, v = (torch.randn(1, heads, 700, 16).to(dtype) for heads in (4, 2, 2))
-    distance = torch.arange(700)[:, None] - torch.arange(700)
+def test_attention_in_chunks_equals_attention_with_a_full_mask(dtype, positions, window):
+    inputs = [torch.randn(1, heads, positions, 16, dtype=dtype, requires_grad=True) for heads in (4, 2, 2)]
+    exact_inputs = [each.detach().double().requires_grad_() for each in inputs]
+    distance = torch.arange(positions)[:, None] - torch.arange(positions)
     mask = (distance >= 0) & (distance < window)
-    exact = torch.nn.functional.scaled_dot_product_attention(
-        q.double(), k.double(), v.double(), attn_mask=mask, enable_gqa=True
-    )
-    chunked = causal_attention(q, k, v, window)
-    assert (chunked - exact).abs().max() < (0.03 if dtype == torch.bfloat16 else 1e-5)
+    exact = torch.nn.functional.scaled_dot_product_attention(*exact_inputs, attn_mask=mask, enable_gqa=True)
+    chunked = causal_attention(*inputs, window)
+    weights = torch.randn_like(exact)
+    found = torch.autograd.grad((chunked.double() * weights).sum(), inputs)
+    expected = torch.autograd.grad((exact * weights).sum(), exact_inputs)
+    tolerance = 0.03 if dtype == torch.bfloat16 else 1e-5
+    for computed, reference in zip((chunked, *found), (exact, *expected), strict=True):
+        assert (computed - reference).abs().max() < tolerance * reference.abs().max().clamp(min=1)
 
 
 def test_attention_scores_depend_only_on_differences_of_frame_numbers():
