@@ -1,0 +1,269 @@
+"""Choices of stage 2's recipe on captioned data: `python -m tests.benchmarks.recipe two_digits runs/recipe`.
+
+Stage 1 of `configs/vqvae/two_digits.yaml` or `configs/vqvae/flare.yaml` has written tokens to `runs/`. A small
+transformer is trained on them, with one choice of the recipe changed at a time, and measured on held-out clips without
+drawing a token:
+
+- the negative log-likelihood of a token in nats, in clips of 16 frames;
+- for each attribute, the fraction of clips whose caption has the largest likelihood among all captions that differ in
+  this attribute alone.
+
+All are trained for as many steps on as many clips; the column `seconds` has the processor time of one thread, which
+other programs change little. Results are stored in one folder for each choice and seed, so that the command can be
+interrupted, repeated, and run for several choices at once; the table has all that the folder holds.
+"""
+
+import itertools
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+from typing import Any, Literal, NamedTuple, get_type_hints
+from unittest.mock import patch
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cli import main
+from data.captions import read_metadata
+from data.datasets.tokens import TokenClip, TokenClips
+from data.examples import flare, moving_digits
+from data.examples.flare import FlareClip
+from data.examples.moving_digits import DigitsClip
+from data.plan import Bucket
+from data.shards import ShardSet
+from t2v.batch import TextEmbedding
+from t2v.errors import UserError, run_tool
+from t2v.generation.text_to_video import TextToVideo
+from t2v.transformer.layers import PreviousFrame
+from tests.benchmarks.report import print_table, write
+
+FRAMES = 16
+SIZE = {
+    "model.model.dim": 128,
+    "model.model.hidden_dim": 384,
+    "model.model.spatial_layers": 2,
+    "model.model.temporal_layers": 2,
+    "model.model.attention.heads": 4,
+    "model.model.attention.kv_heads": 2,
+}
+"""The sizes at which all are trained."""
+BUCKETS = {
+    "two_digits": "[{frames: 2, batch_size: 36}, {frames: 16, batch_size: 4}]",
+    "flare": "[{frames: 2, batch_size: 36, start: first}, {frames: 16, batch_size: 4}]",
+}
+_ADAMW = {"model.optimizer": "torch.optim.AdamW", "model.optimizer.betas": "[0.9, 0.95]"}
+_ADAMW["model.optimizer.weight_decay"] = "0.1"
+CHOICES: dict[str, dict[str, Any]] = {
+    "recipe": {},
+    "AdamW, lr 1e-3": {**_ADAMW, "model.optimizer.lr": 1e-3},
+    "AdamW, lr 3e-3": {**_ADAMW, "model.optimizer.lr": 3e-3},
+    "embedding_lr 1": {"model.optimizer.embedding_lr": 1},
+    "without corruption": {"model.objective.corruption": 0},
+    "without PreviousFrame": {},
+    "with the pooled text": {"model.model.text.pooled": True},
+    "with the gate": {"model.model.text.gate": True},
+    "rope_theta 10000": {"model.model.attention.rope_theta": 10000},
+    "without caption dropout": {"model.objective.caption_dropout": 0},
+}
+"""What each choice changes in the recipe."""
+_CLIPS = 180
+"""Held-out clips."""
+_BATCH = 20
+
+
+class Question(NamedTuple):
+    """Captions that differ in one attribute; the first describes a clip."""
+
+    attribute: str
+    captions: list[str]
+    frames: int
+    """Number of first frames whose likelihood counts."""
+
+
+def _clip(kind: type[Any], metadata: dict[str, Any]) -> Any:
+    """Return the attributes of a clip, which its metadata has as text."""
+    types = get_type_hints(kind)
+    return kind(**{name: types[name](metadata[name]) for name in types})
+
+
+def digits_questions(metadata: dict[str, Any]) -> list[Question]:
+    """Ask for the pair of digits, which the first frame shows, and for their motions, which the second does."""
+    clip = _clip(DigitsClip, metadata)
+    others = [
+        replace(clip, digit=first, second_digit=second)
+        for first, second in itertools.combinations(range(10), 2)
+        if {first, second} != {clip.digit, clip.second_digit}
+    ]
+    motions = [
+        replace(clip, motion=first, second_motion=second)
+        for first, second in itertools.product(moving_digits.MOTIONS, repeat=2)
+        if (first, second) != (clip.motion, clip.second_motion)
+    ]
+    asked = (("digits", others, 1), ("motions", motions, 2))
+    return [
+        Question(name, [moving_digits.captions_of(each)[0] for each in (clip, *those)], frames)
+        for name, those, frames in asked
+    ]
+
+
+def flare_questions(metadata: dict[str, Any]) -> list[Question]:
+    """Ask for who, facing and ground, which the first frame shows, and for the action."""
+    clip = _clip(FlareClip, metadata)
+    is_person = clip.who in flare.people()
+    others = {
+        "who": (flare.people() if is_person else flare.CREATURES.values(), 1),
+        "action": (flare.ACTIONS if is_person else flare.CREATURE_ACTIONS, 6),
+        "facing": (flare.FACINGS, 1),
+        "ground": (flare.GROUNDS, 1),
+    }
+    return [
+        Question(
+            name,
+            [
+                flare.captions_of(replace(clip, **{name: value}))[0]
+                for value in (getattr(clip, name), *(value for value in values if value != getattr(clip, name)))
+            ],
+            frames,
+        )
+        for name, (values, frames) in others.items()
+    ]
+
+
+QUESTIONS: dict[str, Callable[[dict[str, Any]], list[Question]]] = {
+    "two_digits": digits_questions,
+    "flare": flare_questions,
+}
+
+
+def compare(
+    data: Literal["two_digits", "flare"],
+    out: Path,
+    steps: int = 500,
+    seeds: tuple[int, ...] = (0, 1),
+    only: tuple[str, ...] = tuple(CHOICES),
+    precision: str = "bf16-mixed",
+) -> None:
+    """Train with each choice, measure on held-out clips and print a table.
+
+    Args:
+        data: The recipe, of which `runs/DATA` has the shards, the tokens and the tokenizer.
+        out: Folder for checkpoints and results.
+        steps: Training steps.
+        seeds: Seeds of the trainings of each choice; with none, only the table is printed.
+        only: Choices to train.
+        precision: Precision of training, a value of `trainer.precision`.
+
+    Raises:
+        UserError: If there is no such choice.
+    """
+    if unknown := set(only) - set(CHOICES):
+        raise UserError(f"only={unknown} are no choices: give some of {', '.join(CHOICES)}.")
+    torch.set_num_threads(1)
+    out = out.absolute() / data
+    for seed, name in itertools.product(seeds, only):
+        _run(data, out, name, steps, seed, precision)
+    _print_table(out)
+
+
+def _run(data: str, out: Path, name: str, steps: int, seed: int, precision: str) -> None:
+    """Train and measure one choice, unless that is complete."""
+    folder = out / f"{name.replace(' ', '_')}-seed{seed}"
+    if (folder / "result.json").exists():
+        return
+    folder.mkdir(exist_ok=True, parents=True)
+    settings = {
+        "seed_everything": seed,
+        "trainer.default_root_dir": folder,
+        "trainer.max_steps": steps,
+        "trainer.precision": precision,
+        "trainer.limit_val_batches": 0,
+        "trainer.num_sanity_val_steps": 0,
+        "trainer.enable_progress_bar": False,
+        "model.tokenizer": f"runs/{data}/vqvae/checkpoints/last.ckpt",
+        "model.compiled": True,
+        **SIZE,
+        "data.train": f"runs/{data}/tokens/train",
+        "data.val": f"runs/{data}/tokens/val",
+        "data.buckets": BUCKETS[data],
+        **CHOICES[name],
+    }
+    flags = [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()]
+    start = time.process_time()
+    with without_previous_frame() if name == "without PreviousFrame" else nullcontext():
+        main(["fit", f"--config=configs/transformer/{data}.yaml", "--ckpt_path=last", *flags])
+        seconds = time.process_time() - start
+        measured = _measure(data, folder / "transformer/checkpoints/last.ckpt")
+    result = {"choice": name, "steps": steps, "seed": seed, "seconds": seconds, **measured}
+    write(folder / "result.json", json.dumps(result, indent=1))
+
+
+def without_previous_frame() -> AbstractContextManager[Any]:
+    """Let the features of the previous frame be zero."""
+    features = PreviousFrame.forward
+    return patch.object(PreviousFrame, "forward", lambda self, tokens: 0 * features(self, tokens))
+
+
+@torch.inference_mode()
+def _measure(data: str, checkpoint: Path) -> dict[str, float]:
+    """Return the likelihood of held-out clips, and how often their captions are the most likely ones."""
+    model = TextToVideo.from_checkpoint(checkpoint)
+    clips = TokenClips(ShardSet(f"runs/{data}/tokens/val"), [Bucket(FRAMES, 1)])
+    numbers = range(0, len(clips), max(1, len(clips) // _CLIPS))
+    loaded: list[Any] = [clips.load(number, clips.buckets[0], rng=None) for number in numbers]
+    batches = [TokenClips.collate(loaded[start : start + _BATCH]) for start in range(0, len(loaded), _BATCH)]
+    nats = [-log_likelihood(model, batch.tokens, batch.text) for batch in batches]
+    videos = ShardSet(f"runs/{data}/shards/val")
+    metadata = {sample.key: read_metadata(videos.read(sample, "json")) for sample in videos.samples}
+    questions = [(clip.tokens, each) for clip in loaded for each in QUESTIONS[data](metadata[clip.key])]
+    embedded = _embed(model, sorted({caption for _, each in questions for caption in each.captions}))
+    right: dict[str, list[bool]] = defaultdict(list)
+    for tokens, (attribute, captions, frames) in questions:
+        text = TokenClips.collate([embedded[caption] for caption in captions]).text
+        likelihoods = log_likelihood(model, tokens[None, :frames].expand(len(captions), -1, -1, -1), text)
+        right[attribute].append(int(likelihoods.sum(dim=1).argmax()) == 0)
+    per_token = float(torch.cat(nats).mean()) / model.transformer.grid_size**2
+    return {"nats": per_token} | {name: mean(each) for name, each in right.items()}
+
+
+def _embed(model: TextToVideo, captions: list[str]) -> dict[str, TokenClip]:
+    """Return each caption as that of a clip without tokens."""
+    none, embedded = torch.zeros(0, dtype=torch.long), {}
+    for start in range(0, len(captions), _BATCH):
+        some = captions[start : start + _BATCH]
+        text = model.embed(some)
+        for caption, tokens, mask, pooled in zip(some, text.tokens, text.mask, text.pooled, strict=True):
+            embedded[caption] = TokenClip(none, tokens[mask], pooled, caption, "")
+    return embedded
+
+
+def log_likelihood(model: TextToVideo, tokens: Int[Tensor, "b t h w"], text: TextEmbedding) -> Float[Tensor, "b t"]:
+    """Return the log-likelihood of each frame, given the frames before it and the text."""
+    logits = model.transformer(tokens, text).float().log_softmax(dim=-1)
+    return logits.gather(-1, tokens[..., None])[..., 0].sum(dim=(2, 3))
+
+
+def _print_table(out: Path) -> None:
+    """Print the mean over seeds for each choice, and the values of each seed."""
+    results = [json.loads(path.read_text()) for path in sorted(out.glob("*/result.json"))]
+    columns, rows = {"choice": "{}", "steps": "{}", "seconds": "{:.0f}", "nats": "{}"}, []
+    for name in CHOICES:
+        runs = [each for each in results if each["choice"] == name]
+        if not runs:
+            continue
+        row = {"choice": name, "steps": runs[0]["steps"], "seconds": mean(run["seconds"] for run in runs)}
+        row["nats"] = ", ".join(f"{run['nats']:.4f}" for run in runs)
+        for attribute in list(runs[0])[5:]:
+            columns[attribute] = "{}"
+            row[attribute] = ", ".join(f"{run[attribute]:.1%}" for run in runs)
+        rows.append(row)
+    print_table(columns, rows)
+
+
+if __name__ == "__main__":
+    run_tool(compare)
