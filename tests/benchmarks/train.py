@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from t2v.batch import TextEmbedding
+from t2v.compilation import compile_layer
 from t2v.errors import run_tool
 from t2v.losses.tokens import token_loss_
 from t2v.transformer.config import AttentionConfig, TextConfig
@@ -32,7 +33,11 @@ Step = Callable[[], Tensor]
 
 
 def train(
-    rounds: int = 5, precisions: tuple[str, ...] = ("fp32", "bf16"), hidden: int = 1664, profiled: bool = False
+    rounds: int = 5,
+    precisions: tuple[str, ...] = ("fp32", "bf16"),
+    hidden: int = 1664,
+    profiled: bool = False,
+    compiled: bool = False,
 ) -> None:
     """Print tokens per second of both models, their ratio, and their rate relative to a matrix product.
 
@@ -41,6 +46,7 @@ def train(
         precisions: Among fp32 and bf16 (autocast; weights stay in float32).
         hidden: Hidden width of our feed-forward layers; Llama's is chosen for the same number of parameters.
         profiled: Whether to print the most expensive operators.
+        compiled: Whether to compile the layers of both models, as `model.compiled` does.
     """
     torch.manual_seed(0)
     ours = VideoTransformer(
@@ -50,7 +56,8 @@ def train(
     llama = LlamaForCausalLM(_llama(count))
     llama_count = sum(p.numel() for p in llama.parameters())
     assert abs(llama_count / count - 1) < 0.03, (llama_count, count)
-    print(f"python -m tests.benchmarks.train --rounds {rounds} --hidden {hidden} --precisions {list(precisions)}")
+    arguments = f"--rounds {rounds} --hidden {hidden} --precisions {list(precisions)} --compiled {compiled}"
+    print(f"python -m tests.benchmarks.train {arguments}")
     print(_machine())
     print(f"parameters: ours {count / 1e6:.1f} M, Llama {llama_count / 1e6:.1f} M; {TOKENS} tokens per step\n")
     tokens = torch.randint(VOCAB_SIZE, (CLIPS, FRAMES, GRID, GRID))
@@ -66,9 +73,19 @@ def train(
     }
     print("| precision | model | tokens/s | ratio | TFLOP per step | rate relative to a matrix product |")
     print("|---|---|---|---|---|---|")
-    for precision in precisions:
-        steps = {name: _step(loss, optimizers[name], precision) for name, loss in losses.items()}
-        flops = {name: _flops(step) for name, step in steps.items()}
+    steps_of = {
+        precision: {name: _step(loss, optimizers[name], precision) for name, loss in losses.items()}
+        for precision in precisions
+    }
+    flops_of = {each: {name: _flops(step) for name, step in steps.items()} for each, steps in steps_of.items()}
+    if compiled:  # after counting: it does not see the operators of compiled layers
+        ours.compile_layers()
+        for layer in llama.model.layers:
+            compile_layer(layer)
+    for precision, steps in steps_of.items():
+        flops = flops_of[precision]
+        for step in steps.values():
+            step()
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         rates = []
         for _ in range(rounds):
