@@ -18,6 +18,7 @@ from torch.optim.optimizer import ParamsT
 
 from t2v.errors import UserError, check_range
 from t2v.losses import AdversarialLoss
+from t2v.torch_private import configure_compiler
 
 _RANGES = {
     "[0, inf)": ("lr", "weight_decay"),
@@ -308,6 +309,8 @@ def configure_optimization(
     if type(built).__module__.startswith("bitsandbytes"):
         # bitsandbytes does so in its first step, so a resumed run, whose weights are channels-last again, would differ.
         network.to(memory_format=torch.contiguous_format)
+    if type(built).__module__.startswith("torchao"):  # which compiles its step
+        configure_compiler()
     total_steps = int(module.trainer.estimated_stepping_batches)
     schedule = Schedule(built, partial(warmup_cosine, warmup_steps=warmup_steps, total_steps=total_steps))
     return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

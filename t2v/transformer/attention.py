@@ -25,9 +25,10 @@ TextKeysValues = tuple[Float[Tensor, "b kv_heads l head_dim"], Float[Tensor, "b 
 
 _SHORT_LENGTH = 256
 """Up to this length a plain matrix product beats the CPU's flash kernel in bfloat16 (forward and backward: 7× at 16
-positions, 2× at 256). Chunks of 128 queries beat it at any length (2× at 512, 2.8× at 2,048)."""
+positions, 2× at 256). Chunks of `_BF16_CHUNK` queries beat it at any length (2× at 512, 2.8× at 2,048)."""
 _FLASH_LENGTH = 512
-"""Up to this length chunks of 64 queries beat the flash kernel in float32 (1.3 to 1.6× at 512, as fast at 1,024)."""
+"""Up to this length chunks of `_FP32_CHUNK` queries beat it in float32 (1.3 to 1.6× at 512, as fast at 1,024)."""
+_BF16_CHUNK, _FP32_CHUNK = 128, 64
 CHUNK = 512
 """Queries of a window that are computed at once, see `causal_attention`."""
 
@@ -73,8 +74,8 @@ class KVCache:
     def __init__(self, size: int, like: Float[Tensor, "b kv_heads _ head_dim"]) -> None:
         self.size = size
         # With one slot more, all slots are as little contiguous as some of them, and run the same compiled code.
-        self.keys = like.new_zeros(*like.shape[:2], size + 1, like.shape[3])[:, :, :size]
-        self.values = self.keys.new_zeros(*like.shape[:2], size + 1, like.shape[3])[:, :, :size]
+        shape = *like.shape[:2], size + 1, like.shape[3]
+        self.keys, self.values = (like.new_zeros(shape)[:, :, :size] for _ in range(2))
 
     def write(self, slots: Int[Tensor, "b m"], keys: Keys, values: Keys) -> None:
         """Overwrite slots of each row, which hold the oldest positions."""
@@ -285,13 +286,14 @@ def causal_attention(
         window: Positions that a query attends to, its own included.
         blocks: Result of `window_blocks`; compiled code then uses FlexAttention where there are more positions than
             `window`.
-        chunk: Queries that are computed at once where there are more positions than `window`; fewer on the CPU.
+        chunk: Queries that are computed at once where there are more positions than `window`; on the CPU at
+            most the constants above.
     """
     n, longest = q.shape[2], window
     if q.is_cpu and q.dtype == torch.bfloat16:
-        chunk, longest = chunk // 4, min(window, _SHORT_LENGTH)
+        chunk, longest = min(chunk, _BF16_CHUNK), min(window, _SHORT_LENGTH)
     elif q.is_cpu and n <= _FLASH_LENGTH:
-        chunk, longest = chunk // 8, min(window, chunk // 8)
+        chunk, longest = min(chunk, _FP32_CHUNK), min(window, _FP32_CHUNK)
     if n <= longest:
         return grouped_query_attention(q, k, v, causal=True)
     if blocks is not None and torch.compiler.is_compiling():

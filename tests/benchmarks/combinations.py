@@ -16,8 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from data.datasets.tokens import TokenClip, TokenClips
@@ -25,6 +24,7 @@ from data.examples.oracle import Answer, passes, recognize
 from data.examples.shapes import FRAMES, ShapeClip, draw, held_out_prompts, render
 from data.plan import Bucket
 from data.shards import ShardSet
+from t2v.batch import TextEmbedding
 from t2v.errors import run_tool
 from t2v.generation.sampling import Sampler
 from t2v.generation.schedules import Schedule
@@ -77,11 +77,15 @@ def likelihood(model: TextToVideo, folder: Path) -> list[float]:
     losses: list[Tensor] = []
     for start in range(0, len(clips), _BATCH):
         batch = TokenClips.collate(clips[start : start + _BATCH])
-        logits = model.transformer(batch.tokens, batch.text)
-        loss = F.cross_entropy(logits.flatten(0, 3), batch.tokens.flatten(), reduction="none")
-        losses.append(loss.view(len(batch.tokens), FRAMES, -1).sum(-1))
+        losses.append(-log_likelihood(model, batch.tokens, batch.text))
     frames = torch.cat(losses).mean(0)
     return [*frames[:4].tolist(), float(frames[4:].mean())]
+
+
+def log_likelihood(model: TextToVideo, tokens: Int[Tensor, "b t h w"], text: TextEmbedding) -> Float[Tensor, "b t"]:
+    """Return the log-likelihood of each frame in nats, given the frames before it and the text."""
+    logits = model.transformer(tokens, text).float().log_softmax(dim=-1)
+    return logits.gather(-1, tokens[..., None])[..., 0].sum(dim=(2, 3))
 
 
 def judge(videos: UInt8[Tensor, "b t 3 height width"], clips: list[ShapeClip]) -> dict[str, float]:

@@ -9,8 +9,8 @@ drawing a token:
   this attribute alone.
 
 All are trained for as many steps on as many clips; the column `seconds` has the processor time of one thread, which
-other programs change little. Results are stored in one folder for each choice and seed, so that the command can be
-interrupted, repeated, and run for several choices at once; the table has all that the folder holds.
+other programs change little. Results are stored in one folder for each choice, number of steps and seed, so that the
+command can be interrupted, repeated, and run for several choices at once; the table has all that the folder holds.
 """
 
 import itertools
@@ -26,8 +26,6 @@ from typing import Any, Literal, NamedTuple, get_type_hints
 from unittest.mock import patch
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from cli import main
 from data.captions import read_metadata
@@ -35,15 +33,13 @@ from data.datasets.tokens import TokenClip, TokenClips
 from data.examples import flare, moving_digits
 from data.examples.flare import FlareClip
 from data.examples.moving_digits import DigitsClip
-from data.plan import Bucket
 from data.shards import ShardSet
-from t2v.batch import TextEmbedding
 from t2v.errors import UserError, run_tool
 from t2v.generation.text_to_video import TextToVideo
 from t2v.transformer.layers import PreviousFrame
+from tests.benchmarks.combinations import load, log_likelihood
 from tests.benchmarks.report import print_table, write
 
-FRAMES = 16
 SIZE = {
     "model.model.dim": 128,
     "model.model.hidden_dim": 384,
@@ -57,8 +53,11 @@ BUCKETS = {
     "two_digits": "[{frames: 2, batch_size: 36}, {frames: 16, batch_size: 4}]",
     "flare": "[{frames: 2, batch_size: 36, start: first}, {frames: 16, batch_size: 4}]",
 }
-_ADAMW = {"model.optimizer": "torch.optim.AdamW", "model.optimizer.betas": "[0.9, 0.95]"}
-_ADAMW["model.optimizer.weight_decay"] = "0.1"
+_ADAMW = {
+    "model.optimizer": "torch.optim.AdamW",
+    "model.optimizer.betas": "[0.9, 0.95]",
+    "model.optimizer.weight_decay": 0.1,
+}
 CHOICES: dict[str, dict[str, Any]] = {
     "recipe": {},
     "AdamW, lr 1e-3": {**_ADAMW, "model.optimizer.lr": 1e-3},
@@ -73,7 +72,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 }
 """What each choice changes in the recipe."""
 _CLIPS = 180
-"""Held-out clips."""
+"""Least number of held-out clips, evenly spread."""
 _BATCH = 20
 
 
@@ -173,7 +172,7 @@ def compare(
 
 def _run(data: str, out: Path, name: str, steps: int, seed: int, precision: str) -> None:
     """Train and measure one choice, unless that is complete."""
-    folder = out / f"{name.replace(' ', '_')}-seed{seed}"
+    folder = out / f"{name.replace(' ', '_')}-steps{steps}-seed{seed}"
     if (folder / "result.json").exists():
         return
     folder.mkdir(exist_ok=True, parents=True)
@@ -213,13 +212,12 @@ def without_previous_frame() -> AbstractContextManager[Any]:
 def _measure(data: str, checkpoint: Path) -> dict[str, float]:
     """Return the likelihood of held-out clips, and how often their captions are the most likely ones."""
     model = TextToVideo.from_checkpoint(checkpoint)
-    clips = TokenClips(ShardSet(f"runs/{data}/tokens/val"), [Bucket(FRAMES, 1)])
-    numbers = range(0, len(clips), max(1, len(clips) // _CLIPS))
-    loaded: list[Any] = [clips.load(number, clips.buckets[0], rng=None) for number in numbers]
-    batches = [TokenClips.collate(loaded[start : start + _BATCH]) for start in range(0, len(loaded), _BATCH)]
-    nats = [-log_likelihood(model, batch.tokens, batch.text) for batch in batches]
     videos = ShardSet(f"runs/{data}/shards/val")
     metadata = {sample.key: read_metadata(videos.read(sample, "json")) for sample in videos.samples}
+    numbers = range(0, len(metadata), max(1, len(metadata) // _CLIPS))
+    loaded = load(Path(f"runs/{data}/tokens/val"), numbers)
+    batches = [TokenClips.collate(loaded[start : start + _BATCH]) for start in range(0, len(loaded), _BATCH)]
+    nats = [-log_likelihood(model, batch.tokens, batch.text) for batch in batches]
     questions = [(clip.tokens, each) for clip in loaded for each in QUESTIONS[data](metadata[clip.key])]
     embedded = _embed(model, sorted({caption for _, each in questions for caption in each.captions}))
     right: dict[str, list[bool]] = defaultdict(list)
@@ -242,21 +240,15 @@ def _embed(model: TextToVideo, captions: list[str]) -> dict[str, TokenClip]:
     return embedded
 
 
-def log_likelihood(model: TextToVideo, tokens: Int[Tensor, "b t h w"], text: TextEmbedding) -> Float[Tensor, "b t"]:
-    """Return the log-likelihood of each frame, given the frames before it and the text."""
-    logits = model.transformer(tokens, text).float().log_softmax(dim=-1)
-    return logits.gather(-1, tokens[..., None])[..., 0].sum(dim=(2, 3))
-
-
 def _print_table(out: Path) -> None:
     """Print the mean over seeds for each choice, and the values of each seed."""
     results = [json.loads(path.read_text()) for path in sorted(out.glob("*/result.json"))]
     columns, rows = {"choice": "{}", "steps": "{}", "seconds": "{:.0f}", "nats": "{}"}, []
-    for name in CHOICES:
-        runs = [each for each in results if each["choice"] == name]
+    for name, steps in itertools.product(CHOICES, sorted({each["steps"] for each in results})):
+        runs = [each for each in results if (each["choice"], each["steps"]) == (name, steps)]
         if not runs:
             continue
-        row = {"choice": name, "steps": runs[0]["steps"], "seconds": mean(run["seconds"] for run in runs)}
+        row = {"choice": name, "steps": steps, "seconds": mean(run["seconds"] for run in runs)}
         row["nats"] = ", ".join(f"{run['nats']:.4f}" for run in runs)
         for attribute in list(runs[0])[5:]:
             columns[attribute] = "{}"
