@@ -79,9 +79,10 @@ class KVCache:
 
     def write(self, slots: Int[Tensor, "b m"], keys: Keys, values: Keys) -> None:
         """Overwrite slots of each row, which hold the oldest positions."""
-        index = slots[:, None, :, None].expand_as(keys)
-        self.keys.scatter_(2, index, keys)
-        self.values.scatter_(2, index, values)
+        rows, heads = (torch.arange(size, device=slots.device) for size in keys.shape[:2])
+        index = rows[:, None, None], heads[:, None], slots[:, None]
+        self.keys.index_put_(index, keys)  # compiled in place, other than `scatter_`
+        self.values.index_put_(index, values)
 
     def select(self, rows: Int[Tensor, " rows"]) -> None:
         """Keep some rows of the batch."""
@@ -237,8 +238,8 @@ def grouped_query_attention(
     n, m = q.shape[2], k.shape[2]
     if n == 1:  # the query heads of a group can then be treated as positions
         rows = rearrange(q, "b (kv g) 1 d -> b kv g d", kv=k.shape[1])
-        fused = q.is_cuda and torch.compiler.is_compiling()
-        row = row_attention(rows, k, v, mask) if fused else F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
+        attend = row_attention if torch.compiler.is_compiling() else F.scaled_dot_product_attention
+        row = attend(rows, k, v, mask)
         return rearrange(row, "b kv g d -> b (kv g) 1 d")
     if q.is_cpu and (n * m <= _SHORT_LENGTH**2 or q.dtype == torch.bfloat16):
         groups = q.shape[1] // k.shape[1]
@@ -257,12 +258,12 @@ def grouped_query_attention(
 def row_attention(
     q: Float[Tensor, "b kv_heads groups head_dim"], k: Keys, v: Keys, mask: Bool[Tensor, "b 1 1 m"] | None
 ) -> Float[Tensor, "b kv_heads groups head_dim"]:
-    """Return the attention of one position as matrix products and operations that `torch.compile` fuses, for a GPU.
+    """Return the attention of one position as matrix products and operations that `torch.compile` fuses.
 
     PyTorch's fused kernels compute a row's keys one block after the other. On an H100 with 8 key heads in bfloat16 they
     take 86 µs for 4,096 keys and 12 µs for 256, this 16 and 7 µs (`tests/gpu/test_attention.py`).
     """
-    scores = (q @ k.mT).float() * q.shape[-1] ** -0.5
+    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     y: Tensor = scores.softmax(dim=-1).to(v.dtype) @ v

@@ -1,12 +1,14 @@
 """Speed of decoding: `python -m tests.benchmarks.decode`.
 
-One process, batch 1, float32, sampling without filters (Llama: greedy). Interleaved in every round: the memory
-bandwidth, measured by summing as many floats as a token reads; `generate` of a Llama of `transformers`; and
-`TextToVideo.generate`, eager and compiled, with a transformer of the same width and number of layers that reads as many
-weights per token (Llama has no text attention, therefore its feed-forward layers are wider). It makes one frame from a
-prompt, its text embedding and its pixels included, one token after the other, and with "auto". The limit is bandwidth ÷
-bytes of weights per token. The model is untrained, so that the noise decides most tokens, whatever the drafts are:
-"auto" needs fewer passes, but says nothing about trained models, which `tests.benchmarks.generate` measures.
+One process, batch 1, float32, sampling without filters (Llama: greedy). Interleaved in every round: `generate` of a
+Llama of `transformers`; and `TextToVideo.generate`, eager and compiled, with a transformer of the same width and number
+of layers that reads as many weights per token (Llama has no text attention, therefore its feed-forward layers are
+wider). It makes one frame from a prompt, its text embedding and its pixels included, one token after the other, and
+with "auto". The limit is the time to read the weights of a token: before and after each of these, all are summed a
+number of times, as one tensor. (The bandwidth of other memory is no limit: on a virtual machine it can differ by 1.9
+times from one allocation to the next.) The model is untrained, so that the noise decides most tokens, whatever the
+drafts are: "auto" needs fewer passes, but says nothing about trained models, which `tests.benchmarks.generate`
+measures.
 
 Then, on a small model, time and memory per frame far into a video relative to early frames.
 """
@@ -36,6 +38,8 @@ from t2v.vqvae.quantizer import VectorQuantizer
 VOCABULARY, GRID, DIM, LAYERS, HEADS, KV_HEADS = 16384, 16, 768, 12, 12, 4
 TOKENS = GRID**2
 """Tokens per measurement: one frame of ours."""
+_READS = 20
+"""Sums over the weights before and after each measurement."""
 
 
 def text(width: int) -> TextEmbedding:
@@ -73,10 +77,17 @@ def llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def weights_per_token(model: torch.nn.Module) -> int:
-    """Return how many weights each token reads: without embeddings, of which it reads a row, and text projections."""
+def gather_weights(model: torch.nn.Module) -> torch.Tensor:
+    """Make the weights that each token reads views of one tensor, and return it.
+
+    A token reads one row of embeddings, and no projection of the text.
+    """
     skipped = ("embed", "mix", "pooled", "gate.hidden", "gate.out", "attention.key_value", "no_text")
-    return sum(p.numel() for name, p in model.named_parameters() if not any(part in name for part in skipped))
+    read = [p for name, p in model.named_parameters() if not any(part in name for part in skipped)]
+    flat = torch.cat([parameter.detach().flatten() for parameter in read])
+    for parameter, part in zip(read, flat.split([parameter.numel() for parameter in read]), strict=True):
+        parameter.data = part.view_as(parameter)
+    return flat
 
 
 def seconds(job: Callable[[], object]) -> float:
@@ -98,7 +109,6 @@ def speed(rounds: int) -> None:
         quantizer=VectorQuantizer(VOCABULARY),
     )
     text_to_video = TextToVideo(model, vqvae, MiniLMTextEncoder(), fps=8.0)
-    floats = torch.randn(weights_per_token(model))
     prompt = torch.zeros(1, 1, dtype=torch.long)
     settings = {"do_sample": False, "min_new_tokens": TOKENS, "max_new_tokens": TOKENS, "use_cache": True}
 
@@ -113,32 +123,32 @@ def speed(rounds: int) -> None:
         "ours, eager, auto": lambda: decode(compiled=False, parallel="auto"),
         "ours, compiled, auto": lambda: decode(compiled=True, parallel="auto"),
     }
-    weights = {name: weights_per_token(model if name.startswith("ours") else theirs) for name in jobs}
+    gathered = {model: gather_weights(model), theirs: gather_weights(theirs)}
+    weights = {name: gathered[model if name.startswith("ours") else theirs] for name in jobs}
     sizes = {name: sum(p.numel() for p in (model if name.startswith("ours") else theirs).parameters()) for name in jobs}
     with torch.inference_mode():
         for job in jobs.values():
             job()
-        bandwidth: list[float] = []
         times: dict[str, list[float]] = {name: [] for name in jobs}
+        reads: dict[str, list[float]] = {name: [] for name in jobs}
         for _ in range(rounds):
             for name, job in jobs.items():
-                bandwidth.append(4 * floats.numel() / min(seconds(floats.sum) for _ in range(3)))
+                sums = [seconds(weights[name].sum) for _ in range(_READS)]
                 times[name].append(seconds(job) / TOKENS)
-    bytes_per_second = statistics.median(bandwidth)
-    print(
-        f"Memory bandwidth {bytes_per_second / 1e9:.1f} GB/s (of {len(bandwidth)}: {min(bandwidth) / 1e9:.1f} to ",
-        end="",
-    )
-    print(f"{max(bandwidth) / 1e9:.1f}); {TOKENS} tokens per measurement, medians of {rounds} rounds\n")
-    print("| | parameters | weights read per token | tokens/s | relative to Llama | fraction of the limit |")
+                sums += [seconds(weights[name].sum) for _ in range(_READS)]
+                reads[name].append(statistics.median(sums))
+    print(f"{TOKENS} tokens per measurement, medians of {rounds} rounds\n")
+    print("| | parameters | weights of a token, their sum | ms per token | relative to Llama | fraction of the limit |")
     print("|---|---|---|---|---|---|")
-    first = statistics.median(next(iter(times.values())))
+    first = next(iter(times.values()))
     for name, each in times.items():
-        median = statistics.median(each)
-        fraction = 4 * weights[name] / bytes_per_second / median
+        size = 4 * weights[name].numel()
+        ratio = statistics.median(a / b for a, b in zip(first, each, strict=True))
+        fraction = statistics.median(a / b for a, b in zip(reads[name], each, strict=True))
+        read, median = (1e3 * statistics.median(values) for values in (reads[name], each))
         print(
-            f"| {name} | {sizes[name] / 1e6:.1f} M | {4 * weights[name] / 1e6:.0f} MB | {1 / median:.1f} | "
-            f"{first / median:.2f}× | {fraction:.0%} |"
+            f"| {name} | {sizes[name] / 1e6:.1f} M | {size / 1e6:.0f} MB, {read:.1f} ms | {median:.1f} | "
+            f"{ratio:.2f}× | {fraction:.0%} |"
         )
 
 

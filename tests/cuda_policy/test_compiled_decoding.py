@@ -6,10 +6,12 @@ from unittest.mock import patch
 import torch
 import torch._dynamo
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from t2v.batch import TextEmbedding
 from t2v.generation import Interval, Linear, Sampler, Schedule
 from t2v.generation.decode import generate_frames
+from t2v.transformer.decoding import Decoder
 from t2v.transformer.model import VideoTransformer
 from tests.cuda_policy.toys import TEXT_DIM, transformer
 from tests.support import forked
@@ -52,8 +54,31 @@ def check_graphs() -> None:
         assert torch.equal(tokens(model, *case, compiled=False), compiled)
 
 
+def check_memory() -> None:
+    """Compare the largest tensor that a pass allocates with the size of a cache."""
+    model = transformer().eval()
+    text = TextEmbedding(torch.zeros(1, 3, TEXT_DIM), torch.ones(1, 3, dtype=torch.bool), torch.zeros(1, TEXT_DIM))
+    decoder = Decoder(model, text, compiled=True, positions=100 * model.grid_size**2)  # caches of over 100 frames
+    cache = decoder.caches[0]
+    recent, position = torch.zeros(1, 2 * model.grid_size**2, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    with torch.inference_mode():
+        decoder.logits(recent, position, stop=1)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            decoder.logits(recent, position, stop=1)
+    events = profiled.profiler.kineto_results.events()
+    largest = max(event.nbytes() for event in events if event.name() == "[memory]")
+    assert 0 < largest < cache.keys.nbytes, (largest, cache.keys.nbytes)
+
+
 def test_prompts_and_videos_of_all_lengths_share_a_graph_and_other_batches_are_compiled_too():
     """In a process without the checks of shapes, which are graphs of their own."""
-    script = f"import {__name__} as module; module.check_graphs()"
-    done = forked.run("-c", script)
+    _run("check_graphs")
+
+
+def test_a_compiled_pass_writes_to_the_caches_without_copying_them():
+    _run("check_memory")
+
+
+def _run(name: str) -> None:
+    done = forked.run("-c", f"import {__name__} as module; module.{name}()")
     assert done.returncode == 0, done.stderr
