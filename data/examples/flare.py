@@ -33,9 +33,14 @@ from t2v.errors import run_tool
 from t2v.files import atomic_path
 
 FRAMES, FPS = 16, 15
-CANVAS = {64: 96, 128: 128}
-"""Pixels of the game in the width and height of a picture of each size."""
-FEET = (0.5, 0.75)
+CANVAS = 64
+"""Pixels of the game in the width and height of a picture of 64 pixels; those of larger creatures follow."""
+CANVAS_OF = {
+    **dict.fromkeys(("antlion", "fire_ant", "goblin_elite", "ice_ant"), 80),
+    **dict.fromkeys(("skeleton", "skeleton_archer", "skeleton_mage"), 80),
+    **dict.fromkeys(("minotaur", "wyvern", "wyvern_air", "wyvern_fire", "wyvern_water"), 104),
+}
+FEET = (0.5, 0.8)
 """Where a character stands, from the left and from the top, as a fraction of the picture."""
 PAUSE = 3
 """Frames of standing between two performances of an action."""
@@ -186,11 +191,11 @@ def render(clip: FlareClip, game: Path, size: Literal[64, 128] = 64) -> UInt8[Te
     Args:
         clip: The clip.
         game: The game's folder `mods`.
-        size: Width and height in pixels; 128 is the game's resolution, 64 two thirds of it.
+        size: Width and height in pixels; 128 shows all characters in the game's resolution, 64 each as large as fits.
     """
     rng = np.random.default_rng(clip.seed)
     facing = FACINGS.index(clip.facing)
-    canvas = CANVAS[size]
+    canvas = size if size == 128 else CANVAS_OF.get(_creature(clip.who), CANVAS)
     feet = round(FEET[0] * canvas), round(FEET[1] * canvas)
     layers = [load_animation(path) for path in _layers(clip, game, facing)]
     angle = (
@@ -210,12 +215,16 @@ def render(clip: FlareClip, game: Path, size: Literal[64, 128] = 64) -> UInt8[Te
     return torch.from_numpy(np.stack([np.asarray(frame) for frame in frames])).permute(0, 3, 1, 2).contiguous()
 
 
+def _creature(who: str) -> str:
+    """Return the game's name of a creature; "" for a person."""
+    return next((name for name, words in CREATURES.items() if words == who), "")
+
+
 def _layers(clip: FlareClip, game: Path, facing: int) -> list[Path]:
     """Return the animations of a clip's character, the farthest first."""
     folder = game / "fantasycore/animations"
     if clip.who not in people():
-        name = next(name for name, who in CREATURES.items() if who == clip.who)
-        return [folder / f"enemies/{name}.txt"]
+        return [folder / f"enemies/{_creature(clip.who)}.txt"]
     sex, armour = people()[clip.who]
     feet, legs, hands, chest, head = ARMOURS[armour]
     body = [feet, legs, hands, chest, head or HAIR[sex]]

@@ -2,11 +2,12 @@
 
 Stage 1 of `configs/vqvae/two_digits.yaml` or `configs/vqvae/flare.yaml` has written tokens to `runs/`. A small
 transformer is trained on them, with one choice of the recipe changed at a time, and measured on held-out clips without
-drawing a token:
+drawing a token. A choice of stage 1 trains a tokenizer of its own before, and writes its tokens; the likelihoods of
+tokens of different tokenizers cannot be compared. The measures are:
 
 - the negative log-likelihood of a token in nats, in clips of 16 frames;
 - for each attribute, the fraction of clips whose caption has the largest likelihood among all captions that differ in
-  this attribute alone.
+  this attribute alone, and the nats of the caption's posterior probability among these, which vary less with the seed.
 
 All are trained for as many steps on as many clips; the column `seconds` has the processor time of one thread, which
 other programs change little. Results are stored in one folder for each choice, number of steps and seed, so that the
@@ -58,6 +59,10 @@ _ADAMW = {
     "model.optimizer.betas": "[0.9, 0.95]",
     "model.optimizer.weight_decay": 0.1,
 }
+CODEBOOKS = (256, 1024, 4096, 16384)
+KERNELS: dict[str, dict[str, Any]] = {
+    f"encoder kernel {size}": {"model.model.encoder_kernel_size": size} for size in (1, 3)
+}
 CHOICES: dict[str, dict[str, Any]] = {
     "recipe": {},
     "AdamW, lr 1e-3": {**_ADAMW, "model.optimizer.lr": 1e-3},
@@ -69,8 +74,15 @@ CHOICES: dict[str, dict[str, Any]] = {
     "with the gate": {"model.model.text.gate": True},
     "rope_theta 10000": {"model.model.attention.rope_theta": 10000},
     "without caption dropout": {"model.objective.caption_dropout": 0},
+    **{f"codebook of {size}": {"model.model.vocab_size": size} for size in CODEBOOKS},
+    **{name: {} for name in KERNELS},
 }
-"""What each choice changes in the recipe."""
+"""What each choice changes in stage 2's recipe."""
+TOKENIZERS: dict[str, dict[str, Any]] = {
+    **{f"codebook of {size}": {"model.model.quantizer.codebook_size": size} for size in CODEBOOKS},
+    **KERNELS,
+}
+"""What choices change in stage 1's recipe."""
 _CLIPS = 180
 """Least number of held-out clips, evenly spread."""
 _BATCH = 20
@@ -144,6 +156,7 @@ def compare(
     data: Literal["two_digits", "flare"],
     out: Path,
     steps: int = 500,
+    tokenizer_steps: int = 2400,
     seeds: tuple[int, ...] = (0, 1),
     only: tuple[str, ...] = tuple(CHOICES),
     precision: str = "bf16-mixed",
@@ -153,7 +166,8 @@ def compare(
     Args:
         data: The recipe, of which `runs/DATA` has the shards, the tokens and the tokenizer.
         out: Folder for checkpoints and results.
-        steps: Training steps.
+        steps: Training steps of stage 2.
+        tokenizer_steps: Training steps of the tokenizers of choices of stage 1.
         seeds: Seeds of the trainings of each choice; with none, only the table is printed.
         only: Choices to train.
         precision: Precision of training, a value of `trainer.precision`.
@@ -166,16 +180,20 @@ def compare(
     torch.set_num_threads(1)
     out = out.absolute() / data
     for seed, name in itertools.product(seeds, only):
-        _run(data, out, name, steps, seed, precision)
+        _run(data, out, name, steps, tokenizer_steps, seed, precision)
     _print_table(out)
 
 
-def _run(data: str, out: Path, name: str, steps: int, seed: int, precision: str) -> None:
+def _run(data: str, out: Path, name: str, steps: int, tokenizer_steps: int, seed: int, precision: str) -> None:
     """Train and measure one choice, unless that is complete."""
     folder = out / f"{name.replace(' ', '_')}-steps{steps}-seed{seed}"
     if (folder / "result.json").exists():
         return
     folder.mkdir(exist_ok=True, parents=True)
+    stage1 = Path(f"runs/{data}")
+    if name in TOKENIZERS:
+        stage1 = out / f"tokenizer_{name.replace(' ', '_')}-steps{tokenizer_steps}"
+        _tokenize(data, stage1, {"trainer.max_steps": tokenizer_steps, **TOKENIZERS[name]}, precision)
     settings = {
         "seed_everything": seed,
         "trainer.default_root_dir": folder,
@@ -184,22 +202,44 @@ def _run(data: str, out: Path, name: str, steps: int, seed: int, precision: str)
         "trainer.limit_val_batches": 0,
         "trainer.num_sanity_val_steps": 0,
         "trainer.enable_progress_bar": False,
-        "model.tokenizer": f"runs/{data}/vqvae/checkpoints/last.ckpt",
+        "model.tokenizer": stage1 / "vqvae/checkpoints/last.ckpt",
         "model.compiled": True,
         **SIZE,
-        "data.train": f"runs/{data}/tokens/train",
-        "data.val": f"runs/{data}/tokens/val",
+        "data.train": stage1 / "tokens/train",
+        "data.val": stage1 / "tokens/val",
         "data.buckets": BUCKETS[data],
         **CHOICES[name],
     }
-    flags = [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()]
     start = time.process_time()
     with without_previous_frame() if name == "without PreviousFrame" else nullcontext():
-        main(["fit", f"--config=configs/transformer/{data}.yaml", "--ckpt_path=last", *flags])
+        main(["fit", f"--config=configs/transformer/{data}.yaml", "--ckpt_path=last", *_flags(settings)])
         seconds = time.process_time() - start
-        measured = _measure(data, folder / "transformer/checkpoints/last.ckpt")
+        measured = _measure(data, folder / "transformer/checkpoints/last.ckpt", stage1 / "tokens/val")
     result = {"choice": name, "steps": steps, "seed": seed, "seconds": seconds, **measured}
     write(folder / "result.json", json.dumps(result, indent=1))
+
+
+def _tokenize(data: str, folder: Path, changes: dict[str, Any], precision: str) -> None:
+    """Train a tokenizer and write its tokens, unless they are there."""
+    if (folder / "tokens/complete").exists():
+        return
+    settings = {
+        "trainer.default_root_dir": folder,
+        "trainer.precision": precision,
+        "trainer.limit_val_batches": 0,
+        "trainer.enable_progress_bar": False,
+        "data.train": f"runs/{data}/shards/train",
+        "data.val": f"runs/{data}/shards/val",
+        **changes,
+    }
+    for verb in ("fit", "predict"):
+        main([verb, f"--config=configs/vqvae/{data}.yaml", "--ckpt_path=last", *_flags(settings)])
+    (folder / "tokens/complete").touch()
+
+
+def _flags(settings: dict[str, Any]) -> list[str]:
+    """Return settings as arguments of `cli.py`."""
+    return [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()]
 
 
 def without_previous_frame() -> AbstractContextManager[Any]:
@@ -209,24 +249,26 @@ def without_previous_frame() -> AbstractContextManager[Any]:
 
 
 @torch.inference_mode()
-def _measure(data: str, checkpoint: Path) -> dict[str, float]:
+def _measure(data: str, checkpoint: Path, tokens: Path) -> dict[str, float]:
     """Return the likelihood of held-out clips, and how often their captions are the most likely ones."""
     model = TextToVideo.from_checkpoint(checkpoint)
     videos = ShardSet(f"runs/{data}/shards/val")
     metadata = {sample.key: read_metadata(videos.read(sample, "json")) for sample in videos.samples}
     numbers = range(0, len(metadata), max(1, len(metadata) // _CLIPS))
-    loaded = load(Path(f"runs/{data}/tokens/val"), numbers)
+    loaded = load(tokens, numbers)
     batches = [TokenClips.collate(loaded[start : start + _BATCH]) for start in range(0, len(loaded), _BATCH)]
     nats = [-log_likelihood(model, batch.tokens, batch.text) for batch in batches]
     questions = [(clip.tokens, each) for clip in loaded for each in QUESTIONS[data](metadata[clip.key])]
     embedded = _embed(model, sorted({caption for _, each in questions for caption in each.captions}))
-    right: dict[str, list[bool]] = defaultdict(list)
-    for tokens, (attribute, captions, frames) in questions:
+    measured: dict[str, list[float]] = defaultdict(list)
+    for clip_tokens, (attribute, captions, frames) in questions:
         text = TokenClips.collate([embedded[caption] for caption in captions]).text
-        likelihoods = log_likelihood(model, tokens[None, :frames].expand(len(captions), -1, -1, -1), text)
-        right[attribute].append(int(likelihoods.sum(dim=1).argmax()) == 0)
+        likelihoods = log_likelihood(model, clip_tokens[None, :frames].expand(len(captions), -1, -1, -1), text)
+        posterior = likelihoods.sum(dim=1).double().log_softmax(dim=0)
+        measured[attribute].append(float(posterior.argmax() == 0))
+        measured[f"{attribute}, nats"].append(-float(posterior[0]))
     per_token = float(torch.cat(nats).mean()) / model.transformer.grid_size**2
-    return {"nats": per_token} | {name: mean(each) for name, each in right.items()}
+    return {"nats": per_token} | {name: mean(each) for name, each in measured.items()}
 
 
 def _embed(model: TextToVideo, captions: list[str]) -> dict[str, TokenClip]:
@@ -252,7 +294,8 @@ def _print_table(out: Path) -> None:
         row["nats"] = ", ".join(f"{run['nats']:.4f}" for run in runs)
         for attribute in list(runs[0])[5:]:
             columns[attribute] = "{}"
-            row[attribute] = ", ".join(f"{run[attribute]:.1%}" for run in runs)
+            form = "{:.2f}" if attribute.endswith("nats") else "{:.1%}"
+            row[attribute] = ", ".join(form.format(run[attribute]) for run in runs)
         rows.append(row)
     print_table(columns, rows)
 
