@@ -67,7 +67,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "recipe": {},
     "AdamW, lr 1e-3": {**_ADAMW, "model.optimizer.lr": 1e-3},
     "AdamW, lr 3e-3": {**_ADAMW, "model.optimizer.lr": 3e-3},
-    "embedding_lr 1": {"model.optimizer.embedding_lr": 1},
+    **{f"embedding_lr {rate}": {"model.optimizer.embedding_lr": rate} for rate in (1, 8)},
     "without corruption": {"model.objective.corruption": 0},
     "without PreviousFrame": {},
     "with the pooled text": {"model.model.text.pooled": True},
