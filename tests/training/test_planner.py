@@ -42,6 +42,7 @@ from t2v.transformer.config import AttentionConfig, TextConfig
 from t2v.transformer.decoding import Decoder
 from t2v.transformer.model import VideoTransformer
 from t2v.vqvae.quantizer import VectorQuantizer
+from tests.support.configs import read
 from tests.support.toys import toy_vqvae
 
 pytestmark = pytest.mark.usefixtures("unchecked_shapes")
@@ -68,7 +69,7 @@ def inputs(model: VideoTransformer) -> tuple[torch.Tensor, TextEmbedding, torch.
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_parameter_counts_of_every_config_sum_to_its_parameters(path):
-    config = yaml.safe_load(path.read_text())["model"]["init_args"]["model"]["init_args"]
+    config = read(path)["model"]["init_args"]["model"]["init_args"]
     model = VideoTransformer.from_config(config | {"device": "meta"})
     counts = parameter_counts(model)
     assert sum(counts.values()) == sum(parameter.numel() for parameter in model.parameters())
