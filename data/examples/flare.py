@@ -34,12 +34,13 @@ from t2v.files import atomic_path
 
 FRAMES, FPS = 16, 15
 CANVAS = 64
-"""Pixels of the game in the width and height of a picture of 64 pixels; those of larger creatures follow."""
+"""Pixels of the game in the width and height of a picture of 64 pixels."""
 CANVAS_OF = {
     **dict.fromkeys(("antlion", "fire_ant", "goblin_elite", "ice_ant"), 80),
     **dict.fromkeys(("skeleton", "skeleton_archer", "skeleton_mage"), 80),
     **dict.fromkeys(("minotaur", "wyvern", "wyvern_air", "wyvern_fire", "wyvern_water"), 104),
 }
+"""The same for creatures that need more."""
 FEET = (0.5, 0.8)
 """Where a character stands, from the left and from the top, as a fraction of the picture."""
 PAUSE = 3

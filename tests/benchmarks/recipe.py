@@ -186,13 +186,15 @@ def compare(
 
 def _run(data: str, out: Path, name: str, steps: int, tokenizer_steps: int, seed: int, precision: str) -> None:
     """Train and measure one choice, unless that is complete."""
-    folder = out / f"{name.replace(' ', '_')}-steps{steps}-seed{seed}"
+    stage1, label = Path(f"runs/{data}"), name.replace(" ", "_")
+    if name in TOKENIZERS:
+        label += f"-tokenizer{tokenizer_steps}"
+        stage1 = out / label
+    folder = out / f"{label}-steps{steps}-seed{seed}"
     if (folder / "result.json").exists():
         return
     folder.mkdir(exist_ok=True, parents=True)
-    stage1 = Path(f"runs/{data}")
     if name in TOKENIZERS:
-        stage1 = out / f"tokenizer_{name.replace(' ', '_')}-steps{tokenizer_steps}"
         _tokenize(data, stage1, {"trainer.max_steps": tokenizer_steps, **TOKENIZERS[name]}, precision)
     settings = {
         "seed_everything": seed,
