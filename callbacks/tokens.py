@@ -27,18 +27,18 @@ _CACHE_BYTES = 2**28
 _COMPLETE = "complete"
 """The file that says that all shards are complete, and only their folders have not been moved."""
 
-Embedding = tuple[Float16[np.ndarray, "l d"], Float16[np.ndarray, " d"]]
-"""Embeddings of the text tokens of a caption without padding, and the pooled text embedding."""
+Embedding = Float16[np.ndarray, "l d"]
+"""Embeddings of the text tokens of a caption without padding."""
 
 
 class TokenShardWriter(BasePredictionWriter):
     """Writes ``OUTPUT_DIR/SPLIT/shard-RANK-NUMBER.tar``, one folder for each split of the data.
 
     A sample is ``KEY.tokens.npy`` (t, h, w); ``KEY.text.npy`` (l, d), the text embeddings of all its captions
-    concatenated, and ``KEY.pooled.npy`` (captions, d), both in float16; and ``KEY.json`` with the captions, the number
-    of text tokens of each, the frame rate, and a fingerprint of the tokenizer, the text encoder and the frame rate. The
-    folders of the splits appear when all samples are written; until then the shards are in ``OUTPUT_DIR/.partial``,
-    where the same command, with the same weights and clips, continues after the last complete one.
+    concatenated, in float16; and ``KEY.json`` with the captions, the number of text tokens of each, the frame rate, and
+    a fingerprint of the tokenizer, the text encoder and the frame rate. The folders of the splits appear when all
+    samples are written; until then the shards are in ``OUTPUT_DIR/.partial``, where the same command, with the same
+    weights and clips, continues after the last complete one.
 
     Args:
         output_dir: Folder for the folders of the splits, which must not contain shards already.
@@ -142,14 +142,13 @@ class TokenShardWriter(BasePredictionWriter):
         writer = self._writers[split]
         samples = list(zip(batch.keys, batch.captions, prediction.cpu().numpy(), strict=True))
         for at, (key, captions, tokens) in enumerate(samples[done:], done):
-            texts, pooled = zip(*islice(embeddings, len(captions)), strict=True)
+            texts = list(islice(embeddings, len(captions)))
             complete = writer.shards
             writer.write(
                 {
                     "__key__": key,
                     "tokens.npy": tokens.astype(np.uint16 if tokens.max() < 2**16 else np.int32),
                     "text.npy": np.concatenate(texts),
-                    "pooled.npy": np.stack(pooled),
                     "json": {
                         "captions": captions,
                         "text_lengths": [len(text) for text in texts],
@@ -271,14 +270,12 @@ class _EmbeddingCache:
         found = [self.embeddings[caption] for caption in captions]
         while self.bytes > _CACHE_BYTES:
             oldest = next(iter(self.embeddings))
-            text, pooled = self.embeddings.pop(oldest)
-            self.bytes -= text.nbytes + pooled.nbytes
+            self.bytes -= self.embeddings.pop(oldest).nbytes
         return found
 
     def _embed_batch(self, captions: list[str]) -> None:
         text = self.encoder.encode_batch(captions)
-        lengths = text.mask.sum(1).tolist()
-        tokens, pooled = text.tokens.half().cpu().numpy(), text.pooled.half().cpu().numpy()
-        for i, caption in enumerate(captions):
-            self.embeddings[caption] = tokens[i, : lengths[i]].copy(), pooled[i].copy()
-            self.bytes += sum(array.nbytes for array in self.embeddings[caption])
+        tokens = text.tokens.half().cpu().numpy()
+        for caption, padded, length in zip(captions, tokens, text.mask.sum(1).tolist(), strict=True):
+            self.embeddings[caption] = padded[:length].copy()
+            self.bytes += self.embeddings[caption].nbytes

@@ -171,7 +171,7 @@ class _SharedSlots:
             tensors: list[Tensor] = [rearrange(batch.video, "b t c h w -> b t h w c")]
             rest: Any = batch._replace(video=None)  # type: ignore[arg-type]
         else:
-            tensors = [batch.tokens, batch.text.tokens, batch.text.pooled, batch.text.mask]
+            tensors = [batch.tokens, batch.text.tokens, batch.text.mask]
             rest = batch._replace(tokens=None, text=None)
         sizes = [tensor.numel() * tensor.itemsize for tensor in tensors]
         if sum(sizes) > self.memory.shape[-1]:
@@ -193,8 +193,8 @@ class _SharedSlots:
         batch: Any = shared.batch
         if isinstance(batch, VideoBatch):
             return batch._replace(video=rearrange(tensors[0], "b t h w c -> b t c h w"))
-        tokens, text, pooled, mask = tensors
-        return batch._replace(tokens=tokens, text=TextEmbedding(text, mask, pooled))
+        tokens, text, mask = tensors
+        return batch._replace(tokens=tokens, text=TextEmbedding(text, mask))
 
 
 def _identity(batch: Any) -> Any:

@@ -22,7 +22,7 @@ IMAGE_EXTENSIONS = frozenset(("bmp", "jpeg", "jpg", "png", "tif", "tiff", "webp"
 TEXT_EXTENSIONS = ("txt", "json")
 """Members of a sample in which captions are looked for."""
 
-TOKEN_TEXT_MEMBERS = ("text.npy", "pooled.npy", "json")
+TOKEN_TEXT_MEMBERS = ("text.npy", "json")
 """Members that a sample with tokens must have beside them."""
 
 _PREVIEWS = ("gif", "mjpeg", "mjpg")

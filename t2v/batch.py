@@ -23,8 +23,6 @@ class TextEmbedding(NamedTuple):
     """One vector for each text token; padding is zero."""
     mask: Bool[Tensor, "b l"]
     """True at a text token, False at padding."""
-    pooled: Float[Tensor, "b d"]
-    """One vector for each text."""
 
 
 class VideoBatch(NamedTuple):

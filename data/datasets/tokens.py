@@ -29,7 +29,6 @@ class TokenClip(NamedTuple):
 
     tokens: Int[Tensor, "t h w"]
     text: Float[Tensor, "l d"]
-    pooled: Float[Tensor, " d"]
     caption: str
     key: str
 
@@ -38,7 +37,7 @@ class TokenClips(Clips):
     """Tokenized clips with the embeddings of their captions.
 
     Args:
-        shards: Shards whose samples have tokens.npy, text.npy, pooled.npy and json.
+        shards: Shards whose samples have tokens.npy, text.npy and json.
         buckets: Length of the clips; of a longer clip a random window is taken.
         skipped_samples: JSON-lines file for the samples that cannot be used; see `Clips`.
 
@@ -54,16 +53,16 @@ class TokenClips(Clips):
     @staticmethod
     def collate(clips: list[TokenClip]) -> TokenBatch:
         """Stack clips of equal length; shorter texts are padded with zeros, and the mask is False there."""
-        tokens, texts, pooled, captions, keys = zip(*clips, strict=True)
+        tokens, texts, captions, keys = zip(*clips, strict=True)
         lengths = torch.tensor([len(text) for text in texts])
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        text = TextEmbedding(pad_sequence(list(texts), batch_first=True), mask, torch.stack(pooled))
+        text = TextEmbedding(pad_sequence(list(texts), batch_first=True), mask)
         return TokenBatch(torch.stack(tokens), text, list(captions), list(keys))
 
     @property
     def batch_bytes(self) -> int:
         """Upper bound of the size of a batch in bytes; text may be stored in half precision."""
-        text = max(sample.members["text.npy"][1] + sample.members["pooled.npy"][1] for sample in self.samples)
+        text = max(sample.members["text.npy"][1] for sample in self.samples)
         frame = 8 * max(sample.height * sample.width for sample in self.samples)
         return max(bucket.batch_size * (bucket.frames * frame + 3 * text) for bucket in self.buckets)
 
@@ -77,18 +76,14 @@ class TokenClips(Clips):
         """Load a clip with one of its captions: a random one, or the first without a generator."""
         members = self.shards.read(sample, "tokens.npy", *TOKEN_TEXT_MEMBERS)
         tokens = _array(members["tokens.npy"])[self.window(sample, bucket, rng)].astype(np.int64)
-        texts, pooled = _array(members["text.npy"]), _array(members["pooled.npy"])  # of all captions, one after another
+        texts = _array(members["text.npy"])  # of all captions, one after another
         captions, lengths = read_embedded_captions(read_metadata(members), texts.shape[0] if texts.ndim else 0)
-        if texts.ndim != 2 or pooled.size != len(captions) * texts.shape[1]:
-            raise ValueError(
-                f"its text.npy and pooled.npy have the shapes {texts.shape} and {pooled.shape}, with {len(captions)} "
-                "captions"
-            )
+        if texts.ndim != 2:
+            raise ValueError(f"its text.npy has the shape {texts.shape}, not (text tokens, width)")
         i = 0 if rng is None else int(rng.integers(len(captions)))
         start = sum(lengths[:i])
         text = torch.from_numpy(texts[start : start + lengths[i]].astype(np.float32))
-        of_caption = torch.from_numpy(pooled.reshape(len(captions), -1)[i].astype(np.float32))
-        return TokenClip(torch.from_numpy(tokens), text, of_caption, captions[i], sample.key)
+        return TokenClip(torch.from_numpy(tokens), text, captions[i], sample.key)
 
 
 def _array(content: bytes) -> Shaped[np.ndarray, "..."]:

@@ -128,15 +128,15 @@ class TokenCheck(Check):
             fingerprint = {}
         self.fingerprints[json.dumps(fingerprint, sort_keys=True)] += 1
         arrays = {}
-        for name in members.keys() & {"tokens.npy", "text.npy", "pooled.npy"}:
+        for name in members.keys() & {"tokens.npy", "text.npy"}:
             try:
                 arrays[name] = np.load(io.BytesIO(members[name]), allow_pickle=False)
             except (ValueError, EOFError) as error:
                 yield f"its {name} cannot be read ({error})"
         if "tokens.npy" in arrays:
             yield from self._problems_of_tokens(arrays["tokens.npy"], fingerprint.get("codebook_size"))
-        if {"text.npy", "pooled.npy"} <= arrays.keys():
-            yield from self._problems_of_text(arrays["text.npy"], arrays["pooled.npy"], metadata)
+        if "text.npy" in arrays:
+            yield from self._problems_of_text(arrays["text.npy"], metadata)
 
     def _problems_of_tokens(self, tokens: Shaped[np.ndarray, "..."], codebook_size: int | None) -> Iterator[str]:
         self.types[str(tokens.dtype)] += 1
@@ -149,24 +149,19 @@ class TokenCheck(Check):
         if codebook_size is not None and (found[0] < 0 or found[-1] >= codebook_size):
             yield f"its tokens are from {found[0]} to {found[-1]}, outside the codebook (0 to {codebook_size - 1})"
 
-    def _problems_of_text(
-        self, text: Shaped[np.ndarray, "..."], pooled: Shaped[np.ndarray, "..."], metadata: dict[str, Any]
-    ) -> Iterator[str]:
-        if text.ndim != 2 or pooled.ndim not in (1, 2):
-            yield f"its text.npy and pooled.npy have the shapes {text.shape} and {pooled.shape}"
+    def _problems_of_text(self, text: Shaped[np.ndarray, "..."], metadata: dict[str, Any]) -> Iterator[str]:
+        if text.ndim != 2:
+            yield f"its text.npy has the shape {text.shape}, not (text tokens, width)"
             return
         try:
-            captions, lengths = read_embedded_captions(metadata, len(text))
+            _, lengths = read_embedded_captions(metadata, len(text))
         except ValueError as error:
             yield str(error)
             return
-        count, width = len(captions), text.shape[1]
-        if pooled.shape[-1] != width or pooled.size != count * width:
-            yield f"its pooled.npy has the shape {pooled.shape}, but there are {count} captions"
-        if not (np.isfinite(text).all() and np.isfinite(pooled).all()):
+        if not np.isfinite(text).all():
             yield "its text embedding has values that are not finite"
         self.text_tokens += lengths
-        self.widths[f"{width} ({text.dtype})"] += 1
+        self.widths[f"{text.shape[1]} ({text.dtype})"] += 1
 
     def rows(self, samples: Sequence[Sample]) -> Rows:
         fingerprint = json.loads(self.fingerprints.most_common(1)[0][0])

@@ -72,7 +72,7 @@ def generate_frames(
         UserError: If `frames`, a seed, the guidance scale, the temperature, the start frames or `parallel` are invalid;
             while generating, if logits are not finite.
     """
-    batch = len(text.pooled)
+    batch = len(text.mask)
     if frames < 1:
         raise UserError(f"frames={frames} must be at least 1.")
     if len(seeds) != batch:
@@ -82,8 +82,8 @@ def generate_frames(
     check_parallel(parallel)
     schedules = check_schedules(sampler, guidance, frames)
     if negative is not None:
-        if len(negative.pooled) != batch:
-            raise UserError(f"There are {len(negative.pooled)} negative prompts for {batch} prompts: give one or each.")
+        if len(negative.mask) != batch:
+            raise UserError(f"There are {len(negative.mask)} negative prompts for {batch} prompts: give one or each.")
         check_negative(schedules.guidance[0 if start is None else start.shape[1] :])
     return FrameStream(model, text, sampler, seeds, schedules, start, compiled, parallel, negative, scored)
 
@@ -155,7 +155,7 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
         self._guided_frames = guided[-1] + 1 if guided else 0
         """Frames up to the last that is guided."""
         self.guided = bool(guided)
-        on_cpu = text.pooled.device.type == "cpu"
+        on_cpu = text.mask.device.type == "cpu"
         self._adaptive = parallel == "auto" and on_cpu
         self._branches = 2 if self._guided_frames else 1  # with text, and without
         positions = most_positions(parallel, self._branches * self.videos, on_cpu, compiled)
@@ -165,7 +165,7 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
         self._begun = False
         self.passes = 0
         self._scored = scored
-        self.scores = torch.zeros(self.videos, dtype=torch.float64, device=text.pooled.device)
+        self.scores = torch.zeros(self.videos, dtype=torch.float64, device=text.mask.device)
 
     @torch.inference_mode()
     def __next__(self) -> Int[Tensor, "b 1 h w"]:
@@ -184,7 +184,7 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
 
     def _begin(self) -> None:
         """Put everything that passes need on the device; the host keeps the progress of each video."""
-        model, device, positions, size = self._model, self._text.pooled.device, self._most, self.frame_size
+        model, device, positions, size = self._model, self._text.mask.device, self._most, self.frame_size
         batch = self.videos
         text, drop = self._text, None
         if self._guided_frames:
@@ -353,7 +353,7 @@ def _check_start(model: VideoTransformer, start: Int[Tensor, "_ t h w"], batch: 
 
 def _with_negative(text: TextEmbedding, negative: TextEmbedding | None) -> tuple[TextEmbedding, Bool[Tensor, " rows"]]:
     """Return the texts of both branches of guidance, and which of them are replaced by "no text"."""
-    batch = len(text.pooled)
+    batch = len(text.mask)
     if negative is None:
         both = TextEmbedding(*(tensor.repeat(2, *[1] * (tensor.ndim - 1)) for tensor in text))
         return both, torch.arange(2 * batch, device=text.mask.device) >= batch
@@ -364,4 +364,4 @@ def _with_negative(text: TextEmbedding, negative: TextEmbedding | None) -> tuple
     ]
     tokens, mask = (torch.cat(parts) for parts in zip(*padded, strict=True))
     drop = torch.cat([torch.zeros_like(negative.mask[:, 0]), ~negative.mask.any(1)])
-    return TextEmbedding(tokens, mask, torch.cat([text.pooled, negative.pooled])), drop
+    return TextEmbedding(tokens, mask), drop

@@ -161,7 +161,7 @@ class TextToVideo:
             UserError: If an argument is invalid, before anything is generated.
         """
         text = self._to_model(prompts) if isinstance(prompts, TextEmbedding) else self.embed(prompts)
-        batch = len(text.pooled)
+        batch = len(text.mask)
         start_tokens = None if start is None else self._encode(start, batch)
         generate = partial(
             generate_frames,
@@ -206,7 +206,7 @@ class TextToVideo:
     def _to_model(self, text: TextEmbedding) -> TextEmbedding:
         """Return text embeddings on the device of the models and in the type of the transformer."""
         device, dtype = self.device, float_type(self.transformer)
-        return TextEmbedding(text.tokens.to(device, dtype), text.mask.to(device), text.pooled.to(device, dtype))
+        return TextEmbedding(text.tokens.to(device, dtype), text.mask.to(device))
 
     @torch.inference_mode()
     def _encode(self, start: Shaped[Tensor, "*shape"], batch: int) -> Int[Tensor, "{batch} t h w"]:

@@ -36,14 +36,14 @@ class TextEncoder(ABC):
         """Width of the embeddings."""
 
     @abstractmethod
-    def embed(self, caption: str) -> tuple[Float[Tensor, "l d"], Float[Tensor, " d"]]:
+    def embed(self, caption: str) -> Float[Tensor, "l d"]:
         """Embed one caption.
 
         Args:
             caption: May be empty.
 
         Returns:
-            An embedding per text token, at least one, and the pooled text embedding; float32.
+            An embedding per text token, at least one; float32.
         """
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
@@ -69,12 +69,11 @@ class TextEncoder(ABC):
         if not captions:
             tokens = torch.zeros(0, 0, self.width, device=self.device)
             mask = torch.zeros(0, 0, dtype=torch.bool, device=self.device)
-            return TextEmbedding(tokens, mask, torch.zeros(0, self.width, device=self.device))
+            return TextEmbedding(tokens, mask)
         embedded = [self.embed(caption) for caption in captions]
         return TextEmbedding(
-            tokens=pad_sequence([tokens for tokens, _ in embedded], batch_first=True),
-            mask=pad_sequence([torch.ones_like(tokens[:, 0], dtype=torch.bool) for tokens, _ in embedded], True),
-            pooled=torch.stack([pooled for _, pooled in embedded]),
+            tokens=pad_sequence(embedded, batch_first=True),
+            mask=pad_sequence([torch.ones_like(tokens[:, 0], dtype=torch.bool) for tokens in embedded], True),
         )
 
     def encode_batch(self, captions: list[str]) -> TextEmbedding:

@@ -41,10 +41,6 @@ class HuggingFaceTextEncoder(TextEncoder):
     def _load_model(self) -> "PreTrainedModel":
         """Load the weights, in `self.dtype`."""
 
-    @abstractmethod
-    def _pool(self, tokens: Float[Tensor, "l d"]) -> Float[Tensor, " d"]:
-        """Return the pooled embedding of a caption's text tokens."""
-
     @cached_property
     def _tokenizer(self) -> "PreTrainedTokenizerBase":
         return self._load_tokenizer()
@@ -54,12 +50,12 @@ class HuggingFaceTextEncoder(TextEncoder):
         return self._load_model().eval().requires_grad_(False)
 
     @torch.inference_mode()
-    def embed(self, caption: str) -> tuple[Float[Tensor, "l d"], Float[Tensor, " d"]]:
+    def embed(self, caption: str) -> Float[Tensor, "l d"]:
         """Embed one caption; see `TextEncoder.embed`."""
         model = self._model.to(self.device, self.dtype)
         ids = torch.tensor([self._token_ids(caption)], device=self.device)
-        tokens = model(input_ids=ids).last_hidden_state[0].float()
-        return tokens, self._pool(tokens)
+        tokens: Tensor = model(input_ids=ids).last_hidden_state[0].float()
+        return tokens
 
     @torch.inference_mode()
     def encode_batch(self, captions: list[str]) -> TextEmbedding:
@@ -72,9 +68,7 @@ class HuggingFaceTextEncoder(TextEncoder):
         lengths = torch.tensor([len(each) for each in unpadded])
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).to(self.device)
         tokens = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float()
-        tokens = tokens.masked_fill(~mask[..., None], 0.0)
-        pooled = [self._pool(padded[:length]) for padded, length in zip(tokens, lengths.tolist(), strict=True)]
-        return TextEmbedding(tokens, mask, torch.stack(pooled))
+        return TextEmbedding(tokens.masked_fill(~mask[..., None], 0.0), mask)
 
     def _token_ids(self, caption: str) -> list[int]:
         ids: list[int] = self._tokenizer(caption, verbose=False).input_ids

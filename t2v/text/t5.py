@@ -4,9 +4,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxtyping import Float
-from torch import Tensor
-
 from t2v.errors import UserError
 from t2v.text.huggingface import HuggingFaceTextEncoder
 
@@ -15,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class T5TextEncoder(HuggingFaceTextEncoder):
-    """Encoder of a T5 model. Text tokens are the last hidden states; the pooled embedding is their mean.
+    """Encoder of a T5 model. Text tokens are the last hidden states.
 
     Args:
         path_or_name: A folder saved by `transformers`, or a name on the Hugging Face hub, such as `google/t5-v1_1-xxl`.
@@ -60,6 +57,3 @@ class T5TextEncoder(HuggingFaceTextEncoder):
         from transformers import T5EncoderModel
 
         return T5EncoderModel.from_pretrained(self.path_or_name, config=config, dtype=self.dtype)
-
-    def _pool(self, tokens: Float[Tensor, "l d"]) -> Float[Tensor, " d"]:
-        return tokens.mean(0)

@@ -38,7 +38,6 @@ class TextConfig:
         dim: Width of the text embeddings.
         gate: Whether the output of text attention is scaled by a learned function of the number of earlier frames
             in the window.
-        pooled: Whether the pooled text embedding is added to every input of the first layer.
 
     Raises:
         UserError: If the width is less than 1.
@@ -46,7 +45,6 @@ class TextConfig:
 
     dim: int = 4096
     gate: bool = True
-    pooled: bool = True
 
     def __post_init__(self) -> None:
         check_range("text", "[1, inf)", dim=self.dim)

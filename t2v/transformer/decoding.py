@@ -60,14 +60,14 @@ class Decoder:
         compiled: bool = False,
         positions: int = 1,
     ) -> None:
-        tokens, mask, self._pooled = model.project_text(text, drop_text)
+        tokens, mask = model.normalize_text(text, drop_text)
         if compiled:
             tokens, mask = _pad_text(tokens, mask)
         self._model, self._compiled = model, compiled
         self._run = _compiled_pass(model) if compiled else decode_pass
         self._blocks = cast("list[Block]", model.blocks)
         self._mask = None if not compiled and mask.all() else mask
-        self._device = self._pooled.device
+        self._device = mask.device
         self._frame_size = model.grid_size**2
         self._gates = model.gates(torch.arange(model.attention.window, device=self._device))
         self.position = 0
@@ -109,7 +109,7 @@ class Decoder:
             slots = slots[: -(-stop // self._frame_size) * self._frame_size]
             if self._compiled:
                 mark_dynamic(slots, 0)
-        inputs = tokens, position, self._pooled, self.text, self._mask, self._gates
+        inputs = tokens, position, self.text, self._mask, self._gates
         logits: Tensor = self._run(self._model, *inputs, self.caches, positions, slots)
         return logits
 
@@ -119,7 +119,7 @@ class Decoder:
         Args:
             tokens: The token before it in each video; None for the first step of a video without start frames.
         """
-        rows, ring = len(self._pooled), 2 * self._frame_size
+        rows, ring = len(self.caches[0].keys), 2 * self._frame_size
         if self._recent is None:
             self._recent = torch.zeros(rows, ring, dtype=torch.long, device=self._device)
         if tokens is not None:
@@ -151,7 +151,7 @@ class Decoder:
                 first = local_tensor(model.start).expand(len(codes), -1)
             else:
                 first = model.token_embedding(before[:, -1, -1])
-            x = torch.cat([first[:, None], embedded[:, :-1]], dim=1) + self._pooled[:, None]
+            x = torch.cat([first[:, None], embedded[:, :-1]], dim=1)
             if before is not None:
                 x = x + model.previous_frame(before[:, None])[:, 0]
             rotate = model.rotation(self.position, self.position + self._frame_size, grid, grid)
@@ -166,7 +166,6 @@ class Decoder:
 
     def select(self, rows: Int[Tensor, " rows"]) -> None:
         """Keep some videos of the batch and forget the others."""
-        self._pooled = self._pooled[rows]
         self._mask = None if self._mask is None else self._mask[rows]
         self.text = [(keys[rows], values[rows]) for keys, values in self.text]
         for cache in self.caches:
@@ -224,7 +223,6 @@ def decode_pass(
     model: VideoTransformer,
     tokens: Int[Tensor, "b ring"],
     position: Int[Tensor, " b"],
-    pooled: Float[Tensor, "b d"],
     text: list[TextKeysValues],
     mask: Bool[Tensor, "b l"] | None,
     gates: list[Float[Tensor, "window heads"]] | list[None],
@@ -238,7 +236,6 @@ def decode_pass(
         model: The transformer.
         tokens: Ring buffer of tokens.
         position: First position of each row.
-        pooled: Addition to every input.
         text: Keys and values of the text for each layer.
         mask: True for text tokens; None where there is no padding.
         gates: Scales of text attention of each layer by frame; the last is that of all later frames.
@@ -253,7 +250,7 @@ def decode_pass(
     axes = torch.stack([frame, in_frame // grid, in_frame % grid], dim=-1)
 
     x = model.token_embedding(tokens.gather(1, (at - 1) % ring))
-    x = torch.where((at == 0)[..., None], local_tensor(model.start).to(x.dtype), x) + pooled[:, None]
+    x = torch.where((at == 0)[..., None], local_tensor(model.start).to(x.dtype), x)
     x = x + _previous_frame(model, tokens, axes)
 
     cos, sin = rotation_at(axes, model.rope_dims, model.attention.rope_theta)

@@ -5,9 +5,9 @@
 - Spatial layers attend causally within a frame. Temporal layers attend causally over the last `window` frames: a query
   at raster position p attends to p − window·h·w + 1 … p. Time and cache per token are constant.
 - RMSNorm, SwiGLU, grouped queries, QK-norm, rotary positions over time, row and column.
-- Every layer attends to the text, scaled by a learned gate that depends on the number of earlier frames in the window;
-  the pooled text embedding is added to every input. Both have no effect at initialization. A learned "no text"
-  embedding replaces dropped captions, for classifier-free guidance (https://arxiv.org/abs/2207.12598).
+- Every layer attends to the text, scaled by a learned gate that depends on the number of earlier frames in the window.
+  The text has no effect at initialization. A learned "no text" embedding replaces dropped captions, for classifier-free
+  guidance (https://arxiv.org/abs/2207.12598).
 - Generation sees what training sees. Frames are counted from the first of a clip, wherever it lies in its footage: the
   first has no previous frame. Nothing depends on the length: rotary embeddings enter as differences of at most `window`
   frames, and the gate is constant once the window is full. Therefore a model that is trained on clips of at least
@@ -18,7 +18,7 @@ Divided space-time attention: https://arxiv.org/abs/2102.05095.
 """
 
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -44,16 +44,6 @@ _CODE_STD = 0.24
 """Standard deviation of embeddings that are projections of codes."""
 _COMPILED_SHAPES = 64
 """Number of input shapes, such as lengths of clips, for which layers are compiled."""
-
-
-class ProjectedText(NamedTuple):
-    """Text as the layers use it."""
-
-    tokens: Float[Tensor, "b l text_dim"]
-    mask: Bool[Tensor, "b l"]
-    """True for text tokens, False for padding."""
-    pooled: Float[Tensor, "b d"]
-    """Addition to every input of the first layer."""
 
 
 class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
@@ -119,7 +109,6 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
             self.start = nn.Parameter(torch.empty(dim))
             self.no_text = nn.Parameter(torch.empty(text.dim))
             self.text_norm = RMSNorm(text.dim)
-            self.pooled = nn.Linear(text.dim, dim, bias=False) if text.pooled else None
             self.gate = TextGate(spatial_layers + temporal_layers, heads, attention.window) if text.gate else None
             self.blocks = nn.ModuleList(
                 Block(temporal, dim, hidden_dim, text.dim, attention, checkpointing == "attention")
@@ -142,7 +131,7 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
                     parameter[:, :, 1, 1] += 1
             elif name == "gate.hidden.weight":
                 nn.init.normal_(parameter, std=0.5)
-            elif name.startswith("gate.") or name == "pooled.weight" or name.endswith("text_attention.out.weight"):
+            elif name.startswith("gate.") or name.endswith("text_attention.out.weight"):
                 nn.init.zeros_(parameter)
             elif name.endswith("out.weight"):
                 nn.init.normal_(parameter, std=0.02 / (2 * len(self.blocks)) ** 0.5)
@@ -200,10 +189,10 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
         if t > 1:
             previous = self.previous_frame(tokens[:, :-1]).flatten(1, 2)
             x = x + F.pad(previous, (0, 0, h * w, 0))  # zero for the first frame
-        text_tokens, mask, pooled = self.project_text(text, drop_text)
+        text_tokens, mask = self.normalize_text(text, drop_text)
         for padded in (text_tokens, mask):
             mark_dynamic(padded, 1)
-        x = rearrange(x + pooled[:, None], "b (t n) d -> b t n d", t=t)
+        x = rearrange(x, "b (t n) d -> b t n d", t=t)
         rotate = self.rotation(0, t * h * w, h, w)
         gates = self.gates(torch.arange(t, device=tokens.device))
         blocks = self._window_blocks(t, h * w, tokens.device)
@@ -213,8 +202,8 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
             x = run(x, text_tokens, mask, gate, rotate, self.attention.window, blocks if block.temporal else None)
         return rearrange(self.logits(x), "b t (h w) v -> b t h w v", h=h)
 
-    def project_text(self, text: TextEmbedding, drop: Bool[Tensor, " b"] | None = None) -> ProjectedText:
-        """Normalize text embeddings and project the pooled one to the width of the model.
+    def normalize_text(self, text: TextEmbedding, drop: Bool[Tensor, " b"] | None = None) -> TextEmbedding:
+        """Return text embeddings as the layers use them.
 
         Args:
             text: Text embeddings.
@@ -223,7 +212,7 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
         Raises:
             UserError: If the text embeddings have another width.
         """
-        tokens, mask, pooled = text
+        tokens, mask = text
         if tokens.shape[-1] != self.text.dim:
             raise UserError(
                 f"The text embeddings have width {tokens.shape[-1]}, but the transformer's text.dim is "
@@ -232,14 +221,9 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
         if drop is not None:
             no_text = local_tensor(self.no_text)
             tokens = torch.where(drop[:, None, None], no_text.to(tokens.dtype), tokens)
-            pooled = torch.where(drop[:, None], no_text.to(pooled.dtype), pooled)
             first = torch.arange(mask.shape[1], device=mask.device) == 0
             mask = torch.where(drop[:, None], first, mask)
-        if self.pooled is None:
-            added = torch.zeros_like(local_tensor(self.start).expand(len(tokens), -1))
-        else:
-            added = self.pooled(self.text_norm(pooled))
-        return ProjectedText(self.text_norm(tokens), mask, added)
+        return TextEmbedding(self.text_norm(tokens), mask)
 
     def logits(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch v"]:
         """Return the logits for outputs of the last layer."""

@@ -44,7 +44,7 @@ _READS = 20
 
 def text(width: int) -> TextEmbedding:
     """Return random embeddings of twelve text tokens."""
-    return TextEmbedding(torch.randn(1, 12, width), torch.ones(1, 12, dtype=torch.bool), torch.randn(1, width))
+    return TextEmbedding(torch.randn(1, 12, width), torch.ones(1, 12, dtype=torch.bool))
 
 
 def ours() -> VideoTransformer:
@@ -82,7 +82,7 @@ def gather_weights(model: torch.nn.Module) -> torch.Tensor:
 
     A token reads one row of embeddings, and no projection of the text.
     """
-    skipped = ("embed", "mix", "pooled", "gate.hidden", "gate.out", "attention.key_value", "no_text")
+    skipped = ("embed", "mix", "gate.hidden", "gate.out", "attention.key_value", "no_text")
     read = [p for name, p in model.named_parameters() if not any(part in name for part in skipped)]
     flat = torch.cat([parameter.detach().flatten() for parameter in read])
     for parameter, part in zip(read, flat.split([parameter.numel() for parameter in read]), strict=True):

@@ -61,7 +61,6 @@ def generate(tokens: int = 4) -> None:
     text = TextEmbedding(
         torch.randn(1, 16, model.text.dim, dtype=torch.bfloat16),
         torch.ones(1, 16, dtype=torch.bool),
-        torch.randn(1, model.text.dim, dtype=torch.bfloat16),
     )
     sampler, token, drawn, times = Sampler(), None, [], []
     noise = GumbelNoise([0], model.grid_size**2, model.vocab_size, 1, torch.device("cpu"))

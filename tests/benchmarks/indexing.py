@@ -96,7 +96,6 @@ def _video_members(samples: int) -> list[tuple[str, bytes]]:
 def _token_members(samples: int) -> list[tuple[str, bytes]]:
     rng = np.random.default_rng(0)
     arrays = {
-        "pooled.npy": np.zeros((1, 384), np.float16),
         "text.npy": np.zeros((8, 384), np.float16),
         "tokens.npy": rng.integers(2**14, size=(16, 4, 4), dtype=np.uint16),
     }

@@ -167,7 +167,6 @@ def _write_shards(folder: Path, footage: Footage) -> None:
             arrays = {
                 "tokens.npy": rng.integers(2**14, size=shape, dtype=np.uint16),
                 "text.npy": rng.normal(size=(rng.integers(*TEXT_TOKENS), WIDTH)).astype(np.float16),
-                "pooled.npy": rng.normal(size=(1, WIDTH)).astype(np.float16),
             }
             tokens.write({**sample, **arrays})
 
@@ -282,8 +281,8 @@ def _video_clip(sample: tuple[Tensor, str, str]) -> VideoClip:
 def _token_clip(sample: dict[str, Any]) -> TokenClip:
     start = _rng.integers(len(sample["tokens.npy"]) - FRAMES + 1)
     tokens = sample["tokens.npy"][start : start + FRAMES].astype(np.int64)
-    text, pooled = (torch.from_numpy(sample[name].astype(np.float32)) for name in ("text.npy", "pooled.npy"))
-    return TokenClip(torch.from_numpy(tokens), text, pooled[0], sample["json"]["caption"], sample["__key__"])
+    text = torch.from_numpy(sample["text.npy"].astype(np.float32))
+    return TokenClip(torch.from_numpy(tokens), text, sample["json"]["caption"], sample["__key__"])
 
 
 @contextmanager

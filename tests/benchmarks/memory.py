@@ -211,7 +211,7 @@ def _train(point: Point, steps: int) -> tuple[int, float]:
     optimizer = OPTIMIZERS[point.optimizer](parameter_groups(model), lr=1e-4)
     tokens = torch.randint(model.vocab_size, (point.clips, point.frames, GRID, GRID))
     embedded = torch.randn(point.clips, TEXT_LENGTH, TEXT_DIM, dtype=dtype)
-    text = TextEmbedding(embedded, torch.ones(point.clips, TEXT_LENGTH, dtype=torch.bool), embedded.mean(1))
+    text = TextEmbedding(embedded, torch.ones(point.clips, TEXT_LENGTH, dtype=torch.bool))
     drop = torch.zeros(point.clips, dtype=torch.bool)
     times = []
     for _ in range(steps):

@@ -70,7 +70,6 @@ CHOICES: dict[str, dict[str, Any]] = {
     **{f"embedding_lr {rate}": {"model.optimizer.embedding_lr": rate} for rate in (1, 8)},
     "without corruption": {"model.objective.corruption": 0},
     "without PreviousFrame": {},
-    "with the pooled text": {"model.model.text.pooled": True},
     "with the gate": {"model.model.text.gate": True},
     "rope_theta 10000": {"model.model.attention.rope_theta": 10000},
     "without caption dropout": {"model.objective.caption_dropout": 0},
@@ -279,8 +278,8 @@ def _embed(model: TextToVideo, captions: list[str]) -> dict[str, TokenClip]:
     for start in range(0, len(captions), _BATCH):
         some = captions[start : start + _BATCH]
         text = model.embed(some)
-        for caption, tokens, mask, pooled in zip(some, text.tokens, text.mask, text.pooled, strict=True):
-            embedded[caption] = TokenClip(none, tokens[mask], pooled, caption, "")
+        for caption, tokens, mask in zip(some, text.tokens, text.mask, strict=True):
+            embedded[caption] = TokenClip(none, tokens[mask], caption, "")
     return embedded
 
 

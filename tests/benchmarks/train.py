@@ -62,7 +62,7 @@ def train(
     print(f"parameters: ours {count / 1e6:.1f} M, Llama {llama_count / 1e6:.1f} M; {TOKENS} tokens per step\n")
     tokens = torch.randint(VOCAB_SIZE, (CLIPS, FRAMES, GRID, GRID))
     embedded = torch.randn(CLIPS, TEXT_LENGTH, TEXT_DIM)
-    text = TextEmbedding(embedded, torch.ones(CLIPS, TEXT_LENGTH, dtype=torch.bool), embedded.mean(1))
+    text = TextEmbedding(embedded, torch.ones(CLIPS, TEXT_LENGTH, dtype=torch.bool))
     losses: dict[str, Step] = {
         "ours": lambda: token_loss_(ours(tokens, text), tokens).objective,
         "Llama": lambda: llama(input_ids=tokens.flatten(1), labels=tokens.flatten(1), use_cache=False).loss,

@@ -80,7 +80,7 @@ def generate(model: TextToVideo, prompts: Sequence[str], batch: int) -> Int[Tens
     videos = []
     for first in range(0, len(prompts), batch):
         embedded = model.embed(prompts[first : first + batch])
-        seeds = range(first, first + len(embedded.pooled))
+        seeds = range(first, first + len(embedded.mask))
         frames = generate_frames(model.transformer, embedded, model.frames, model.sampler, seeds, model.guidance)
         videos.append(torch.cat(list(frames), dim=1))
     return torch.cat(videos)

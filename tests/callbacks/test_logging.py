@@ -33,7 +33,7 @@ class LitToy(LightningModule):
 
     def embed_prompts(self, prompts: list[str]) -> TextEmbedding:
         self.embedded += 1
-        return TextEmbedding(torch.zeros(2, 1, 1), torch.ones(2, 1, dtype=torch.bool), torch.zeros(2, 1))
+        return TextEmbedding(torch.zeros(2, 1, 1), torch.ones(2, 1, dtype=torch.bool))
 
     def generate_videos(self, prompts: PromptBatch, text: TextEmbedding) -> GeneratedVideos:
         video = torch.stack([torch.arange(3, dtype=torch.uint8) + 9 * seed for seed in prompts.seeds])

@@ -75,7 +75,7 @@ class LoggedValues(Callback):
 
 
 def tokens(clips: int = CLIPS, frames: int = FRAMES) -> TokenBatch:
-    text = TextEmbedding(torch.randn(clips, 3, 8), torch.ones(clips, 3, dtype=torch.bool), torch.randn(clips, 8))
+    text = TextEmbedding(torch.randn(clips, 3, 8), torch.ones(clips, 3, dtype=torch.bool))
     return TokenBatch(torch.randint(32, (clips, frames, GRID, GRID)), text, [""] * clips, [""] * clips)
 
 

@@ -29,10 +29,9 @@ class LetterEncoder(TextEncoder):
     name, width = "letters", 3
     calls = 0
 
-    def embed(self, caption: str) -> tuple[Tensor, Tensor]:
+    def embed(self, caption: str) -> Tensor:
         self.calls += 1
-        tokens = torch.tensor([float(ord(letter)) for letter in caption or " "])[:, None].expand(-1, self.width)
-        return tokens, tokens.mean(0)
+        return torch.tensor([float(ord(letter)) for letter in caption or " "])[:, None].expand(-1, self.width)
 
 
 class OtherEncoder(LetterEncoder):
@@ -110,13 +109,12 @@ def test_a_sample_has_tokens_text_embeddings_and_metadata(tmp_path, capsys):
     assert f"Wrote        {tmp_path / 'train'}" in capsys.readouterr().out
 
     train = dict(members(tmp_path / "train"))
-    assert len(train) == 5 * 4
+    assert len(train) == 5 * 3
     tokens, text = array(train["train3.tokens.npy"]), array(train["train3.text.npy"])
     np.testing.assert_array_equal(tokens, np.full((2, 2, 2), 3))
     assert tokens.dtype == np.uint16
     assert text.shape == (len("same caption"), 3)
     assert text.dtype == np.float16
-    assert array(train["train3.pooled.npy"]).shape == (1, 3)
     assert json.loads(train["train3.json"]) == {
         "captions": ["same caption"],
         "text_lengths": [len("same caption")],
@@ -166,11 +164,10 @@ def test_captions_embedded_in_a_batch_equal_captions_embedded_alone(monkeypatch)
     ]
     encoder = MiniLMTextEncoder()
     stored = tokens._EmbeddingCache(encoder).embed(captions)
-    for (text, pooled), caption in zip(stored, captions, strict=True):
+    for text, caption in zip(stored, captions, strict=True):
         alone = encoder.encode([caption])
-        assert text.dtype == pooled.dtype == np.float16
+        assert text.dtype == np.float16
         np.testing.assert_allclose(text, alone.tokens[0], atol=5e-3)  # float16, of values up to 6
-        np.testing.assert_allclose(pooled, alone.pooled[0], atol=1e-4)
 
 
 def test_shards_have_the_given_number_of_samples(tmp_path):

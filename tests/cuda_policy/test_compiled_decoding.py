@@ -25,7 +25,6 @@ def tokens(
     text = TextEmbedding(
         torch.randn(videos, text_tokens, TEXT_DIM, generator=generator),
         torch.ones(videos, text_tokens, dtype=torch.bool),
-        torch.randn(videos, TEXT_DIM, generator=generator),
     )
     stream = generate_frames(model, text, frames, Sampler(), range(videos), guidance, compiled=compiled, parallel=4)
     return torch.cat(list(stream), dim=1)
@@ -57,7 +56,7 @@ def check_graphs() -> None:
 def check_memory() -> None:
     """Compare the largest tensor that a pass allocates with the size of a cache."""
     model = transformer().eval()
-    text = TextEmbedding(torch.zeros(1, 3, TEXT_DIM), torch.ones(1, 3, dtype=torch.bool), torch.zeros(1, TEXT_DIM))
+    text = TextEmbedding(torch.zeros(1, 3, TEXT_DIM), torch.ones(1, 3, dtype=torch.bool))
     decoder = Decoder(model, text, compiled=True, positions=100 * model.grid_size**2)  # caches of over 100 frames
     cache = decoder.caches[0]
     recent, position = torch.zeros(1, 2 * model.grid_size**2, dtype=torch.long), torch.zeros(1, dtype=torch.long)

@@ -32,9 +32,8 @@ class PromptEncoder(TextEncoder):
     name = "letters"
     width = TEXT_DIM
 
-    def embed(self, caption: str) -> tuple[Tensor, Tensor]:
-        tokens = torch.linspace(-1, 1, TEXT_DIM, device=self.device).expand(max(len(caption), 1), -1)
-        return tokens, tokens.mean(0)
+    def embed(self, caption: str) -> Tensor:
+        return torch.linspace(-1, 1, TEXT_DIM, device=self.device).expand(max(len(caption), 1), -1)
 
 
 def vqvae(grid: int = 2, codes: int = CODES) -> VQVAE:
@@ -106,9 +105,7 @@ class Tokens(Clips):
 
     def batch(self) -> TokenBatch:
         mask = torch.ones(2, 4, dtype=torch.bool, device=self.device)
-        text = TextEmbedding(
-            torch.randn(2, 4, TEXT_DIM, device=self.device), mask, torch.randn(2, TEXT_DIM, device=self.device)
-        )
+        text = TextEmbedding(torch.randn(2, 4, TEXT_DIM, device=self.device), mask)
         tokens = torch.randint(CODES, (2, FRAMES, 2, 2), device=self.device)
         return TokenBatch(tokens, text, ["a", "b"], ["a", "b"])
 

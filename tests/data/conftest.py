@@ -32,7 +32,6 @@ def token_sample(key, frames=6, text_tokens=3, fingerprint=None):
         "__key__": key,
         "tokens.npy": np.arange(frames, dtype=np.uint16)[:, None, None] + np.zeros((1, 2, 2), np.uint16),
         "text.npy": rng.normal(size=(text_tokens, 8)).astype(np.float16),
-        "pooled.npy": rng.normal(size=8).astype(np.float16),
         "json": {"caption": f"caption of {key}", "fps": 8.0, "fingerprint": fingerprint or FINGERPRINT},
     }
 

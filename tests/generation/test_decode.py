@@ -17,14 +17,14 @@ def texts() -> TextEmbedding:
     """Return three texts of different lengths; padding is not zero, to show that it is not read."""
     generator = torch.Generator().manual_seed(5)
     mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
-    tokens, pooled = torch.randn(3, max(LENGTHS), 8, generator=generator), torch.randn(3, 8, generator=generator)
-    return TextEmbedding(tokens, mask, pooled)
+    tokens = torch.randn(3, max(LENGTHS), 8, generator=generator)
+    return TextEmbedding(tokens, mask)
 
 
 def single_text(i: int) -> TextEmbedding:
     """Return one of the texts, without padding."""
     text, length = texts(), LENGTHS[i]
-    return TextEmbedding(text.tokens[i : i + 1, :length], text.mask[i : i + 1, :length], text.pooled[i : i + 1])
+    return TextEmbedding(text.tokens[i : i + 1, :length], text.mask[i : i + 1, :length])
 
 
 def video(*args, **kwargs) -> Tensor:

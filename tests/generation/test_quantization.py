@@ -33,7 +33,7 @@ from tests.support.toys import toy_transformer
 from tests.support.triton_code import triton_code
 
 KINDS = ("fp8", "int8", "nf4")
-ERRORS = {"fp8": 0.05, "int8": 0.02, "nf4": 0.2}
+ERRORS = {"fp8": 0.07, "int8": 0.02, "nf4": 0.2}
 """Largest relative error of the logits."""
 
 
@@ -66,8 +66,8 @@ def forgotten() -> Iterator[None]:
 
 def texts(batch: int) -> TextEmbedding:
     generator = torch.Generator().manual_seed(1)
-    words, pooled = torch.randn(batch, 5, 32, generator=generator), torch.randn(batch, 32, generator=generator)
-    return TextEmbedding(words, torch.ones(batch, 5, dtype=torch.bool), pooled)
+    words = torch.randn(batch, 5, 32, generator=generator)
+    return TextEmbedding(words, torch.ones(batch, 5, dtype=torch.bool))
 
 
 def tokens(batch: int) -> torch.Tensor:
@@ -184,7 +184,6 @@ def test_on_gpus_without_a_compiler_a_step_makes_one_bfloat16_copy_of_a_weight(f
         text = TextEmbedding(
             torch.randn(2, 5, 32, device="cuda", dtype=dtype),
             torch.ones(2, 5, dtype=torch.bool, device="cuda"),
-            torch.randn(2, 32, device="cuda", dtype=dtype),
         )
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
             decoder = Decoder(model, text)

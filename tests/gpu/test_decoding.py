@@ -22,9 +22,7 @@ def text_for(model: VideoTransformer, videos: int, tokens: int = 7) -> TextEmbed
     weight = model.start
     options = {"device": weight.device, "dtype": weight.dtype}
     mask = torch.ones(videos, tokens, dtype=torch.bool, device=weight.device)
-    return TextEmbedding(
-        torch.randn(videos, tokens, model.text.dim, **options), mask, torch.randn(videos, model.text.dim, **options)
-    )
+    return TextEmbedding(torch.randn(videos, tokens, model.text.dim, **options), mask)
 
 
 @pytest.fixture

@@ -106,7 +106,6 @@ def full_size(tmp_path_factory):
                         "__key__": f"{part}-{i}",
                         "tokens.npy": rng.integers(16384, size=(32, 16, 16), dtype=np.uint16),
                         "text.npy": rng.normal(size=(16, 4096)).astype(np.float16),
-                        "pooled.npy": rng.normal(size=4096).astype(np.float16),
                         "json": metadata,
                     }
                 )

@@ -35,11 +35,10 @@ class WordEncoder(TextEncoder):
     def width(self) -> int:
         return self._width
 
-    def embed(self, caption: str) -> tuple[Tensor, Tensor]:
+    def embed(self, caption: str) -> Tensor:
         seeds = [zlib.crc32(word.encode()) for word in caption.split()] or [0]
         words = [torch.randn(self._width, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        tokens = torch.stack(words).to(self.device)
-        return tokens, tokens.mean(0)
+        return torch.stack(words).to(self.device)
 
 
 def toy_vqvae(quantizer: Quantizer | None = None, **changes: Any) -> VQVAE:
@@ -87,7 +86,7 @@ def toy_transformer(window: int = 4, text: TextConfig = TextConfig(TEXT_DIM), **
     model = VideoTransformer(**{**arguments, **changes}).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name == "pooled.weight" or name.endswith("text_attention.out.weight"):
+            if name.endswith("text_attention.out.weight"):
                 parameter.normal_(std=0.2)
             elif name == "gate.out.weight":
                 parameter.normal_()
@@ -102,4 +101,4 @@ def random_tokens(batch: int = 1, frames: int = 4) -> Tensor:
 def random_text(batch: int = 1, length: int = 5) -> TextEmbedding:
     """Return random text embeddings without padding."""
     tokens, mask = torch.randn(batch, length, TEXT_DIM), torch.ones(batch, length, dtype=torch.bool)
-    return TextEmbedding(tokens, mask, torch.randn(batch, TEXT_DIM))
+    return TextEmbedding(tokens, mask)

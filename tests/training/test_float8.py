@@ -51,7 +51,7 @@ def model(hidden: int = 48, **changes) -> VideoTransformer:
 def batch(clips: int = 2) -> TokenBatch:
     generator = torch.Generator().manual_seed(1)
     embedded = torch.randn(clips, 3, 384, generator=generator)
-    text = TextEmbedding(embedded, torch.ones(clips, 3, dtype=torch.bool), embedded.mean(1))
+    text = TextEmbedding(embedded, torch.ones(clips, 3, dtype=torch.bool))
     return TokenBatch(torch.randint(CODES, (clips, 3, 2, 2), generator=generator), text, [""] * clips, [""] * clips)
 
 

@@ -63,7 +63,7 @@ def shapes(**changes) -> VideoTransformer:
 def inputs(model: VideoTransformer) -> tuple[torch.Tensor, TextEmbedding, torch.Tensor]:
     tokens = torch.randint(model.vocab_size, (CLIPS, FRAMES, model.grid_size, model.grid_size))
     embedded = torch.randn(CLIPS, TEXT_LENGTH, model.text.dim)
-    text = TextEmbedding(embedded, torch.ones(CLIPS, TEXT_LENGTH, dtype=torch.bool), embedded.mean(1))
+    text = TextEmbedding(embedded, torch.ones(CLIPS, TEXT_LENGTH, dtype=torch.bool))
     return tokens, text, torch.zeros(CLIPS, dtype=torch.bool)
 
 
@@ -102,7 +102,7 @@ def test_planned_peaks_and_flops_equal_those_of_a_real_step(precision, checkpoin
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     model = shapes(device="cpu", checkpointing=checkpointing).to(dtype)
     tokens, text, drop = inputs(model)
-    text = TextEmbedding(text.tokens.to(dtype), text.mask, text.pooled.to(dtype))
+    text = TextEmbedding(text.tokens.to(dtype), text.mask)
     with Meter(model) as meter:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
             logits = model(tokens, text, drop)
@@ -265,7 +265,7 @@ def test_planned_generation_has_the_weights_and_caches_of_real_decoding(weights)
     planned = generation_budget(shapes(), weights, torch.float32, 2, TEXT_LENGTH, guided=True, positions=positions)
     real = shapes(device="cpu").eval()
     embedded = torch.randn(4, TEXT_LENGTH, real.text.dim)
-    text = TextEmbedding(embedded, torch.ones(4, TEXT_LENGTH, dtype=torch.bool), embedded.mean(1))
+    text = TextEmbedding(embedded, torch.ones(4, TEXT_LENGTH, dtype=torch.bool))
     decoder = Decoder(real, text, positions=positions)
     assert planned.cache == tensor_bytes(tensor for cache in decoder.caches for tensor in (cache.keys, cache.values))
     full = tensor_bytes(real.parameters())

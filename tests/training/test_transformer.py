@@ -43,7 +43,7 @@ def module(
 
 
 def batch(clips: int = 2) -> TokenBatch:
-    text = TextEmbedding(torch.randn(clips, 3, 384), torch.ones(clips, 3, dtype=torch.bool), torch.randn(clips, 384))
+    text = TextEmbedding(torch.randn(clips, 3, 384), torch.ones(clips, 3, dtype=torch.bool))
     return TokenBatch(torch.randint(CODES, (clips, 3, 2, 2)), text, [""] * clips, [""] * clips)
 
 
@@ -257,7 +257,7 @@ if ranks > 1:
 clips = torch.randint(32, (4, 3, 2, 2), generator=torch.Generator().manual_seed(1))
 text = torch.randn(4, 2, 384, generator=torch.Generator().manual_seed(2))
 mine = slice(rank * 4 // ranks, (rank + 1) * 4 // ranks)
-embedded = TextEmbedding(text[mine], torch.ones(4, 2, dtype=torch.bool)[mine], text.mean(1)[mine])
+embedded = TextEmbedding(text[mine], torch.ones(4, 2, dtype=torch.bool)[mine])
 objective = TokenObjective(caption_dropout=0.0, z_loss=0.1)
 for device in ("cpu", "meta"):
     torch.manual_seed(0)

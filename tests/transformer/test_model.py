@@ -48,13 +48,6 @@ def test_a_logit_depends_on_no_later_token_and_on_no_token_outside_the_window():
     assert previous == list(range(4, 16))  # the frames before those of positions 10 … 17
 
 
-def test_without_the_pooled_embedding_only_the_text_tokens_matter():
-    model, tokens, text = toy_transformer(text=TextConfig(TEXT_DIM, pooled=False)), random_tokens(1, 5), random_text()
-    logits = model(tokens, text)
-    assert torch.equal(logits, model(tokens, text._replace(pooled=torch.randn_like(text.pooled))))
-    assert not torch.allclose(logits, model(tokens, text._replace(tokens=torch.randn_like(text.tokens))), atol=1e-3)
-
-
 @pytest.mark.slow
 @needs_compiler
 def test_compiled_layers_have_the_same_gradients_and_recompile_for_no_caption_length():
@@ -181,15 +174,14 @@ def test_a_tied_head_saves_a_matrix():
 
 
 def test_a_config_of_plain_types_builds_the_model():
-    config = {"dim": 32, "hidden_dim": 48, "attention": {"heads": 4, "kv_heads": 2}, "text": {"pooled": False}}
+    config = {"dim": 32, "hidden_dim": 48, "attention": {"heads": 4, "kv_heads": 2}, "text": {"gate": False}}
     model = VideoTransformer.from_config({**config, "device": "meta"})
     assert model.attention == AttentionConfig(heads=4, kv_heads=2)
-    assert model.text == TextConfig(pooled=False)
+    assert model.text == TextConfig(gate=False)
 
 
 def test_the_gate_scales_the_text_by_frame():
     model, tokens, one, other = toy_transformer(), random_tokens(), random_text(), random_text()
-    model.pooled.weight.data.zero_()  # then the text enters by attention alone
     with torch.no_grad():
         trained = model.gate.out.weight.clone()
         model.gate.out.weight.zero_()
@@ -226,7 +218,6 @@ def test_padding_of_the_text_changes_nothing():
     padded = TextEmbedding(
         torch.cat([text.tokens, torch.randn(1, 3, TEXT_DIM)], dim=1),
         torch.cat([text.mask, torch.zeros(1, 3, dtype=torch.bool)], dim=1),
-        text.pooled,
     )
     torch.testing.assert_close(model(tokens, text), model(tokens, padded))
 
@@ -258,7 +249,7 @@ def test_sizes_that_do_not_fit_are_refused(changes, message):
 
 
 def test_text_embeddings_of_another_width_are_refused():
-    text = TextEmbedding(torch.randn(1, 4, 7), torch.ones(1, 4, dtype=torch.bool), torch.randn(1, 7))
+    text = TextEmbedding(torch.randn(1, 4, 7), torch.ones(1, 4, dtype=torch.bool))
     with pytest.raises(UserError, match=r"width 7, but the transformer's text\.dim is 12"):
         toy_transformer()(random_tokens(), text)
 

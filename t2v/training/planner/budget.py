@@ -110,7 +110,7 @@ def _part(model: nn.Module, name: str) -> str:
     if "norm" in name:
         return "norms"
     if not name.startswith("blocks."):
-        return {"head": "head", "gate": "text gate", "pooled": "text gate"}.get(name.split(".")[0], "embeddings")
+        return {"head": "head", "gate": "text gate"}.get(name.split(".")[0], "embeddings")
     _, number, layer, *_ = name.split(".")
     kind = "temporal" if model.blocks[int(number)].temporal else "spatial"
     return {"attention": f"{kind} attention", "text_attention": "text attention", "mlp": "feed-forward"}[layer]

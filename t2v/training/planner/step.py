@@ -288,7 +288,6 @@ def empty_text(batch: int, length: int, dim: int, dtype: torch.dtype) -> TextEmb
     return TextEmbedding(
         torch.empty(batch, length, dim, dtype=dtype, device="meta"),
         torch.empty(batch, length, dtype=torch.bool, device="meta"),
-        torch.empty(batch, dim, dtype=dtype, device="meta"),
     )
 
 
