@@ -30,8 +30,8 @@ from callbacks.gallery import update_gallery
 from cli import main
 from data.examples.oracle import Answer, passes, read_file, recognize, recognize_file, shows
 from data.examples.shapes import FPS, FRAMES, held_out_prompts
+from t2v.compilation import compile_error
 from t2v.files import atomic_path
-from t2v.generation.compilation import compile_error
 from t2v.training.startup import keep_freed_memory
 from t2v.video import read_frames
 

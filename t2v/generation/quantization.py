@@ -30,8 +30,8 @@ from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
 from t2v.autocast import to_autocast_type, without_autocast
+from t2v.compilation import compile_error
 from t2v.errors import UserError
-from t2v.generation.compilation import compile_error
 from t2v.torch_private import configure_compiler
 from t2v.transformer.model import VideoTransformer
 

@@ -21,11 +21,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from t2v.batch import TextEmbedding
+from t2v.compilation import prepare_compilation
 from t2v.errors import UserError
 from t2v.torch_private import mark_dynamic
 from t2v.transformer.attention import CacheSlots, KVCache, TextKeysValues
 from t2v.transformer.block import Block
-from t2v.transformer.layers import local_tensor, prepare_compilation
+from t2v.transformer.layers import local_tensor
 from t2v.transformer.model import VideoTransformer
 from t2v.transformer.rope import Rotation, rotation_at
 

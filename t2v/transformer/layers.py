@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from t2v.autocast import without_autocast
-from t2v.torch_private import configure_compiler, linear_row
+from t2v.torch_private import linear_row
 
 
 class RMSNorm(nn.RMSNorm):
@@ -92,15 +92,6 @@ def linear(x: Float[Tensor, "... d_in"], weight: Float[Tensor, "d_out d_in"]) ->
             return (weight * x.flatten()).sum(dim=-1).view(*x.shape[:-1], -1)
         return linear_row(x, weight)
     return F.linear(x, weight)
-
-
-def prepare_compilation(shapes: int) -> None:
-    """Let layers be compiled for a number of input shapes, and trace a call of einops as one node.
-
-    Tracing through the Python code of einops takes two thirds of the time until a decoding step is traced.
-    """
-    configure_compiler(shapes)
-    torch.compiler.allow_in_graph(rearrange)
 
 
 def local_tensor(weight: Tensor) -> Tensor:

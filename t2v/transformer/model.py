@@ -29,13 +29,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from t2v.batch import TextEmbedding, check_token_range
 from t2v.checkpoints.hub import HubModel
-from t2v.compilation import compile_layer
+from t2v.compilation import compile_layer, prepare_compilation
 from t2v.errors import UserError, check_range
 from t2v.torch_private import mark_dynamic
 from t2v.transformer.attention import WindowBlocks, window_blocks
 from t2v.transformer.block import Block, recompute
 from t2v.transformer.config import AttentionConfig, TextConfig
-from t2v.transformer.layers import PreviousFrame, RMSNorm, TextGate, linear, local_tensor, prepare_compilation
+from t2v.transformer.layers import PreviousFrame, RMSNorm, TextGate, linear, local_tensor
 from t2v.transformer.rope import Rotation, raster_positions, rotation_at, split_head_dim
 
 Checkpointing = Literal["none", "attention", "full"]

@@ -23,8 +23,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from cli import main
+from t2v.compilation import compile_error
 from t2v.errors import run_tool
-from t2v.generation.compilation import compile_error
 from tests.support.pipeline import ROOT, Pipeline
 
 PLUGIN = "t2v.training.Float8Precision"

@@ -21,9 +21,9 @@ import psutil
 import torch
 from torch import Tensor
 
+from t2v.compilation import compile_error
 from t2v.errors import run_tool
 from t2v.generation import decode
-from t2v.generation.compilation import compile_error
 from t2v.generation.decode import generate_frames
 from t2v.generation.parallel import Parallel
 from t2v.generation.text_to_video import TextToVideo
