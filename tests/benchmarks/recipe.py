@@ -54,34 +54,38 @@ BUCKETS = {
     "two_digits": "[{frames: 2, batch_size: 36}, {frames: 16, batch_size: 4}]",
     "flare": "[{frames: 2, batch_size: 36, start: first}, {frames: 16, batch_size: 4}]",
 }
+
+
+class Choice(NamedTuple):
+    """Settings that a choice changes in the recipe."""
+
+    stage2: dict[str, Any]
+    stage1: dict[str, Any] | None = None
+    """With these, a tokenizer of its own is trained."""
+
+
 _ADAMW = {
     "model.optimizer": "torch.optim.AdamW",
     "model.optimizer.betas": "[0.9, 0.95]",
     "model.optimizer.weight_decay": 0.1,
 }
-CODEBOOKS = (256, 1024, 4096, 16384)
-KERNELS: dict[str, dict[str, Any]] = {
-    f"encoder kernel {size}": {"model.model.encoder_kernel_size": size} for size in (1, 3)
+_CODEBOOK_SIZE, _KERNEL_SIZE = "model.model.quantizer.codebook_size", "model.model.encoder_kernel_size"
+CHOICES = {
+    "recipe": Choice({}),
+    "AdamW, lr 1e-3": Choice({**_ADAMW, "model.optimizer.lr": 1e-3}),
+    "AdamW, lr 3e-3": Choice({**_ADAMW, "model.optimizer.lr": 3e-3}),
+    **{f"embedding_lr {rate}": Choice({"model.optimizer.embedding_lr": rate}) for rate in (1, 8)},
+    "without corruption": Choice({"model.objective.corruption": 0}),
+    "without PreviousFrame": Choice({}),
+    "with the gate": Choice({"model.model.text.gate": True}),
+    "rope_theta 10000": Choice({"model.model.attention.rope_theta": 10000}),
+    "without caption dropout": Choice({"model.objective.caption_dropout": 0}),
+    **{
+        f"codebook of {size}": Choice({"model.model.vocab_size": size}, {_CODEBOOK_SIZE: size})
+        for size in (256, 1024, 4096, 16384)
+    },
+    **{f"encoder kernel {size}": Choice({}, {_KERNEL_SIZE: size}) for size in (1, 3)},
 }
-CHOICES: dict[str, dict[str, Any]] = {
-    "recipe": {},
-    "AdamW, lr 1e-3": {**_ADAMW, "model.optimizer.lr": 1e-3},
-    "AdamW, lr 3e-3": {**_ADAMW, "model.optimizer.lr": 3e-3},
-    **{f"embedding_lr {rate}": {"model.optimizer.embedding_lr": rate} for rate in (1, 8)},
-    "without corruption": {"model.objective.corruption": 0},
-    "without PreviousFrame": {},
-    "with the gate": {"model.model.text.gate": True},
-    "rope_theta 10000": {"model.model.attention.rope_theta": 10000},
-    "without caption dropout": {"model.objective.caption_dropout": 0},
-    **{f"codebook of {size}": {"model.model.vocab_size": size} for size in CODEBOOKS},
-    **{name: {} for name in KERNELS},
-}
-"""What each choice changes in stage 2's recipe."""
-TOKENIZERS: dict[str, dict[str, Any]] = {
-    **{f"codebook of {size}": {"model.model.quantizer.codebook_size": size} for size in CODEBOOKS},
-    **KERNELS,
-}
-"""What choices change in stage 1's recipe."""
 _CLIPS = 180
 """Least number of held-out clips, evenly spread."""
 _BATCH = 20
@@ -185,16 +189,16 @@ def compare(
 
 def _run(data: str, out: Path, name: str, steps: int, tokenizer_steps: int, seed: int, precision: str) -> None:
     """Train and measure one choice, unless that is complete."""
-    stage1, label = Path(f"runs/{data}"), name.replace(" ", "_")
-    if name in TOKENIZERS:
+    stage1, label, choice = Path(f"runs/{data}"), name.replace(" ", "_"), CHOICES[name]
+    if choice.stage1:
         label += f"-tokenizer{tokenizer_steps}"
         stage1 = out / label
     folder = out / f"{label}-steps{steps}-seed{seed}"
     if (folder / "result.json").exists():
         return
     folder.mkdir(exist_ok=True, parents=True)
-    if name in TOKENIZERS:
-        _tokenize(data, stage1, {"trainer.max_steps": tokenizer_steps, **TOKENIZERS[name]}, precision)
+    if choice.stage1:
+        _tokenize(data, stage1, {"trainer.max_steps": tokenizer_steps, **choice.stage1}, precision)
     settings = {
         "seed_everything": seed,
         "trainer.default_root_dir": folder,
@@ -209,7 +213,7 @@ def _run(data: str, out: Path, name: str, steps: int, tokenizer_steps: int, seed
         "data.train": stage1 / "tokens/train",
         "data.val": stage1 / "tokens/val",
         "data.buckets": BUCKETS[data],
-        **CHOICES[name],
+        **choice.stage2,
     }
     start = time.process_time()
     with without_previous_frame() if name == "without PreviousFrame" else nullcontext():
