@@ -42,6 +42,7 @@ else
 	$(BIN)/python cli.py test --config configs/transformer/$(DATA).yaml --ckpt_path last $(FAST)
 	sed -n '2,25p' $(RUN)/clips/val/captions.csv | cut -d, -f2 > $(RUN)/prompts.txt
 	$(BIN)/python cli.py predict --config configs/transformer/$(DATA).yaml --ckpt_path last $(FAST) --data.prompts $(RUN)/prompts.txt
+	$(BIN)/python -c 'import pathlib, demo; demo.moving_sheet(pathlib.Path("$(RUN)"))'
 endif
 
 test: lint

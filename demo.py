@@ -26,14 +26,16 @@ import psutil
 import torch
 from PIL import Image, ImageDraw
 
+from callbacks.gallery import STATE as GALLERY
 from callbacks.gallery import update_gallery
+from callbacks.videos import TITLE as GENERATED
 from cli import main
 from data.examples.oracle import Answer, passes, read_file, recognize, recognize_file, shows
-from data.examples.shapes import FPS, FRAMES, held_out_prompts
+from data.examples.shapes import FRAMES, held_out_prompts
 from t2v.compilation import compile_error
 from t2v.files import atomic_path
 from t2v.training.startup import keep_freed_memory
-from t2v.video import read_frames
+from t2v.video import probe, read_frames
 
 RUN = Path("runs/demo")
 LONG = RUN / "long"
@@ -239,30 +241,39 @@ def judge_strictly(videos: list[str], long: list[str]) -> dict[str, float]:
     return {name: sum(each) / len(each) for name, each in passed.items()}
 
 
-def moving_sheet(videos: list[str], path: Path, rows: int = 2, columns: int = 4) -> None:
-    """Save an animated picture of some of the videos, unselected and evenly spaced, each above its prompt."""
+def moving_sheet(folder: Path, rows: int = 2, columns: int = 4) -> None:
+    """Save `generated.webp`, an animated picture of videos of a gallery, each above its prompt.
+
+    They are evenly spaced and unselected.
+
+    Args:
+        folder: Folder of the gallery.
+        rows: Rows of videos.
+        columns: Videos in a row.
+    """
     size, gap, text = 160, 8, 44
+    shown = json.loads((folder / GALLERY).read_text())[GENERATED]["videos"]
     width, height = columns * (size + gap) + gap, rows * (size + gap + text) + gap
-    prompts = [prompt for _, prompt in held_out_prompts(PROMPTS_PER_COMBINATION)]
     empty = Image.new("RGB", (width, height), "white")
     draw, tiles = ImageDraw.Draw(empty), []
-    for tile in range(rows * columns):
-        index = tile * len(videos) // (rows * columns)
+    info = probe(folder / shown[0][0])
+    count = min(rows * columns, len(shown))
+    for tile in range(count):
+        path, prompt, _ = shown[tile * len(shown) // count]
         left, top = gap + tile % columns * (size + gap), gap + tile // columns * (size + gap + text)
-        draw.multiline_text((left, top + size + 2), "\n".join(textwrap.wrap(prompts[index], 25)), fill="black")
-        tiles.append((left, top, read_frames(RUN / "videos" / videos[index], range(FRAMES))))
+        draw.multiline_text((left, top + size + 2), "\n".join(textwrap.wrap(prompt, 25)), fill="black")
+        tiles.append((left, top, read_frames(folder / path, range(info.frames))))
     pictures = []
-    for frame in range(FRAMES):
+    for frame in range(info.frames):
         picture = empty.copy()
         for left, top, video in tiles:
-            shown = Image.fromarray(video[frame].permute(1, 2, 0).numpy()).resize(
-                (size, size), Image.Resampling.NEAREST
-            )
-            picture.paste(shown, (left, top))
+            scaled = Image.fromarray(video[frame].permute(1, 2, 0).numpy())
+            picture.paste(scaled.resize((size, size), Image.Resampling.NEAREST), (left, top))
         pictures.append(picture)
-    with atomic_path(path) as partial:
+    duration = round(1000 / info.fps)
+    with atomic_path(folder / "generated.webp") as partial:
         pictures[0].save(
-            partial, "WEBP", save_all=True, append_images=pictures[1:], duration=1000 // FPS, loop=0, quality=80
+            partial, "WEBP", save_all=True, append_images=pictures[1:], duration=duration, loop=0, quality=80
         )
 
 
@@ -310,7 +321,7 @@ def demo() -> None:
         "judge_strictly", "Judging every frame by the most similar shape", lambda: judge_strictly(videos, long)
     )
 
-    moving_sheet(videos, RUN / "generated.webp")
+    moving_sheet(RUN)
     seconds = {name: round(step["seconds"], 1) for name, step in steps.state.items()}
     report = {
         "psnr": stage1["val/psnr"],

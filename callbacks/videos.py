@@ -22,6 +22,9 @@ from t2v.video import Mp4Writer
 RECORD = "videos.jsonl"
 """The list of the finished videos, in the folder of the page."""
 
+TITLE = "Generated videos"
+"""Title of their section of the page."""
+
 
 class VideoGalleryWriter(BasePredictionWriter):
     """Writes ``OUTPUT_DIR/videos/NAME.mp4`` during generation, and the page ``OUTPUT_DIR/index.html`` at the end.
@@ -101,7 +104,7 @@ class VideoGalleryWriter(BasePredictionWriter):
             return
         prompts = {name: prompt for of_rank, _ in of_ranks for name, prompt in of_rank.items()}
         shown = [Shown(f"videos/{name}.mp4", prompt, name) for name, prompt in sorted(prompts.items())]
-        page = update_gallery(self.output_dir, "Generated videos", shown, final=True)
+        page = update_gallery(self.output_dir, TITLE, shown, final=True)
         kept = sum(count for _, count in of_ranks)
         existing = f", of which {kept} existed with the same settings" if kept else ""
         print(f"Wrote        {len(prompts)} videos{existing}; open {page}", flush=True)
