@@ -45,7 +45,12 @@ def find_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype | N
 
 
 def cpu_has_bfloat16() -> bool:
-    """Return whether this CPU has instructions for products in bfloat16."""
+    """Return whether PyTorch uses instructions of this CPU for products in bfloat16.
+
+    It does not on x86 without AVX-512, or if the environment variable ATEN_CPU_CAPABILITY limits it to AVX2.
+    """
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        return False
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 

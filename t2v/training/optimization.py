@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import ParamsT
 
 from t2v.errors import UserError, check_range
+from t2v.generation.devices import cpu_has_bfloat16
 from t2v.losses import AdversarialLoss
 from t2v.torch_private import configure_compiler
 
@@ -103,8 +104,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update of each matrix is made nearly orthogonal (https://kellerjordan.github.io/posts/muon).
 
     The update is scaled to the size of AdamW's (https://arxiv.org/abs/2502.16982), so that both use the same learning
-    rate and weight decay. It is `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, except that on the CPU it
-    multiplies matrices in float32: torch does so in bfloat16, which most CPUs only emulate.
+    rate and weight decay. It is `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, except that on a CPU without
+    bfloat16 units, which would emulate its products in bfloat16, they are in float32.
 
     Args:
         params: Matrices, or groups of matrices.
@@ -158,7 +159,7 @@ def orthogonalize(matrix: Float[Tensor, "*batch rows columns"]) -> Float[Tensor,
 
     The singular values become 0.7 to 1.2 rather than 1, which trains as well (https://kellerjordan.github.io/posts/muon).
     """
-    x = matrix.bfloat16() if matrix.is_cuda else matrix.float()
+    x = matrix.bfloat16() if matrix.is_cuda or (matrix.is_cpu and cpu_has_bfloat16()) else matrix.float()
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT

@@ -78,8 +78,11 @@ def test_muon_updates_hidden_matrices_orthogonally_and_adamw_the_rest():
 
 
 @pytest.mark.parametrize("elements", [0, 2**20], ids=["one by one", "stacked"])
-def test_muon_is_torchs_in_float32(elements, monkeypatch):
+@pytest.mark.parametrize("units", [True, False], ids=["bf16 units", "no bf16 units"])
+def test_muon_is_torchs(elements, units, monkeypatch):
     monkeypatch.setattr(optimization, "_BATCH_ELEMENTS", elements)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": units})
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512" if units else "AVX2")
     torch.manual_seed(0)
     ours = [nn.Parameter(torch.randn(shape)) for shape in [(24, 8), (8, 24), (16, 16), (24, 8), (8, 24)]]
     theirs = [nn.Parameter(weight.detach().clone()) for weight in ours]
@@ -101,7 +104,11 @@ def test_muon_is_torchs_in_float32(elements, monkeypatch):
             assert (update - expected).norm() < 0.03 * expected.norm()  # torch multiplies in bfloat16
 
 
-def test_muon_multiplies_in_float32_on_the_cpu():
+@pytest.mark.parametrize("name", ["instructions", "ATEN_CPU_CAPABILITY"])
+def test_muon_multiplies_in_float32_without_bf16_units(name, monkeypatch):
+    limited = name == "ATEN_CPU_CAPABILITY"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": limited})
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2" if limited else "AVX512")
     matrix = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
     exact = orthogonalize(matrix)
     sizes = torch.linalg.svdvals(exact)
