@@ -32,7 +32,7 @@ def generate(
     parallel: int | Literal["auto"] = "auto",
     revision: str | None = None,
     negative_prompt: str = "",
-    candidates: int = 1,
+    candidates: int | None = None,
 ) -> None:
     """Generate one video from text and write it as an mp4.
 
@@ -53,7 +53,8 @@ def generate(
             on this kind of device. The video is the same with any number, up to rounding.
         revision: Branch, tag or commit of a repository.
         negative_prompt: What the video should not show; it needs guidance.
-        candidates: Videos to generate, of which the most probable one under guidance is written; it needs guidance.
+        candidates: Videos to generate, of which the most probable one under guidance is written; it needs guidance. The
+            model's default if not given.
 
     Raises:
         UserError: If an argument is invalid, the model cannot be loaded, or the video cannot be written.

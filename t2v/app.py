@@ -134,7 +134,7 @@ class VideoPage:
                 )
             scale = _number("Guidance scale", guidance)
             sampler = self._sampler(temperature, top_k, top_p)
-            stream = self.model.stream(prompt, length, seed, picture, scale, sampler)
+            stream = self.model.stream(prompt, length, seed, picture, scale, sampler, candidates=1)  # frame by frame
             descriptor, name = tempfile.mkstemp(".mp4", f"seed-{seed}-", self.folder)
             os.close(descriptor)
             with Mp4Writer(name, self.model.fps) as file:

@@ -9,6 +9,7 @@ such as one whose motion is the prompt's, has a high one. Guided decoding comput
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Int
@@ -55,7 +56,8 @@ def _seed(seed: int, number: int) -> int:
 
 
 def best_of(
-    candidates: int,
+    candidates: int | None,
+    default: int,
     generate: Callable[..., FrameStream],
     text: TextEmbedding,
     seeds: Sequence[int],
@@ -65,7 +67,8 @@ def best_of(
     """Return the frames of the best of several candidates of each video; of the only one as they are generated.
 
     Args:
-        candidates: Candidates of each video.
+        candidates: Candidates of each video; None for the default.
+        default: Candidates with guidance; without it there is only one, since nothing compares them.
         generate: `generate_frames` with all arguments but the following.
         text: Text of each video.
         seeds: Seed of each video, which is that of its first candidate.
@@ -76,12 +79,12 @@ def best_of(
         UserError: If there are several candidates and no guidance; and as `generate_frames`.
     """
     only = generate(text, seeds=seeds, start=start, negative=negative)  # which checks the arguments
+    if candidates is None:
+        candidates = default if only.guided else 1
+    check_candidates(candidates, only.guided)
     if candidates == 1:
         return only
-    check_candidates(candidates, only.guided)
-
-    def repeat(tensor: Tensor) -> Tensor:
-        return tensor.repeat_interleave(candidates, dim=0)
+    repeat = partial(torch.repeat_interleave, repeats=candidates, dim=0)
 
     stream = generate(
         TextEmbedding(*map(repeat, text)),

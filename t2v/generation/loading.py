@@ -1,13 +1,27 @@
-"""Reading a checkpoint to generate with; checks of the parts of a model, and of a folder to write."""
+"""Reading a checkpoint and options to generate with; checks of the parts of a model, and of a folder to write."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from t2v.checkpoints.config import from_config
 from t2v.checkpoints.storage import read_checkpoint
 from t2v.errors import UserError, reason_of
+from t2v.generation.sampling import Sampler
+from t2v.generation.schedules import Schedule
 from t2v.text import TextEncoder
 from t2v.transformer.model import VideoTransformer
 from t2v.vqvae.model import VQVAE
+
+OBJECT_SETTINGS: dict[str, type] = {"guidance": Schedule, "sampler": Sampler, "text_encoder": TextEncoder}
+"""Options that are objects, stored as a class path and arguments."""
+
+
+def read_options(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `TextToVideo` that are stored with the models."""
+    objects = {key: from_config(stored[key], kind) for key, kind in OBJECT_SETTINGS.items()}
+    candidates = int(stored.get("candidates", 1))
+    return {**objects, "fps": float(stored["fps"]), "frames": int(stored["frames"]), "candidates": candidates}
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from t2v import __version__
 from t2v.batch import TextEmbedding
-from t2v.checkpoints.config import from_config, to_config
+from t2v.checkpoints.config import to_config
 from t2v.checkpoints.hub import find_folder, upload_folder
 from t2v.checkpoints.storage import model_weights
 from t2v.errors import UserError, reason_of
@@ -23,7 +23,7 @@ from t2v.generation.candidates import best_of
 from t2v.generation.card import CARD, model_card, training_record
 from t2v.generation.decode import generate_frames
 from t2v.generation.devices import find_device, find_dtype, float_type
-from t2v.generation.loading import check_parts, check_target, load_checkpoint
+from t2v.generation.loading import OBJECT_SETTINGS, check_parts, check_target, load_checkpoint, read_options
 from t2v.generation.parallel import Parallel
 from t2v.generation.quantization import Weights, convert
 from t2v.generation.sampling import Sampler
@@ -42,8 +42,6 @@ FILES = (
     *(f"{part}/{name}" for part in ("transformer", "vqvae") for name in ("config.json", "model.safetensors")),
 )
 """Files of an exported folder that are read; it has a model card too."""
-OBJECT_SETTINGS: dict[str, type] = {"guidance": Schedule, "sampler": Sampler, "text_encoder": TextEncoder}
-"""Settings that are objects, written as a class path and arguments."""
 
 
 class TextToVideo:
@@ -62,6 +60,7 @@ class TextToVideo:
         compiled: Whether to compile the transformer's decoding pass, which takes a minute or more at the first frame.
         prompts: Example prompts, for the model card and the page.
         training: What the model was trained on, and its figures, for the model card.
+        candidates: Default number of candidates of a video with guidance, see `t2v.generation.candidates`.
 
     Raises:
         UserError: If the parts do not fit each other.
@@ -79,10 +78,11 @@ class TextToVideo:
         compiled: bool = False,
         prompts: Sequence[str] = (),
         training: Mapping[str, str | int | float] | None = None,
+        candidates: int = 1,
     ) -> None:
         check_parts(transformer, vqvae, text_encoder)
         self.transformer, self.vqvae, self.text_encoder = transformer.eval(), vqvae.eval(), text_encoder
-        self.fps, self.frames = fps, frames
+        self.fps, self.frames, self.candidates = fps, frames, candidates
         self.sampler, self.guidance = sampler or Sampler(), guidance
         self.compiled = compiled
         self.prompts, self.training = list(prompts), dict(training or {})
@@ -116,7 +116,7 @@ class TextToVideo:
         sampler: Sampler | None = None,
         parallel: Parallel = "auto",
         negative_prompt: str | Sequence[str] = "",
-        candidates: int = 1,
+        candidates: int | None = None,
     ) -> UInt8[Tensor, "b t c height width"]:
         """Generate one whole video per prompt; the arguments are those of `stream`."""
         stream = self.stream(prompts, frames, seed, start, guidance, sampler, parallel, negative_prompt, candidates)
@@ -132,7 +132,7 @@ class TextToVideo:
         sampler: Sampler | None = None,
         parallel: Parallel = "auto",
         negative_prompt: str | Sequence[str] = "",
-        candidates: int = 1,
+        candidates: int | None = None,
     ) -> VideoStream:
         """Generate one video per prompt and yield frame after frame, in constant memory for any length.
 
@@ -151,8 +151,8 @@ class TextToVideo:
             negative_prompt: What the videos should not show, for all or one per prompt; empty for none. Guidance leads
                 away from its text in place of "no text".
             candidates: Videos that are generated for each prompt, of which the one is kept that is most probable under
-                guidance, see `t2v.generation.candidates`. Takes as many times the work and memory, and the first frame
-                comes when all of them are finished.
+                guidance; `self.candidates` by default, if there is guidance. Takes as many times the work and memory,
+                and the first frame comes when all of them are finished.
 
         Returns:
             The frames in order, start frames included.
@@ -174,7 +174,8 @@ class TextToVideo:
         )
         seeds = [int(seed) + i for i in range(batch)] if isinstance(seed, int | Integral) else seed
         negative = self._embed_negative(negative_prompt, batch)
-        tokens = best_of(candidates, generate, text, [int(each) for each in seeds], start_tokens, negative)
+        numbers = [int(each) for each in seeds]
+        tokens = best_of(candidates, self.candidates, generate, text, numbers, start_tokens, negative)
         return VideoStream(self.vqvae, tokens, start_tokens)
 
     def embed(self, prompts: str | Sequence[str]) -> TextEmbedding:
@@ -241,6 +242,7 @@ class TextToVideo:
             "t2v_version": __version__,
             "fps": self.fps,
             "frames": self.frames,
+            "candidates": self.candidates,
             **{name: to_config(getattr(self, name)) for name in OBJECT_SETTINGS},
             "prompts": self.prompts,
             "training": self.training,
@@ -323,9 +325,8 @@ class TextToVideo:
                     f"'{folder}' has format {settings['format']}, written by t2v {settings['t2v_version']}, but this "
                     f"is t2v {__version__}, which reads format {FORMAT}: install that version, or export again."
                 )
-            fps, frames = float(settings["fps"]), int(settings["frames"])
-            guidance, sampler, encoder = (from_config(settings[key], kind) for key, kind in OBJECT_SETTINGS.items())
-            prompts, training = list(settings.get("prompts", [])), dict(settings.get("training", {}))
+            options = read_options(settings)
+            options |= {"prompts": list(settings.get("prompts", [])), "training": dict(settings.get("training", {}))}
             part = "transformer"
             target: dict[str, Any] = {"map_location": device, "dtype": model_dtype}
             transformer = VideoTransformer.from_pretrained(folder / part, **(target if weights == "full" else {}))
@@ -340,8 +341,8 @@ class TextToVideo:
             ) from error
         convert(transformer, weights, device)
         transformer.to(device, model_dtype)
-        encoder.to(text_device, text_dtype or float_type(transformer))
-        return cls(transformer, vqvae, encoder, fps, sampler, guidance, frames, compiled, prompts, training)
+        options["text_encoder"].to(text_device, text_dtype or float_type(transformer))
+        return cls(transformer, vqvae, **options, compiled=compiled)
 
     @classmethod
     def from_checkpoint(
@@ -368,10 +369,8 @@ class TextToVideo:
         try:
             arguments, fingerprint = checkpoint["hyper_parameters"], checkpoint["fingerprint"]
             tokenizer = tokenizer or arguments["tokenizer"]
-            generation = arguments["generation"]
-            fps, frames = float(fingerprint["fps"]), int(generation["frames"])
-            objects = {**generation, "text_encoder": arguments["text_encoder"]}
-            guidance, sampler, encoder = (from_config(objects[key], kind) for key, kind in OBJECT_SETTINGS.items())
+            stored = {"text_encoder": arguments["text_encoder"], "fps": fingerprint["fps"]}
+            options = read_options({**arguments["generation"], **stored})
             with torch.device("meta"):  # takes no time or memory for weights that are replaced
                 transformer = VideoTransformer.from_config({**arguments["model"]["init_args"], "device": None})
             transformer.load_state_dict(model_weights(checkpoint, path), assign=True)
@@ -389,12 +388,12 @@ class TextToVideo:
                 "--tokenizer."
             )
         vqvae = load_vqvae(str(tokenizer))
-        for key, ours in (("tokenizer", vqvae.fingerprint()), ("text_encoder", encoder.name)):
+        for key, ours in (("tokenizer", vqvae.fingerprint()), ("text_encoder", options["text_encoder"].name)):
             if fingerprint.get(key) != ours:
                 raise UserError(
                     f"The {key} is {ours}, but '{path}' was trained with {fingerprint.get(key)}: give the {key} that "
                     "it was trained with."
                 )
         convert(transformer, weights)
-        prompts, training = checkpoint.get("prompts", []), training_record(checkpoint, Path(path))
-        return cls(transformer, vqvae, encoder, fps, sampler, guidance, frames, compiled, prompts, training)
+        options |= {"prompts": checkpoint.get("prompts", []), "training": training_record(checkpoint, Path(path))}
+        return cls(transformer, vqvae, **options, compiled=compiled)

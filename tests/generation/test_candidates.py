@@ -76,6 +76,14 @@ def test_start_frames_and_negative_prompts_are_those_of_each_video(model):
     assert torch.equal(both[1:], one)
 
 
+def test_the_models_own_number_of_candidates_holds_if_there_is_guidance(model):
+    guided, unguided = model.generate(PROMPTS, guidance=2.0, candidates=3), model.generate(PROMPTS)
+    model.candidates = 3
+    assert torch.equal(model.generate(PROMPTS, guidance=2.0), guided)
+    assert not torch.equal(model.generate(PROMPTS, guidance=2.0, candidates=1), guided)
+    assert torch.equal(model.generate(PROMPTS), unguided)
+
+
 def test_the_seeds_of_candidates_differ_and_the_first_is_the_videos_own():
     seeds = candidate_seeds(range(100), 5)
     assert len(set(seeds)) == 500

@@ -43,12 +43,17 @@ def test_models_and_text_encoder_have_the_type_asked_for(model, folder, dtype, e
     assert loaded.generate("a red circle").shape == (1, 5, 3, 16, 16)
 
 
-@pytest.mark.parametrize(("units", "expected"), [({}, FLOAT32), ({"avx512_bf16": True}, BFLOAT16)])
+@pytest.mark.parametrize(
+    ("units", "instructions", "expected"),
+    [({}, "AVX2", FLOAT32), ({"avx512_bf16": True}, "AVX2", FLOAT32), ({"avx512_bf16": True}, "AVX512", BFLOAT16)],
+    ids=["no units", "units that ATEN_CPU_CAPABILITY turns off", "units"],
+)
 def test_auto_is_the_stored_type_but_float32_on_cpus_without_bfloat16_units(
-    transformer, vqvae, tmp_path, monkeypatch, units, expected
+    transformer, vqvae, tmp_path, monkeypatch, units, instructions, expected
 ):
     TextToVideo(copy.deepcopy(transformer).bfloat16(), vqvae, WordEncoder(), 8.0).save_pretrained(tmp_path / "model")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
     loaded = TextToVideo.from_pretrained(tmp_path / "model", device="cpu")
     assert types(loaded.transformer) == {loaded.text_encoder.dtype} == {expected}
     assert types(loaded.vqvae) == {FLOAT32}

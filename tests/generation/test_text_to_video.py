@@ -131,14 +131,14 @@ def folder(model, tmp_path) -> Path:
     """A saved model without default settings."""
     model.sampler = Sampler(temperature=Linear(0.9, 0.6), top_k=9, min_p=0.01)
     model.guidance = Interval(3.0, 0.0, 0.5, outside=1.5)
-    model.frames = 4
+    model.frames, model.candidates = 4, 3
     model.save_pretrained(tmp_path / "deep" / "model")
     return tmp_path / "deep" / "model"
 
 
 def test_a_loaded_model_generates_what_the_saved_one_generates(model, folder):
     loaded = TextToVideo.from_pretrained(folder)
-    assert (loaded.fps, loaded.frames) == (8.0, 4)
+    assert (loaded.fps, loaded.frames, loaded.candidates) == (8.0, 4, 3)
     assert not any(parameter.requires_grad for parameter in loaded.vqvae.parameters())
     assert torch.equal(loaded.generate(PROMPTS, seed=3), model.generate(PROMPTS, seed=3))
     # No temporary files, and no code.
