@@ -85,6 +85,16 @@ CHOICES = {
         for size in (256, 1024, 4096, 16384)
     },
     **{f"encoder kernel {size}": Choice({}, {_KERNEL_SIZE: size}) for size in (1, 3)},
+    "one temporal layer": Choice({"model.model.temporal_layers": 1}),
+    "eight layers": Choice({"model.model.spatial_layers": 5, "model.model.temporal_layers": 3}),
+    "256 tokens a frame": Choice(
+        {
+            "model.model.grid_size": 16,
+            "model.model.vocab_size": 256,
+            "data.buckets": "[{frames: 2, batch_size: 9}, {frames: 16, batch_size: 1}]",
+        },
+        {"model.model.latent_patch_size": 1, _CODEBOOK_SIZE: 256},
+    ),
 }
 _CLIPS = 180
 """Least number of held-out clips, evenly spread."""
@@ -107,7 +117,10 @@ def _clip(kind: type[Any], metadata: dict[str, Any]) -> Any:
 
 
 def digits_questions(metadata: dict[str, Any]) -> list[Question]:
-    """Ask for the pair of digits, which the first frame shows, and for their motions, which the second does."""
+    """Ask for the pair of digits, which the first frame shows, for their motions, which the second does, and whose.
+
+    The last question, which digit has which of two different motions, is one that half of the clips have.
+    """
     clip = _clip(DigitsClip, metadata)
     others = [
         replace(clip, digit=first, second_digit=second)
@@ -119,7 +132,9 @@ def digits_questions(metadata: dict[str, Any]) -> list[Question]:
         for first, second in itertools.product(moving_digits.MOTIONS, repeat=2)
         if (first, second) != (clip.motion, clip.second_motion)
     ]
-    asked = (("digits", others, 1), ("motions", motions, 2))
+    exchanged = [replace(clip, motion=clip.second_motion, second_motion=clip.motion)]
+    asked = [("digits", others, 1), ("motions", motions, 2)]
+    asked += [("whose motion", exchanged, 2)] if clip.motion != clip.second_motion else []
     return [
         Question(name, [moving_digits.captions_of(each)[0] for each in (clip, *those)], frames)
         for name, those, frames in asked
