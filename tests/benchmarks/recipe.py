@@ -87,7 +87,7 @@ CHOICES = {
     **{f"encoder kernel {size}": Choice({}, {_KERNEL_SIZE: size}) for size in (1, 3)},
     "one temporal layer": Choice({"model.model.temporal_layers": 1}),
     "eight layers": Choice({"model.model.spatial_layers": 5, "model.model.temporal_layers": 3}),
-    "256 tokens a frame": Choice(
+    "256 tokens a frame": Choice(  # as many tokens a step; batches and codebook are for two digits
         {
             "model.model.grid_size": 16,
             "model.model.vocab_size": 256,
@@ -102,7 +102,7 @@ _BATCH = 20
 
 
 class Question(NamedTuple):
-    """Captions that differ in one attribute; the first describes a clip."""
+    """Captions that differ in what is asked for; the first describes a clip."""
 
     attribute: str
     captions: list[str]
@@ -132,9 +132,9 @@ def digits_questions(metadata: dict[str, Any]) -> list[Question]:
         for first, second in itertools.product(moving_digits.MOTIONS, repeat=2)
         if (first, second) != (clip.motion, clip.second_motion)
     ]
-    exchanged = [replace(clip, motion=clip.second_motion, second_motion=clip.motion)]
     asked = [("digits", others, 1), ("motions", motions, 2)]
-    asked += [("whose motion", exchanged, 2)] if clip.motion != clip.second_motion else []
+    if clip.motion != clip.second_motion:
+        asked.append(("whose motion", [replace(clip, motion=clip.second_motion, second_motion=clip.motion)], 2))
     return [
         Question(name, [moving_digits.captions_of(each)[0] for each in (clip, *those)], frames)
         for name, those, frames in asked
