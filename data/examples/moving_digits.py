@@ -132,8 +132,8 @@ def render(
         held_out: Whether to draw the held-out handwriting.
         handwriting: As in `load_handwriting`.
     """
-    images = load_handwriting(handwriting)
-    images = images.held_out if held_out else images.train
+    written = load_handwriting(handwriting)
+    images = written.held_out if held_out else written.train
     rng = np.random.default_rng(clip.seed)
     video = np.zeros((frames, IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
     last = IMAGE_SIZE - DIGIT_SIZE
