@@ -129,7 +129,8 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
             elif name in ("previous_frame.mix.weight", "text_convolution.weight"):
                 nn.init.normal_(parameter, std=0.3)
                 with torch.no_grad():
-                    parameter[(..., *(size // 2 for size in parameter.shape[2:]))] += 1  # the place itself
+                    centre = (1, 1) if parameter.ndim == 4 else (parameter.shape[2] // 2,)
+                    parameter[:, :, *centre] += 1
             elif name == "gate.hidden.weight":
                 nn.init.normal_(parameter, std=0.5)
             elif name.startswith("gate.") or name.endswith("text_attention.out.weight"):
