@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from t2v.errors import check_range
+from t2v.errors import UserError, check_range
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,18 @@ class TextConfig:
         dim: Width of the text embeddings.
         gate: Whether the output of text attention is scaled by a learned function of the number of earlier frames
             in the window.
+        kernel_size: Text tokens that a convolution before text attention adds up at each text token, its own in the
+            middle; 1 for none. With 9, which of two things does what is learned much earlier, see docs/benchmarks.
 
     Raises:
-        UserError: If the width is less than 1.
+        UserError: If a number is less than 1, or `kernel_size` is even.
     """
 
     dim: int = 4096
     gate: bool = True
+    kernel_size: int = 1
 
     def __post_init__(self) -> None:
-        check_range("text", "[1, inf)", dim=self.dim)
+        check_range("text", "[1, inf)", dim=self.dim, kernel_size=self.kernel_size)
+        if self.kernel_size % 2 == 0:
+            raise UserError(f"text.kernel_size={self.kernel_size} must be odd, as the text token is in the middle.")

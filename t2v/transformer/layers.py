@@ -167,12 +167,11 @@ class TextConvolution(nn.Conv1d):
 
     Args:
         dim: Width of the text embeddings.
+        kernel_size: Text tokens that are added up; odd.
     """
 
-    _KERNEL_SIZE = 9
-
-    def __init__(self, dim: int) -> None:
-        super().__init__(dim, dim, self._KERNEL_SIZE, padding=self._KERNEL_SIZE // 2, groups=dim, bias=False)
+    def __init__(self, dim: int, kernel_size: int) -> None:
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=False)
 
     def forward(self, text: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
         return super().forward(text.mT).mT

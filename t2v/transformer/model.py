@@ -109,7 +109,7 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
             self.start = nn.Parameter(torch.empty(dim))
             self.no_text = nn.Parameter(torch.empty(text.dim))
             self.text_norm = RMSNorm(text.dim)
-            self.text_convolution = TextConvolution(text.dim)
+            self.text_convolution = TextConvolution(text.dim, text.kernel_size) if text.kernel_size > 1 else None
             self.gate = TextGate(spatial_layers + temporal_layers, heads, attention.window) if text.gate else None
             self.blocks = nn.ModuleList(
                 Block(temporal, dim, hidden_dim, text.dim, attention, checkpointing == "attention")
@@ -225,8 +225,10 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
             tokens = torch.where(drop[:, None, None], no_text.to(tokens.dtype), tokens)
             first = torch.arange(mask.shape[1], device=mask.device) == 0
             mask = torch.where(drop[:, None], first, mask)
-        normalized = self.text_norm(tokens).masked_fill(~mask[..., None], 0)  # as if padding were not there
-        return TextEmbedding(self.text_convolution(normalized), mask)
+        tokens = self.text_norm(tokens)
+        if self.text_convolution is not None:
+            tokens = self.text_convolution(tokens.masked_fill(~mask[..., None], 0))  # as if padding were not there
+        return TextEmbedding(tokens, mask)
 
     def logits(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch v"]:
         """Return the logits for outputs of the last layer."""

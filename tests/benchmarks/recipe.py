@@ -37,7 +37,7 @@ from data.examples.moving_digits import DigitsClip
 from data.shards import ShardSet
 from t2v.errors import UserError, run_tool
 from t2v.generation.text_to_video import TextToVideo
-from t2v.transformer.layers import PreviousFrame, TextConvolution
+from t2v.transformer.layers import PreviousFrame
 from tests.benchmarks.combinations import load, log_likelihood
 from tests.benchmarks.report import print_table, write
 
@@ -77,7 +77,8 @@ CHOICES = {
     **{f"embedding_lr {rate}": Choice({"model.optimizer.embedding_lr": rate}) for rate in (1, 8)},
     "without corruption": Choice({"model.objective.corruption": 0}),
     "without PreviousFrame": Choice({}),
-    "without TextConvolution": Choice({}),
+    "without text convolution": Choice({"model.model.text.kernel_size": 1}),
+    "text convolution of 9": Choice({"model.model.text.kernel_size": 9}),
     "with the gate": Choice({"model.model.text.gate": True}),
     "rope_theta 10000": Choice({"model.model.attention.rope_theta": 10000}),
     "without caption dropout": Choice({"model.objective.caption_dropout": 0}),
@@ -232,7 +233,7 @@ def _run(data: str, out: Path, name: str, steps: int, tokenizer_steps: int, seed
         **choice.stage2,
     }
     start = time.process_time()
-    with without_layer(name.removeprefix("without ")):
+    with without_previous_frame() if name == "without PreviousFrame" else nullcontext():
         main(["fit", f"--config=configs/transformer/{data}.yaml", "--ckpt_path=last", *_flags(settings)])
         seconds = time.process_time() - start
         measured = _measure(data, folder / "transformer/checkpoints/last.ckpt", stage1 / "tokens/val")
@@ -263,14 +264,10 @@ def _flags(settings: dict[str, Any]) -> list[str]:
     return [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()]
 
 
-def without_layer(name: str) -> AbstractContextManager[Any]:
-    """Let the features of the previous frame be zero, or leave text tokens as they are; other names change nothing."""
-    if name == "PreviousFrame":
-        features = PreviousFrame.forward
-        return patch.object(PreviousFrame, "forward", lambda self, tokens: 0 * features(self, tokens))
-    if name == "TextConvolution":
-        return patch.object(TextConvolution, "forward", lambda self, text: text)
-    return nullcontext()
+def without_previous_frame() -> AbstractContextManager[Any]:
+    """Let the features of the previous frame be zero."""
+    features = PreviousFrame.forward
+    return patch.object(PreviousFrame, "forward", lambda self, tokens: 0 * features(self, tokens))
 
 
 @torch.inference_mode()

@@ -50,7 +50,7 @@ class Motions(nn.Module):
         super().__init__()
         self.digit = nn.Embedding(10, _DIM)
         self.text_norm = RMSNorm(text_dim)
-        self.text_convolution = TextConvolution(text_dim) if convolution else nn.Identity()
+        self.text_convolution = TextConvolution(text_dim, 9) if convolution else nn.Identity()
         self.layers = nn.ModuleList(Layer(text_dim) for _ in range(2))
         self.norm, self.head = RMSNorm(_DIM), nn.Linear(_DIM, len(MOTIONS), bias=False)
         for name, parameter in self.named_parameters():  # as VideoTransformer

@@ -62,7 +62,10 @@ def toy_vqvae(quantizer: Quantizer | None = None, **changes: Any) -> VQVAE:
     return VQVAE(**{**arguments, **changes})
 
 
-def toy_transformer(window: int = 4, text: TextConfig = TextConfig(TEXT_DIM), **changes: Any) -> VideoTransformer:  # noqa: B008 (frozen)
+_TEXT = TextConfig(TEXT_DIM, kernel_size=3)
+
+
+def toy_transformer(window: int = 4, text: TextConfig = _TEXT, **changes: Any) -> VideoTransformer:
     """Build a toy transformer in eval mode, always with the same weights.
 
     Weights of the text that are zero at initialization are random, so that they cannot hide errors.

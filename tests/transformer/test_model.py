@@ -223,7 +223,7 @@ def test_padding_of_the_text_changes_nothing():
 
 
 def test_a_text_token_holds_the_four_around_it_too():
-    model, text = untrained(), random_text(1, 12)
+    model, text = toy_transformer(text=TextConfig(TEXT_DIM, kernel_size=9)), random_text(1, 12)
     other = TextEmbedding(text.tokens.clone(), text.mask)
     other.tokens[0, 6] *= -1
     one, other = (model.normalize_text(each).tokens for each in (text, other))
@@ -254,6 +254,11 @@ def test_text_has_no_effect_before_training():
 def test_sizes_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         toy_transformer(**changes)
+
+
+def test_an_even_kernel_of_the_text_convolution_is_refused():
+    with pytest.raises(UserError, match=r"text\.kernel_size=4 must be odd"):
+        TextConfig(kernel_size=4)
 
 
 def test_text_embeddings_of_another_width_are_refused():
