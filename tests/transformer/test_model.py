@@ -185,7 +185,7 @@ def test_the_gate_scales_the_text_by_frame():
     with torch.no_grad():
         trained = model.gate.out.weight.clone()
         model.gate.out.weight.zero_()
-        ungated = toy_transformer(text=TextConfig(TEXT_DIM, gate=False))
+        ungated = toy_transformer(text=TextConfig(TEXT_DIM, gate=False, kernel_size=3))
         ungated.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("gate.")})
         assert torch.equal(model(tokens, one), ungated(tokens, one))  # the scale is 1 at initialization
 
