@@ -1,8 +1,22 @@
 """Example data sets, and the programs that judge videos generated from them."""
 
+import subprocess
 from pathlib import Path
 
 from t2v.errors import UserError
+
+
+def run_command(command: list[str], folder: Path) -> None:
+    """Run a command in a folder, without its output.
+
+    Raises:
+        ChildProcessError: If it does not exist or fails, with the last line that it wrote as the message.
+    """
+    try:
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[-1]
+        raise ChildProcessError(reason) from error
 
 
 def is_complete(folder: Path) -> bool:

@@ -1,13 +1,13 @@
 """Finds the game Flare, and reads its animations and tiles."""
 
 import shutil
-import subprocess
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
 from PIL import Image
 
+from data.examples import run_command
 from data.index import cache_folder
 from t2v.errors import UserError
 from t2v.files import atomic_path
@@ -172,11 +172,10 @@ def _unpack(package: Path | None, folder: Path) -> None:
 
 def _run(command: list[str], folder: Path, cause: str) -> None:
     try:
-        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[-1]
+        run_command(command, folder)
+    except ChildProcessError as error:
         raise UserError(
-            f"`{' '.join(command)}` failed ({reason}), probably since {cause}: give --game the folder of the game "
+            f"`{' '.join(command)}` failed ({error}), probably since {cause}: give --game the folder of the game "
             "Flare or the .deb file of Debian's flare-game."
         ) from error
 

