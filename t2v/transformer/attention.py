@@ -165,8 +165,9 @@ class SelfAttention(nn.Module):
         """Return rotated queries, rotated keys, and values."""
         size = self.queries_per_key + 2
         groups = rearrange(self.query_key_value(x), "b n (kv g d) -> b kv g n d", g=size, d=self.head_dim)
-        q, k, v = self.query_norm(groups[:, :, :-2]).flatten(1, 2), self.key_norm(groups[:, :, -2]), groups[:, :, -1]
-        return rotate(q), rotate(k), v
+        q, k, v = groups.split([self.queries_per_key, 1, 1], dim=2)
+        q, k = self.query_norm(q).flatten(1, 2), self.key_norm(k.squeeze(2))
+        return rotate(q), rotate(k), v.squeeze(2)
 
     def _merge_heads(self, y: Queries) -> Float[Tensor, "b n d"]:
         merged: Tensor = self.out(rearrange(y, "b heads n d -> b n (heads d)"))

@@ -118,9 +118,38 @@ class SwiGLU(nn.Module):
         self.out = Linear(hidden_dim, dim)
 
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-        gate, up = rearrange(self.gate_up(x), "... (groups two g) -> two ... groups g", two=2, g=self.group_dim)
-        y: Tensor = self.out((F.silu(gate) * up).flatten(-2))
+        gate_up = self.gate_up(x).unflatten(-1, (-1, 2, self.group_dim))
+        if torch.compiler.is_compiling() or isinstance(gate_up, DTensor):  # compiled code is fused
+            gate, up = gate_up.unbind(dim=-2)
+            h = F.silu(gate) * up
+        else:
+            h = _SwiGLUFunction.apply(gate_up)
+        y: Tensor = self.out(h.flatten(-2))
         return y
+
+
+class _SwiGLUFunction(torch.autograd.Function):
+    """silu(gate) · up, whose backward pass writes both gradients where the projection reads them.
+
+    PyTorch would keep silu(gate) for the backward pass and copy the gradients twice to put them side by side.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Float[Tensor, "*b groups 2 g"]) -> Float[Tensor, "*b groups g"]:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.unbind(dim=-2)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Float[Tensor, "*b groups g"]) -> Float[Tensor, "*b groups 2 g"]:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.unbind(dim=-2)
+        of_gate_up = torch.empty_like(gate_up)
+        of_gate, of_up = of_gate_up.unbind(dim=-2)
+        torch.mul(gradient, F.silu(gate), out=of_up)
+        torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=of_gate)
+        return of_gate_up
 
 
 class PreviousFrame(nn.Module):

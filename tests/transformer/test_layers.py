@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from t2v.transformer.layers import RMSNorm
+from t2v.transformer.layers import RMSNorm, SwiGLU
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,20 @@ def test_rms_norm_of_zeros_has_a_finite_gradient():
     x = torch.zeros(2, 4, requires_grad=True)
     RMSNorm(4)(x).sum().backward()
     torch.testing.assert_close(x.grad, torch.full((2, 4), 1e3))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)]
+)
+def test_swiglu_equals_its_definition_in_double_precision(dtype, tolerance):
+    torch.manual_seed(0)
+    layer = SwiGLU(6, 8, groups=2).to(dtype)
+    x, gradient = torch.randn(2, 3, 6, dtype=dtype, requires_grad=True), torch.randn(2, 3, 6, dtype=dtype)
+    layer(x).backward(gradient)
+    inputs = x, layer.gate_up.weight, layer.out.weight
+    exact = [each.detach().double().requires_grad_() for each in inputs]
+    (gate_0, up_0), (gate_1, up_1) = ((exact[0] @ exact[1].t()).split(4, dim=-1)[i : i + 2] for i in (0, 2))
+    hidden = torch.cat([F.silu(gate_0) * up_0, F.silu(gate_1) * up_1], dim=-1)
+    (hidden @ exact[2].t()).backward(gradient.double())
+    for found, expected in zip(inputs, exact, strict=True):
+        assert ((found.grad.double() - expected.grad) / expected.grad.abs().max()).abs().max() < tolerance
