@@ -64,7 +64,7 @@ class _TokenLossFunction(torch.autograd.Function):
             smoothed = cross_entropy
             if smoothing:
                 smoothed = (1 - smoothing) * cross_entropy - smoothing * log_p.mean(-1).sum()
-            hits = (log_p.argmax(-1, keepdim=True) == targets).sum()
+            hits = (log_p.max(-1, keepdim=True).indices == targets).sum()  # on the CPU twice as fast as argmax
             sums += torch.stack([smoothed + z_weight * z_loss, cross_entropy, z_loss, hits.float()])
             if ctx.needs_input_grad[0]:
                 gradient = log_p.exp_()
