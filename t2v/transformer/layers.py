@@ -119,11 +119,11 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         gate_up = self.gate_up(x).unflatten(-1, (-1, 2, self.group_dim))
-        if torch.compiler.is_compiling() or isinstance(gate_up, DTensor):  # compiled code is fused
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not isinstance(gate_up, DTensor):
+            h = _SwiGLUFunction.apply(gate_up)
+        else:  # compiled code is fused
             gate, up = gate_up.unbind(dim=-2)
             h = F.silu(gate) * up
-        else:
-            h = _SwiGLUFunction.apply(gate_up)
         y: Tensor = self.out(h.flatten(-2))
         return y
 
