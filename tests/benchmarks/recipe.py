@@ -51,7 +51,8 @@ SIZE = {
 }
 """The sizes at which all are trained."""
 BUCKETS = {
-    "two_digits": "[{frames: 2, batch_size: 36}, {frames: 16, batch_size: 4}]",
+    "two_digits": "[{frames: 1, batch_size: 36, probability: 24}, {frames: 2, batch_size: 36, probability: 6}, "
+    "{frames: 16, batch_size: 4}]",
     "flare": "[{frames: 2, batch_size: 36, start: first}, {frames: 16, batch_size: 4}]",
 }
 
@@ -86,13 +87,23 @@ CHOICES = {
         for size in (256, 1024, 4096, 16384)
     },
     **{f"encoder kernel {size}": Choice({}, {_KERNEL_SIZE: size}) for size in (1, 3)},
+    "windows of 2 and 16 frames": Choice(
+        {"data.buckets": "[{frames: 2, batch_size: 36}, {frames: 16, batch_size: 4}]"}
+    ),
+    "windows of 1, 2 and 16 frames": Choice(  # as Flare's clips begin
+        {
+            "data.buckets": "[{frames: 1, batch_size: 36, probability: 24, start: first}, "
+            "{frames: 2, batch_size: 36, probability: 6, start: first}, {frames: 16, batch_size: 4, probability: 3}]"
+        }
+    ),
     "one temporal layer": Choice({"model.model.temporal_layers": 1}),
     "eight layers": Choice({"model.model.spatial_layers": 5, "model.model.temporal_layers": 3}),
     "256 tokens a frame": Choice(  # as many tokens a step; batches and codebook are for two digits
         {
             "model.model.grid_size": 16,
             "model.model.vocab_size": 256,
-            "data.buckets": "[{frames: 2, batch_size: 9}, {frames: 16, batch_size: 1}]",
+            "data.buckets": "[{frames: 1, batch_size: 9, probability: 24}, {frames: 2, batch_size: 9, probability: 6}, "
+            "{frames: 16, batch_size: 1}]",
         },
         {"model.model.latent_patch_size": 1, _CODEBOOK_SIZE: 256},
     ),
