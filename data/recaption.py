@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import fsspec
-from tqdm import tqdm
 
 from data.captions import read_metadata
 from data.index import make_index
@@ -26,6 +25,7 @@ from data.prepare.captions import clean_caption
 from data.prepare.dropped import Dropped, summarize
 from data.prepare.filters import Filters
 from data.prepare.tables import CaptionTable, read_table
+from data.progress import ProgressBar
 from data.shards import Sample, ShardSet
 from t2v.errors import UserError, run_tool
 from t2v.files import atomic_path
@@ -56,7 +56,7 @@ def recaption(shards: str, table: Path, path_column: str | None = None, caption_
     captions = _read_captions(CaptionTable(table, path_column, caption_column), dropped)
     changes: defaultdict[str, list[_Change]] = defaultdict(list)
     used: set[str] = set()
-    for sample in tqdm(opened.samples, "reading the samples", unit="sample", leave=False):
+    for sample in ProgressBar(opened.samples, "reading the samples", unit="sample", leave=False):
         names = [name for name in _names(opened, sample) if name in captions]
         if names:
             changes[sample.shard].append(_Change(sample, captions[names[0]]))
@@ -67,7 +67,7 @@ def recaption(shards: str, table: Path, path_column: str | None = None, caption_
         raise UserError(f"'{table}' names no sample in '{opened.path}': {summarize(dropped)}.")
     try:
         with ExitStack() as complete:
-            for shard, of_shard in tqdm(changes.items(), "writing", unit="shard", leave=False):
+            for shard, of_shard in ProgressBar(changes.items(), "writing", unit="shard", leave=False):
                 _rewrite(shard, complete.enter_context(atomic_path(shard)), of_shard)
         for shard in changes:
             make_index(*fsspec.url_to_fs(shard))

@@ -18,10 +18,10 @@ import fsspec
 from braceexpand import braceexpand
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
-from tqdm import tqdm
 
 from data.index import COMPRESSIONS, check_header, load_index, make_index, read_range, unpack, with_retries
 from data.members import find_video
+from data.progress import ProgressBar
 from t2v.errors import UserError
 from t2v.files import atomic_path
 
@@ -217,7 +217,7 @@ class ShardSet:
             missing = [shard for shard in shards if shard not in indices]
             if missing:
                 made = pool.map(self._make_index, missing)
-                indices |= zip(missing, tqdm(made, "indexing shards", len(missing), unit="shard"), strict=True)
+                indices |= zip(missing, ProgressBar(made, "indexing shards", len(missing), unit="shard"), strict=True)
         errors = [index["error"] for index in indices.values() if "error" in index]
         if len(errors) == len(shards):
             raise errors[0]

@@ -268,7 +268,7 @@ def make_flare(
     out: Path,
     game: Path | None = None,
     size: Literal[64, 128] = 64,
-    train_clips: int = 6000,
+    train_clips: int = 24000,
     val_clips: int = 192,
     seed: int = 0,
     num_workers: int = 2,

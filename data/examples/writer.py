@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
-from tqdm import tqdm
 
+from data.progress import ProgressBar
 from t2v.errors import UserError
 from t2v.files import atomic_path
 from t2v.video import encode_mp4
@@ -61,7 +61,7 @@ def write_split(
         one_thread = torch.set_num_threads, (1,)  # several of each process would wait for one another
         with get_context("spawn").Pool(num_workers, *one_thread) if num_workers > 1 else nullcontext() as pool:
             written = pool.imap_unordered(write, jobs, chunksize=16) if pool else map(write, jobs)
-            for _ in tqdm(written, total=len(clips), desc="drawing clips", unit="clip"):
+            for _ in ProgressBar(written, total=len(clips), desc="drawing clips", unit="clip"):
                 pass
         for path, clip, texts in zip(paths, clips, captions, strict=True):
             attributes: dict[str, Any] = asdict(clip)  # type: ignore[call-overload]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from fsspec import AbstractFileSystem
 from fsspec.compression import compr
-from tqdm import tqdm
 
 from data.index.remote import with_retries
 from data.index.store import cache_folder, dates
+from data.progress import ProgressBar
 from t2v.errors import UserError
 from t2v.files import atomic_path
 
@@ -55,7 +55,7 @@ def unpack(filesystem: AbstractFileSystem, shard: str) -> Path:
             with_retries(filesystem.open, shard) as compressed,
             compr[compression](compressed, mode="rb") as content,
             temporary.open("wb") as file,
-            tqdm.wrapattr(file, "write", desc=f"unpacking {name}", leave=False) as out,
+            ProgressBar.wrapattr(file, "write", desc=f"unpacking {name}", leave=False) as out,
         ):
             shutil.copyfileobj(content, out, 2**20)
     except (OSError, EOFError, ValueError, RuntimeError) as error:

@@ -8,10 +8,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from data.inspect.checks import Check, TokenCheck, VideoCheck
 from data.inspect.sheet import draw_sheet, sheet_path
+from data.progress import ProgressBar
 from data.shards import Sample, ShardSet, SkippedSample
 from t2v.errors import UserError
 from t2v.files import atomic_path
@@ -82,7 +81,7 @@ def _run_check(check: Check, shards: ShardSet, samples: Sequence[Sample]) -> lis
     """Return what is wrong with the samples of one kind."""
     problems = []
     try:
-        for sample in tqdm(samples, f"reading {check.name}", unit="sample", leave=False):
+        for sample in ProgressBar(samples, f"reading {check.name}", unit="sample", leave=False):
             reasons = check.problems_of(shards, sample)
             problems += [SkippedSample(sample.key, sample.shard, reason) for reason in reasons]
     except OSError as error:

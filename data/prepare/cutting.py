@@ -17,7 +17,6 @@ from typing import IO, NamedTuple
 
 import fsspec
 import torch
-from tqdm import tqdm
 
 from data.index import read_range
 from data.prepare.dropped import Dropped
@@ -28,6 +27,7 @@ from data.prepare.filters import reason_to_drop_clip, reason_to_drop_flaws, reas
 from data.prepare.flaws import Flaws, find_flaws
 from data.prepare.sources import Video
 from data.prepare.video_clips import NO_BARS, ClipFormat, VideoClip, cut_video
+from data.progress import ProgressBar
 from t2v.errors import UserError
 from t2v.files import atomic_path
 from t2v.video import DecodeError, VideoInfo, encode_mp4, probe
@@ -127,7 +127,7 @@ def cut_all(jobs: list[CutJob], run: Engine) -> None:
     total = sum(len(job.videos) for job in jobs)
     remaining = sum(len(job.videos) for job in pending)
     crashes: Counter[int] = Counter()
-    with tqdm(desc="cutting", total=total, initial=total - remaining, unit="video") as bar:
+    with ProgressBar(desc="cutting", total=total, initial=total - remaining, unit="video") as bar:
         for job, succeeded in run(cut, pending):
             if succeeded:
                 bar.update(len(job.videos))

@@ -10,13 +10,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from data.prepare.cutting import CutJob, read_result
 from data.prepare.dropped import Dropped
 from data.prepare.duplicates import HashSearch
 from data.prepare.engine import Engine
 from data.prepare.sources import Video
+from data.progress import ProgressBar
 from data.shards import ShardWriter
 from t2v.errors import UserError
 
@@ -160,7 +159,7 @@ def pack_all(clips: list[Clip], samples_per_shard: int, folder: Path, run: Engin
     starts = range(0, len(clips), samples_per_shard)
     jobs = [PackJob(folder, number, clips[at : at + samples_per_shard]) for number, at in enumerate(starts)]
     pending = deque(job for job in jobs if not job.shard.exists())
-    with tqdm(desc="packing", total=len(jobs), initial=len(jobs) - len(pending), unit="shard") as bar:
+    with ProgressBar(desc="packing", total=len(jobs), initial=len(jobs) - len(pending), unit="shard") as bar:
         for job, succeeded in run(pack, pending):
             if not succeeded:
                 raise UserError(

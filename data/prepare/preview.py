@@ -4,13 +4,12 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from tqdm import tqdm
-
 from data.prepare.cutting import as_file
 from data.prepare.dropped import Dropped, summarize
 from data.prepare.filters import reason_to_drop_video
 from data.prepare.sources import Video
 from data.prepare.video_clips import ClipFormat
+from data.progress import ProgressBar
 from t2v.video import DecodeError, probe
 
 
@@ -28,7 +27,7 @@ def preview(videos: list[Video], dropped: list[Dropped], clip_format: ClipFormat
     sizes: Counter[str] = Counter()
     stride = clip_format.stride or clip_format.frames
     with tempfile.TemporaryDirectory() as folder:
-        for video in tqdm(videos, "reading the headers", unit="video", leave=False):
+        for video in ProgressBar(videos, "reading the headers", unit="video", leave=False):
             try:
                 with as_file(video, Path(folder)) as path:
                     info = probe(path)
