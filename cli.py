@@ -52,6 +52,7 @@ from callbacks.config import SaveConfig
 from callbacks.early_stopping import ResumedEarlyStopping
 from callbacks.guard import NaNGuard
 from callbacks.lock import RunLock
+from callbacks.logging import GenerationLogger
 from callbacks.progress import ProgressLines
 from callbacks.seeding import StepSeed
 from callbacks.signals import StopOnSignal, Stopped, stopping_at_once
@@ -295,7 +296,8 @@ class T2VCLI(LightningCLI):
             command = [*self._other_args, "--ckpt_path", "last"]
             command[command.index("fit")] = "predict"
             if not getattr(self.datamodule, "prompts", True):
-                command += ["--data.prompts", "a red circle moves left"]
+                loggers = (each for each in self.trainer.callbacks if isinstance(each, GenerationLogger))  # type: ignore[attr-defined]
+                command += ["--data.prompts", next((each.prompts[0] for each in loggers), "a red circle moves left")]
             print(f"Next         python cli.py {shlex.join(command)}")
 
 

@@ -1,5 +1,7 @@
 """The complete pipeline with the shipped configs, through the command line."""
 
+import shlex
+
 import av
 import pytest
 import torch
@@ -94,6 +96,12 @@ def test_loaded_weights_equal_the_saved_weights(copy_pipeline, stage, capsys):
     assert message in capsys.readouterr().out
     loaded = cli.model.state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
+
+
+def test_the_next_command_has_an_example_prompt_of_the_recipe(copy_pipeline, capsys):
+    copy_pipeline().cli("fit", "transformer", "--ckpt_path=last", "--trainer.callbacks.1.prompts=[a digit moves]")
+    printed = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Next"))
+    assert shlex.split(printed)[-2:] == ["--data.prompts", "a digit moves"]
 
 
 def test_prompts_become_videos_on_a_gallery_page(copy_pipeline):
