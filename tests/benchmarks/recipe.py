@@ -51,9 +51,9 @@ SIZE = {
 }
 """The sizes at which all are trained."""
 BUCKETS = {
-    "two_digits": "[{frames: 1, batch_size: 36, probability: 24}, {frames: 2, batch_size: 36, probability: 6}, "
+    "two_digits": "[{frames: 1, batch_size: 36, probability: 8}, {frames: 2, batch_size: 36, probability: 8}, "
     "{frames: 16, batch_size: 4}]",
-    "flare": "[{frames: 2, batch_size: 36, start: first}, {frames: 16, batch_size: 4}]",
+    "flare": "[{frames: 2, batch_size: 36, start: first, probability: 4}, {frames: 16, batch_size: 4}]",
 }
 
 
@@ -102,7 +102,7 @@ CHOICES = {
         {
             "model.model.grid_size": 16,
             "model.model.vocab_size": 256,
-            "data.buckets": "[{frames: 1, batch_size: 9, probability: 24}, {frames: 2, batch_size: 9, probability: 6}, "
+            "data.buckets": "[{frames: 1, batch_size: 9, probability: 8}, {frames: 2, batch_size: 9, probability: 8}, "
             "{frames: 16, batch_size: 1}]",
         },
         {"model.model.latent_patch_size": 1, _CODEBOOK_SIZE: 256},
