@@ -11,7 +11,7 @@ _LINES = {
     "delay": _SECONDS,  # a short step prints nothing
     "mininterval": _SECONDS,
     "maxinterval": _SECONDS,
-    "bar_format": "{desc} {n_fmt}/{total_fmt} {unit}, {remaining} left",
+    "bar_format": "{desc} {n_fmt}/{total_fmt}, {remaining} left",
 }
 
 

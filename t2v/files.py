@@ -1,5 +1,6 @@
 """Atomic writes, by which a file or folder appears under its name complete or not at all; locks of folders; hashes."""
 
+import errno
 import hashlib
 import json
 import os
@@ -24,7 +25,7 @@ LOCK = ".lock"
 
 
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, keep_existing: bool = False) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`, and rename it to `path` when the context ends.
 
     What is written under the temporary path, a file or a folder, is synced to disk before the rename, so that `path`
@@ -35,6 +36,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     Args:
         path: The file or folder to write. Its folder must exist. A file replaces an older file; a folder replaces an
             empty one.
+        keep_existing: Whether a folder that another process has written meanwhile stays in place of this one, as in a
+            cache, where both are equal; by default it is an error.
 
     Raises:
         OSError: If the folder cannot be written to or the disk is full.
@@ -45,7 +48,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         sync(temporary)
-        temporary.replace(path)
+        try:
+            temporary.replace(path)
+        except OSError as error:
+            if not keep_existing or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
         sync_folder(path.parent)
     finally:
         remove(temporary)

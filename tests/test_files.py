@@ -63,6 +63,17 @@ def test_a_folder_replaces_an_empty_folder_only(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full"]
 
 
+def test_the_folder_of_another_process_can_be_kept(tmp_path):
+    path = tmp_path / "cache"
+    with atomic_path(path, keep_existing=True) as temporary:
+        temporary.mkdir()
+        (temporary / "file").write_text("ours")
+        path.mkdir()
+        (path / "file").write_text("theirs")
+    assert (path / "file").read_text() == "theirs"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), ValueError()])
 @pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
 @pytest.mark.parametrize("old", [None, "old"])

@@ -157,7 +157,7 @@ def _unpack(package: Path | None, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     if package is not None and folder.exists():
         shutil.rmtree(folder)
-    with atomic_path(folder) as temporary:
+    with atomic_path(folder, keep_existing=True) as temporary:
         temporary.mkdir()
         if package is None:
             print("Fetching flare-game (123 MB) by apt-get download", flush=True)

@@ -97,7 +97,7 @@ def _fetch(folder: Path) -> None:
     """Write MNIST's files to a new folder."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     print("Fetching the handwritten digits of MNIST (11 MB)", flush=True)
-    with atomic_path(folder) as partial:
+    with atomic_path(folder, keep_existing=True) as partial:
         fetched = partial / "fetched"
         fetched.mkdir(parents=True)
         try:

@@ -1,6 +1,7 @@
 """Base class of the encoders that run in `transformers`."""
 
 import logging
+import sys
 import warnings
 from abc import abstractmethod
 from functools import cached_property
@@ -47,6 +48,10 @@ class HuggingFaceTextEncoder(TextEncoder):
 
     @cached_property
     def _model(self) -> "PreTrainedModel":
+        from transformers.utils import logging as transformers_logging
+
+        if not sys.stderr.isatty():  # a progress bar fills a log
+            transformers_logging.disable_progress_bar()
         return self._load_model().eval().requires_grad_(False)
 
     @torch.inference_mode()
