@@ -121,6 +121,7 @@ class LitVQVAE(LightningModule):
             total = total + terms["generator"] + terms["discriminator"]
         terms["loss"] = total
         self.log_dict({f"train/{name}": x.detach() for name, x in terms.items()}, batch_size=len(video))
+        self.log("loss", total.detach(), prog_bar=True, logger=False, batch_size=len(video))
         return total
 
     def on_validation_epoch_start(self) -> None:

@@ -111,6 +111,11 @@ OPTIMIZERS = {
 }
 
 
+def test_the_progress_shows_the_loss(tmp_path):
+    trainer = fit(module(), 3, tmp_path)
+    assert trainer.progress_bar_metrics["loss"] == trainer.callback_metrics["train/loss"].item() > 0
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_the_size_of_the_discriminators_gradients_does_not_change_the_generators_step(tmp_path, optimizer):
     states = []
