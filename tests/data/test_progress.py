@@ -16,6 +16,6 @@ def test_lines_in_place_of_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
         bar.update(2)
         bar.update(1)
     lines = capsys.readouterr().err.split("\n")
-    assert lines[:2] == ["packing 0/3, ? left", "packing 2/3 shard, 00:00 left"]
+    assert lines[:2] == ["packing 0/3, ? left", "packing 2/3, 00:00 left"]
     assert "packing 3/3, 00:00 left" in lines
     assert not any("\r" in line for line in lines)
