@@ -23,6 +23,14 @@ logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 """torchao, which transformers imports, calls a function that PyTorch warns about."""
 
 
+def hide_bar_in_logs() -> None:
+    """Let transformers draw no bar of loaded weights where the standard error is no terminal."""
+    from transformers.utils.logging import disable_progress_bar
+
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+
+
 class HuggingFaceTextEncoder(TextEncoder):
     """Text encoder with a tokenizer and a model of `transformers`.
 
@@ -48,10 +56,6 @@ class HuggingFaceTextEncoder(TextEncoder):
 
     @cached_property
     def _model(self) -> "PreTrainedModel":
-        from transformers.utils import logging as transformers_logging
-
-        if not sys.stderr.isatty():  # a progress bar fills a log
-            transformers_logging.disable_progress_bar()
         return self._load_model().eval().requires_grad_(False)
 
     @torch.inference_mode()

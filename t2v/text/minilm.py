@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from t2v.errors import UserError, check_range
-from t2v.text.huggingface import HuggingFaceTextEncoder
+from t2v.text.huggingface import HuggingFaceTextEncoder, hide_bar_in_logs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,6 +55,7 @@ class MiniLMTextEncoder(HuggingFaceTextEncoder):
         folder = _weights_folder()
         from transformers import AutoModel
 
+        hide_bar_in_logs()
         model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=self.dtype)
         model.encoder.layer = model.encoder.layer[: self.layers]
         return model

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from t2v.errors import UserError
-from t2v.text.huggingface import HuggingFaceTextEncoder
+from t2v.text.huggingface import HuggingFaceTextEncoder, hide_bar_in_logs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, T5Config
@@ -56,4 +56,5 @@ class T5TextEncoder(HuggingFaceTextEncoder):
         config = self._config
         from transformers import T5EncoderModel
 
+        hide_bar_in_logs()
         return T5EncoderModel.from_pretrained(self.path_or_name, config=config, dtype=self.dtype)

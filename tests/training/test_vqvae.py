@@ -102,6 +102,11 @@ class ScaleDiscriminators(Callback):
             parameter.grad.mul_(self.factor)
 
 
+def test_the_progress_shows_the_loss(tmp_path):
+    trainer = fit(module(), 3, tmp_path)
+    assert trainer.progress_bar_metrics["loss"] == trainer.callback_metrics["train/loss"].item() > 0
+
+
 OPTIMIZERS = {
     "AdamW": torch.optim.AdamW,
     "fused AdamW": partial(torch.optim.AdamW, fused=True),
@@ -109,11 +114,6 @@ OPTIMIZERS = {
     "Muon": MuonAdamW,
     "bitsandbytes' 8-bit AdamW": partial(bitsandbytes.optim.AdamW8bit, min_8bit_size=64),
 }
-
-
-def test_the_progress_shows_the_loss(tmp_path):
-    trainer = fit(module(), 3, tmp_path)
-    assert trainer.progress_bar_metrics["loss"] == trainer.callback_metrics["train/loss"].item() > 0
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
