@@ -118,26 +118,42 @@ class GenerationEvaluation(MetricsReport):
         if self._describe_run(trainer)["seed"] is None:
             raise UserError("seed_everything is not set, without which the report would not be comparable: set it.")
         self._network = I3D(self.frames)
-        if self.judge is not None:
-            self.judge.prepare()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write nothing after ``validate``."""
+
+    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Open the clips and read the first of each, so that a mistake is reported before the likelihoods are computed.
+
+        Raises:
+            UserError: If there are too few clips, or clips without what the attributes or the judge need.
+        """
+        self._real, self._training = real, training = [self._open(path, pl_module) for path in (self.val, self.train)]
+        ranks, available = trainer.world_size, min(len(real), len(training))
+        if available < max(2, ranks):
+            raise UserError(
+                f"{len(real)} clips in '{self.val}' and {len(training)} in '{self.train}' are too few: at least 2, and "
+                "one for each rank, are needed."
+            )
+        if self.clips is not None and self.clips > available:
+            raise UserError(
+                f"clips={self.clips} is more than there are: '{self.val}' has {len(real)} clips and '{self.train}' "
+                f"{len(training)}; lower clips of GenerationEvaluation, or leave it out to compare {available}."
+            )
+        self._count = (self.clips or available) // ranks * ranks
+        _check_probe_clips(self.probe_clips, self._count)
+        for clips in (training, real):
+            _, _, [metadata] = self._load(clips, np.zeros(1, dtype=int))
+        if self.judge is not None:
+            self.judge.truth(metadata)
+            self.judge.prepare()
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Generate and measure."""
         nll = pl_module.loss.compute().item()
         values = {"nll": nll, "nll_fraction": nll / math.log(pl_module.model.vocab_size)}
         self._network.to(pl_module.device)
-        real, training = (self._open(path, pl_module) for path in (self.val, self.train))
-        ranks = trainer.world_size
-        count = min(self.clips or len(real), len(real), len(training)) // ranks * ranks
-        if count < max(2, ranks):
-            raise UserError(
-                f"{len(real)} clips in '{self.val}' and {len(training)} in '{self.train}' are too few: at least 2, and "
-                "one for each rank, are needed."
-            )
-        _check_probe_clips(self.probe_clips, count)
+        real, training, count, ranks = self._real, self._training, self._count, trainer.world_size
         fitted = min(self.probe_clips or count, len(training)) // ranks * ranks
         mine = slice(trainer.global_rank, None, ranks)
         measured = _Measured()

@@ -79,9 +79,14 @@ class DigitsJudge(ClipJudge):
         return _name([(digit, _motion(maps[:, digit])) for digit in found])
 
     def truth(self, metadata: Mapping[str, Any]) -> dict[str, str]:
-        parts = [(int(metadata["digit"]), str(metadata["motion"]))]
-        if self.digits == 2:
-            parts.append((int(metadata["second_digit"]), str(metadata["second_motion"])))
+        prefixes = ["", "second_"][: self.digits]
+        try:
+            parts = [(int(metadata[f"{prefix}digit"]), str(metadata[f"{prefix}motion"])) for prefix in prefixes]
+        except KeyError as error:
+            raise UserError(
+                f"A clip's metadata has no {error}: the judge needs clips that `python -m data.examples.moving_digits "
+                f"OUT --digits {self.digits}` wrote."
+            ) from None
         return _name(sorted(parts))
 
     def _train(self) -> None:

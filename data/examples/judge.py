@@ -21,4 +21,8 @@ class ClipJudge(ABC):
 
     @abstractmethod
     def truth(self, metadata: Mapping[str, Any]) -> dict[str, str]:
-        """Return what a real clip with this metadata shows, as `recognize` would name it."""
+        """Return what a real clip with this metadata shows, as `recognize` would name it.
+
+        Raises:
+            UserError: If the metadata is that of other data.
+        """

@@ -1,9 +1,11 @@
 """``test`` of stage 2: videos for held-out captions, beside reconstructions and real clips."""
 
 import json
+import re
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn.modules.module import register_module_forward_hook
 
 from callbacks import GenerationEvaluation
 from t2v.errors import UserError
@@ -46,3 +48,28 @@ def test_settings_that_measure_nothing_are_refused():
         GenerationEvaluation("test.json", "train", "val", probe_clips=9)
     with pytest.raises(UserError, match="probe_clips=9 is less than the 10 clips"):
         GenerationEvaluation("test.json", "train", "val", attributes=["colour"], clips=10, probe_clips=9)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["clips=500"], r"clips=500 is more than there are: .* has 8 clips and .* 24;"),
+        (["attributes=[color]"], r"has no color in its metadata, which has .*colour"),
+        (["train=nowhere"], r"No shards .* in 'nowhere'"),
+        (["probe_clips=3"], r"probe_clips=3 is less than the 8 clips"),
+        (["judge=data.examples.digits_judge.DigitsJudge", "judge.weights=judge.safetensors"], r"has no 'digit'"),
+    ],
+)
+def test_a_wrong_setting_is_reported_before_anything_is_computed(copy_pipeline, flags, message, capsys):
+    pipeline, passes = copy_pipeline(), []
+    flags = [f"--trainer.callbacks.{each}" for each in ("frames=9", *flags)]
+    hook = register_module_forward_hook(lambda module, *_: passes.append(module))
+    try:
+        with pytest.raises(SystemExit):
+            pipeline.cli("test", "transformer", "--ckpt_path", "last", "--model.generation.frames=9", *flags)
+    finally:
+        hook.remove()
+    assert re.search(message, capsys.readouterr().err)
+    assert not passes
+    assert not (pipeline.run / "transformer/test.json").exists()
+    assert not (pipeline.folder / "judge.safetensors").exists()
