@@ -231,7 +231,7 @@ def test_the_fused_rms_norm_equals_the_public_one():
 
 def test_the_product_of_one_row_equals_the_public_one():
     x, weight = torch.randn(1, 1, 16), torch.randn(24, 16)
-    torch.testing.assert_close(torch_private.linear_row(x, weight), nn.functional.linear(x, weight))
+    torch.testing.assert_close(torch_private.onednn_linear(x, weight), nn.functional.linear(x, weight))
 
 
 def test_the_attention_operators_of_gpus_exist():

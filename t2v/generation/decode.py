@@ -218,24 +218,30 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
         for number, row in enumerate(rows):
             last = self._done[row] + positions - 1
             self._noise.reach(number, self._done[row] // size, min(last // size + 1, self._frames))
-        at = self._position[:, None] + torch.arange(positions, device=self._position.device)
-        frame = (at // size).clamp(max=self._frames - 1)
+        at = self._position[:, None]
         tokens = self._tokens[self._rows]
-        draft = _draft(tokens, at, self._drafted[:, None], self._model.grid_size)
-        tokens.scatter_(1, at % ring, draft)
+        if self._most > 1:
+            at = at + torch.arange(positions, device=at.device)
+            draft = _draft(tokens, at, self._drafted[:, None], self._model.grid_size)
+            tokens.scatter_(1, at % ring, draft)
+        frame = (at // size).clamp(max=self._frames - 1)
 
-        inputs = tokens.repeat(self._branches, 1), self._position.repeat(self._branches)
+        inputs = tokens, self._position
+        if self._branches == 2:
+            inputs = tokens.repeat(2, 1), self._position.repeat(2)
         logits = self._decoder.logits(*inputs, positions, max(self._done[row] for row in rows) + positions)
         by_branch = wide(logits).chunk(self._branches)
         if self._branches == 2:
             with_text, without_text = by_branch
             logits = without_text.lerp(with_text, self._guidance[frame][..., None].to(with_text.dtype))
         noise, temperature = self._noise.at(at), self._temperature[frame][..., None]
-        drawn = self._sampler(*(each.flatten(0, 1) for each in (logits, noise, temperature))).view_as(draft)
+        drawn = self._sampler(*(each.flatten(0, 1) for each in (logits, noise, temperature))).view_as(at)
 
-        right = (drawn == draft).cumprod(dim=1)
-        final = F.pad(right[:, :-1], (1, 0), value=1)  # a token is final if the drafts before it are right
-        failed = final.bool() & ~logits.amax(dim=-1).isfinite()
+        final, failed = torch.ones_like(drawn), ~logits.amax(dim=-1).isfinite()
+        if self._most > 1:
+            right = (drawn == draft).cumprod(dim=1)
+            final = F.pad(right[:, :-1], (1, 0), value=1)  # a token is final if the drafts before it are right
+            failed &= final.bool()
         self._failed = torch.minimum(self._failed, torch.where(failed, frame, self._frames).amin())
         self._tokens[self._rows] = tokens.scatter_(1, at % ring, drawn)
         limit = size * min(self._frames, self._emitted + _LEAD)

@@ -191,7 +191,10 @@ class GumbelNoise:
     def at(self, positions: Int[Tensor, "b n"]) -> Float[Tensor, "b n v"]:
         """Return the noise at raster positions of each video."""
         noise = self._noise.flatten(1, 2)
-        return noise[torch.arange(len(noise), device=noise.device)[:, None], positions % noise.shape[1]]
+        first = noise.shape[1] * torch.arange(len(noise), device=noise.device)[:, None]
+        rows = first + positions % noise.shape[1]
+        selected = noise.flatten(0, 1).index_select(0, rows.flatten())
+        return selected.view(*positions.shape, -1)
 
     def select(self, rows: Sequence[int], index: Int[Tensor, " rows"]) -> None:
         """Keep some videos, whose numbers are given on the host and on the device."""

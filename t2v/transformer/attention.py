@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from t2v.transformer.layers import Linear, RMSNorm
+from t2v.transformer.layers import Linear, RMSNorm, stored
 from t2v.transformer.rope import Rotation
 
 Queries = Float[Tensor, "b heads n head_dim"]
@@ -264,15 +264,19 @@ def grouped_query_attention(
 def row_attention(
     q: Float[Tensor, "b kv_heads groups head_dim"], k: Keys, v: Keys, mask: Bool[Tensor, "b 1 1 m"] | None
 ) -> Float[Tensor, "b kv_heads groups head_dim"]:
-    """Return the attention of one position as matrix products and operations that `torch.compile` fuses.
+    """Return the attention of one position as operations that `torch.compile` fuses.
 
     PyTorch's fused kernels compute a row's keys one block after the other. On an H100 with 8 key heads in bfloat16 they
-    take 86 µs for 4,096 keys and 12 µs for 256, this 16 and 7 µs (`tests/gpu/test_attention.py`).
+    take 86 µs for 4,096 keys and 12 µs for 256, matrix products 16 and 7 µs (`tests/gpu/test_attention.py`). On a CPU
+    the products are written as sums, which take 0.6 (128 keys) to 1.0 (4,096 keys) of the time of a call per product.
     """
-    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5
+    as_sums = q.is_cpu and q.dtype == torch.float32
+    scores = (stored(q)[:, :, :, None] * k[:, :, None]).sum(dim=-1) if as_sums else q @ k.mT
+    scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    y: Tensor = scores.softmax(dim=-1).to(v.dtype) @ v
+    weights = scores.softmax(dim=-1).to(v.dtype)
+    y: Tensor = (stored(weights)[..., None] * v[:, :, None]).sum(dim=-2) if as_sums else weights @ v
     return y
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from t2v.transformer.layers import RMSNorm, SwiGLU
+from t2v.transformer.layers import Linear, RMSNorm, SwiGLU, linear
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,22 @@ def test_swiglu_equals_its_definition_in_double_precision(dtype, tolerance):
     (hidden @ exact[2].t()).backward(gradient.double())
     for found, expected in zip(inputs, exact, strict=True):
         assert ((found.grad.double() - expected.grad) / expected.grad.abs().max()).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+@pytest.mark.parametrize("shape", [(0, 2), (1, 1), (2, 1), (2, 3), (1, 8), (3, 3), (2, 130)], ids=str)
+@pytest.mark.parametrize("width", [24, 512])
+def test_products_of_any_number_of_rows_equal_those_of_pytorch(shape, width, compiled):
+    torch.manual_seed(0)
+    x, weight = torch.randn(*shape, width), torch.randn(width + 4, width)
+    function = torch.compile(linear, dynamic=False) if compiled else linear
+    with torch.inference_mode():
+        found = function(x, weight)
+    torch.testing.assert_close(found, F.linear(x.double(), weight.double()).float(), atol=1e-4, rtol=1e-4)
+
+
+def test_the_product_of_one_row_has_a_gradient():
+    layer, x = Linear(8, 4), torch.randn(1, 1, 8, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad.flatten(), layer.weight.detach().sum(0))
+    torch.testing.assert_close(layer.weight.grad, x.detach()[0].expand(4, 8))
