@@ -8,7 +8,7 @@ with "auto". The limit is the time to read the weights of a token: before and af
 number of times, as one tensor. (The bandwidth of other memory is no limit: on a virtual machine it can differ by 1.9
 times from one allocation to the next.) The model is untrained, so that the noise decides most tokens, whatever the
 drafts are: "auto" needs fewer passes, but says nothing about trained models, which `tests.benchmarks.generate`
-measures.
+measures. With guidance a token is computed with and without the prompt, both in one pass over the weights.
 
 Then, on a small model, time and memory per frame far into a video relative to early frames.
 """
@@ -112,14 +112,16 @@ def speed(rounds: int) -> None:
     prompt = torch.zeros(1, 1, dtype=torch.long)
     settings = {"do_sample": False, "min_new_tokens": TOKENS, "max_new_tokens": TOKENS, "use_cache": True}
 
-    def decode(compiled: bool, parallel: Parallel = 1) -> None:
+    def decode(compiled: bool, parallel: Parallel = 1, guidance: float = 1.0) -> None:
         text_to_video.compiled = compiled
-        text_to_video.generate("a red circle moves left", frames=1, parallel=parallel)
+        text_to_video.generate("a red circle moves left", frames=1, parallel=parallel, guidance=guidance)
 
     jobs: dict[str, Callable[[], object]] = {
         "transformers' Llama, generate": lambda: theirs.generate(prompt, **settings),
         "ours, eager": lambda: decode(compiled=False),
         "ours, compiled": lambda: decode(compiled=True),
+        "ours, eager, guidance": lambda: decode(compiled=False, guidance=3.0),
+        "ours, compiled, guidance": lambda: decode(compiled=True, guidance=3.0),
         "ours, eager, auto": lambda: decode(compiled=False, parallel="auto"),
         "ours, compiled, auto": lambda: decode(compiled=True, parallel="auto"),
     }
