@@ -94,13 +94,13 @@ def linear(x: Float[Tensor, "... d_in"], weight: Float[Tensor, "d_out d_in"]) ->
     oneDNN (AMD EPYC). Compiled code computes up to eight rows itself, in one pass over the weights.
     """
     float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    fast = x.is_cpu and float32 and not torch.is_grad_enabled() and _HAS_ONEDNN
+    fast = x.is_cpu and float32 and not torch.is_grad_enabled()
     if fast and not isinstance(weight, DTensor):
         rows = x.numel() // weight.shape[1]
         if 0 < rows <= _SUMMED_ROWS and torch.compiler.is_compiling():
             each = stored(x.reshape(rows, -1)).unbind()
             return torch.stack([(weight * row).sum(dim=-1) for row in each]).view(*x.shape[:-1], -1)
-        if rows == 1 or (rows <= _FEW_ROWS and weight.numel() >= _LARGE_WEIGHT):
+        if _HAS_ONEDNN and (rows == 1 or (rows <= _FEW_ROWS and weight.numel() >= _LARGE_WEIGHT)):
             return onednn_linear(x, weight)
     return F.linear(x, weight)
 
