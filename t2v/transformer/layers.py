@@ -106,8 +106,12 @@ def linear(x: Float[Tensor, "... d_in"], weight: Float[Tensor, "d_out d_in"]) ->
 
 
 def stored(x: Tensor) -> Tensor:
-    """Return a tensor that compiled code stores, in place of computing its elements anew for each sum over them."""
-    return x.as_strided(x.shape, x.stride())
+    """Return a copy that compiled code stores, in place of computing its elements anew for each sum over them.
+
+    Inductor stores what `as_strided` reads, but ignores the offset of a view (torch 2.14); a copy has none.
+    """
+    copy = x.clone(memory_format=torch.contiguous_format)
+    return copy.as_strided(copy.shape, copy.stride())
 
 
 def local_tensor(weight: Tensor) -> Tensor:

@@ -69,3 +69,14 @@ def test_the_product_of_one_row_has_a_gradient():
     layer(x).sum().backward()
     torch.testing.assert_close(x.grad.flatten(), layer.weight.detach().sum(0))
     torch.testing.assert_close(layer.weight.grad, x.detach()[0].expand(4, 8))
+
+
+def test_compiled_products_of_a_part_of_a_tensor_equal_those_of_pytorch():
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 4, 24), torch.randn(20, 24)
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        return linear(F.rms_norm(x, (24,))[:, 2:3], weight)
+
+    with torch.inference_mode():
+        torch.testing.assert_close(torch.compile(product, dynamic=False)(x), product(x), atol=1e-4, rtol=1e-4)
