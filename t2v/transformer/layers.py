@@ -80,7 +80,7 @@ class Linear(nn.Linear):
         return linear(x, self.weight)
 
 
-_HAS_ONEDNN = torch.backends.mkldnn.is_available()
+_HAS_ONEDNN = torch.backends.mkldnn.is_available()  # where `linear` asked, each call would end a compiled graph
 _SUMMED_ROWS = 8
 """Rows up to which compiled sums of products are faster than a call of a library on a CPU."""
 _FEW_ROWS, _LARGE_WEIGHT = 256, 2**18

@@ -8,7 +8,7 @@ with "auto". The limit is the time to read the weights of a token: before and af
 number of times, as one tensor. (The bandwidth of other memory is no limit: on a virtual machine it can differ by 1.9
 times from one allocation to the next.) The model is untrained, so that the noise decides most tokens, whatever the
 drafts are: "auto" needs fewer passes, but says nothing about trained models, which `tests.benchmarks.generate`
-measures. With guidance a token is computed with and without the prompt, both in one pass over the weights.
+measures. With guidance a token is computed with and without the prompt, both in one pass.
 
 Then, on a small model, time and memory per frame far into a video relative to early frames.
 """
