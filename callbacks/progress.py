@@ -13,13 +13,16 @@ from lightning.pytorch.trainer.states import TrainerFn
 INTERVAL = 15.0
 """Seconds between two lines."""
 RECENT = 100
-"""Units whose median time gives the remaining time. The first is left out: its layers may be compiled."""
+"""Units whose median time gives the remaining time."""
+FEWEST = 4
+"""Units before the remaining time is known. The first is left out, since it starts the workers and compiles; another may
+compile for a second shape, and is not the median."""
 
 
 class ProgressPrinter:
     """Prints lines such as "Step 120/600, loss 0.034, 51 s left", one every `INTERVAL` seconds.
 
-    It prints nothing if the standard output is a terminal, and no remaining time before two units are finished.
+    It prints nothing if the standard output is a terminal, and no remaining time before `FEWEST` units are finished.
 
     Args:
         unit: What is counted.
@@ -52,7 +55,7 @@ class ProgressPrinter:
         parts = [f"{self.unit} {count}/{total:.0f}" if known else f"{self.unit} {count}"]
         for name, value in values().items():
             parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
-        if known and len(self.seconds) > 1:
+        if known and len(self.seconds) >= FEWEST:
             parts.append(f"{_duration(median_low(list(self.seconds)[1:]) * (total - count))} left")
         self.printed, self.line_time = count, now
         print(", ".join(parts), flush=True)

@@ -26,7 +26,7 @@ from t2v.errors import UserError
 from t2v.torch_private import mark_dynamic
 from t2v.transformer.attention import CacheSlots, KVCache, TextKeysValues
 from t2v.transformer.block import Block
-from t2v.transformer.layers import local_tensor
+from t2v.transformer.layers import local_tensor, stored
 from t2v.transformer.model import VideoTransformer
 from t2v.transformer.rope import Rotation, rotation_at
 
@@ -255,7 +255,7 @@ def decode_pass(
     x = x + _previous_frame(model, tokens, axes)
 
     cos, sin = rotation_at(axes, model.rope_dims, model.attention.rope_theta)
-    rotate = Rotation(cos[:, None], sin[:, None])
+    rotate = Rotation(stored(cos)[:, None], stored(sin)[:, None])
     blocks = cast("list[Block]", model.blocks)
     sizes = {block.temporal: cache.size for block, cache in zip(blocks, caches, strict=True)}
     used = {
@@ -296,10 +296,13 @@ def _cache_slots(
     if window is None:
         slots = torch.arange(size, device=at.device)
     last = at[:, -1:]
-    held = last - (last - slots) % size  # the position that each slot holds
+    held = stored(last - (last - slots) % size)  # the position that each slot holds
     query, key = at[:, :, None], held[:, None]
-    near = query // frame_size == key // frame_size if window is None else query - key < window * frame_size
-    return CacheSlots(at % size, ((key >= 0) & (key <= query) & near)[:, None])
+    if window is None:
+        near = (at // frame_size)[:, :, None] == stored(held // frame_size)[:, None]
+    else:
+        near = query - key < window * frame_size
+    return CacheSlots(stored(at % size), stored((key >= 0) & (key <= query) & near)[:, None])
 
 
 _COMPILED: WeakKeyDictionary[VideoTransformer, Callable[..., Any]] = WeakKeyDictionary()

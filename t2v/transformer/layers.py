@@ -106,10 +106,13 @@ def linear(x: Float[Tensor, "... d_in"], weight: Float[Tensor, "d_out d_in"]) ->
 
 
 def stored(x: Tensor) -> Tensor:
-    """Return a copy that compiled code stores, in place of computing its elements anew for each sum over them.
+    """Return a copy that compiled code stores, in place of computing its elements anew wherever they are read.
 
-    Inductor stores what `as_strided` reads, but ignores the offset of a view (torch 2.14); a copy has none.
+    Inductor stores what `as_strided` reads, but ignores the offset of a view (torch 2.14); a copy has none. Code that is
+    not compiled has stored it already, and gets it back.
     """
+    if not torch.compiler.is_compiling():
+        return x
     copy = x.clone(memory_format=torch.contiguous_format)
     return copy.as_strided(copy.shape, copy.stride())
 
@@ -200,10 +203,10 @@ class PreviousFrame(nn.Module):
             tokens: The 3×3 tokens of the previous frame around each position, row by row.
             inside: False beyond the edge of the frame.
         """
-        weight = local_tensor(self.mix.weight).flatten(1).t()
-        x = self.embedding(tokens)
+        weight = stored(local_tensor(self.mix.weight).flatten(1).t())
+        x = self.embedding(stored(tokens))
         exact = torch.promote_types(x.dtype, torch.float32)
-        y: Tensor = (x.to(exact) * weight.to(exact) * inside[..., None]).sum(dim=2)
+        y: Tensor = (x.to(exact) * weight.to(exact) * stored(inside)[..., None]).sum(dim=2)
         return y.to(x.dtype)
 
 
