@@ -4,7 +4,8 @@ With a checkpoint of stage 2, float32, all cores, the sampler and the guidance o
 
 - passes of the transformer per frame, one video at a time, for several numbers of positions in a pass and for other
   drafts than those that are used, and how many videos equal sequential decoding's;
-- time of a batch of 1 and of 16 videos, sequential and parallel in every round, medians;
+- time of the same videos one at a time, the mean of all, and in one batch, sequential and parallel in every round,
+  medians;
 - how many videos of all prompts in one batch equal sequential decoding's, and where the others begin to differ;
 - time and memory per frame far into a long video.
 """
@@ -12,8 +13,6 @@ With a checkpoint of stage 2, float32, all cores, the sampler and the guidance o
 import platform
 import statistics
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -128,27 +127,26 @@ def equality(model: TextToVideo, prompts: list[str]) -> None:
 def times(model: TextToVideo, prompts: list[str], rounds: int) -> None:
     """Print the second table."""
     print("\n| videos | decoding | seconds | relative to sequential | passes |\n|---|---|---|---|---|")
-    for batch in (1, 16):
-        run = partial(generate, model, (prompts * batch)[:batch], 0)
-        jobs: dict[str, Callable[[], Video]] = {
-            "sequential": partial(run, 1),
-            "parallel": partial(run, "auto"),
-        }
+    for batches in ([[prompt] for prompt in prompts], [prompts]):
+        jobs: dict[str, tuple[Parallel, bool]] = {"sequential": (1, False), "parallel": ("auto", False)}
         if compile_error() is None:
-            jobs["sequential, compiled"] = partial(run, 1, compiled=True)
-            jobs["parallel, compiled"] = partial(run, "auto", compiled=True)
+            jobs |= {"sequential, compiled": (1, True), "parallel, compiled": ("auto", True)}
         seconds: dict[str, list[float]] = {name: [] for name in jobs}
         passes = {}
         for each in range(rounds + 1):
-            for name, job in jobs.items():
+            for name, (parallel, compiled) in jobs.items():
                 start = time.perf_counter()
-                passes[name] = job()[1][-1]
+                runs = [generate(model, batch, seed, parallel, compiled=compiled) for seed, batch in enumerate(batches)]
                 if each:  # the first round warms up
-                    seconds[name].append(time.perf_counter() - start)
+                    seconds[name].append((time.perf_counter() - start) / len(batches))
+                passes[name] = statistics.mean(passes_until[-1] for _, passes_until in runs)
         first = statistics.median(seconds["sequential"])
         for name, measured in seconds.items():
             median = statistics.median(measured)
-            print(f"| {batch} | {name} | {median:.2f} | {first / median:.2f}× | {passes[name]} |", flush=True)
+            print(
+                f"| {len(batches[0])} | {name} | {median:.2f} | {first / median:.2f}× | {passes[name]:.1f} |",
+                flush=True,
+            )
 
 
 def long_video(model: TextToVideo, prompt: str, frames: int = 300, near: int = 8) -> None:
@@ -187,7 +185,7 @@ def main(
         checkpoint: Of stage 2.
         tokenizer: Of stage 1.
         prompts: Text file with one prompt per line.
-        videos: Number of prompts of the first table.
+        videos: Number of prompts of the first two tables.
         rounds: Rounds of the second table, after one that warms up.
         timed: Whether to print the other tables too.
         plot: Picture of the passes of the first table, such as an SVG file.
@@ -198,7 +196,7 @@ def main(
     model = TextToVideo.from_checkpoint(checkpoint, tokenizer)
     texts = [line for line in prompts.read_text().splitlines() if line.strip()]
     if timed:
-        times(model, texts, rounds)
+        times(model, texts[:videos], rounds)
         long_video(model, texts[0])
         equality(model, texts)
     passes_per_frame(model, texts[:videos], plot)
