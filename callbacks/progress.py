@@ -15,8 +15,8 @@ INTERVAL = 15.0
 RECENT = 100
 """Units whose median time gives the remaining time."""
 FEWEST = 4
-"""Units before the remaining time is known. The first is left out, since it starts the workers and compiles; another may
-compile for a second shape, and is not the median."""
+"""Units before the remaining time is known. The first is left out, since it starts the workers and compiles; another
+may compile for a second shape, and is not the median."""
 
 
 class ProgressPrinter:

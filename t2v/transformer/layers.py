@@ -108,8 +108,8 @@ def linear(x: Float[Tensor, "... d_in"], weight: Float[Tensor, "d_out d_in"]) ->
 def stored(x: Tensor) -> Tensor:
     """Return a copy that compiled code stores, in place of computing its elements anew wherever they are read.
 
-    Inductor stores what `as_strided` reads, but ignores the offset of a view (torch 2.14); a copy has none. Code that is
-    not compiled has stored it already, and gets it back.
+    Inductor stores what `as_strided` reads, but ignores the offset of a view (torch 2.14); a copy has none. Code that
+    is not compiled has stored it already, and gets it back.
     """
     if not torch.compiler.is_compiling():
         return x
