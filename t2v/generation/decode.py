@@ -28,6 +28,8 @@ _ADAPTATION = 0.2
 """Weight of the last pass in the average of right drafts."""
 _LEAD = 16
 """Frames by which a video may be ahead of the slowest one of its batch."""
+_UNGUIDED = 0.25
+"""Share of the frames without guidance at the end of a video for which a pass with one branch is compiled."""
 
 
 def generate_frames(
@@ -153,13 +155,14 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
         self._emitted = self._first = 0 if start is None else start.shape[1]
         guided = [frame for frame, scale in enumerate(schedules.guidance) if scale != 1.0 and frame >= self._first]
         self._guided_frames = guided[-1] + 1 if guided else 0
-        """Frames up to the last that is guided."""
+        """Frames that passes compute in both branches of guidance: those up to the last that is guided."""
+        if guided and compiled and self._frames - self._guided_frames < _UNGUIDED * (self._frames - self._first):
+            self._guided_frames = self._frames
         self.guided = bool(guided)
-        on_cpu = text.mask.device.type == "cpu"
-        self._adaptive = parallel == "auto" and on_cpu
+        self._parallel: Parallel = parallel
+        self._adaptive = parallel == "auto" and text.mask.device.type == "cpu"
         self._branches = 2 if self._guided_frames else 1  # with text, and without
-        positions = most_positions(parallel, self._branches * self.videos, on_cpu, compiled)
-        self._most = min(positions, self.frame_size * (self._frames - self._first))
+        self._most = self._most_positions(self._branches)
         self._streak = 4.0
         """Average number of drafts at the beginning of a pass that turned out to be right."""
         self._begun = False
@@ -184,8 +187,8 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
 
     def _begin(self) -> None:
         """Put everything that passes need on the device; the host keeps the progress of each video."""
-        model, device, positions, size = self._model, self._text.mask.device, self._most, self.frame_size
-        batch = self.videos
+        model, device, size, batch = self._model, self._text.mask.device, self.frame_size, self.videos
+        positions = self._most_positions(1 if self._guided_frames < self._frames else self._branches)
         text, drop = self._text, None
         if self._guided_frames:
             text, drop = _with_negative(text, self._negative)
@@ -283,11 +286,10 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
     def _leave(self) -> None:
         """Let finished videos leave the batch, and all of them the branch without text after the last guided frame.
 
-        Compiled passes keep their shapes.
+        Compiled passes keep finished videos, so that they are compiled for no other number of them.
         """
-        if self._compiled:
-            return
-        kept = [number for number, row in enumerate(self._all_rows) if self._done[row] < self.frame_size * self._frames]
+        stop = math.inf if self._compiled else self.frame_size * self._frames
+        kept = [number for number, row in enumerate(self._all_rows) if self._done[row] < stop]
         rows = len(self._all_rows)
         unguided = self._branches == 2 and min(self._done) >= self.frame_size * self._guided_frames
         if len(kept) == rows and not unguided:
@@ -301,6 +303,14 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
             each[index] for each in (self._rows, self._position, self._drafted)
         )
         self._all_rows = [self._all_rows[number] for number in kept]
+        if unguided:
+            self._most = self._most_positions(self._branches)
+
+    def _most_positions(self, branches: int) -> int:
+        """Return the most positions of each video that a pass with a number of branches computes."""
+        on_cpu = self._text.mask.device.type == "cpu"
+        positions = most_positions(self._parallel, branches * self.videos, on_cpu, self._compiled)
+        return min(positions, self.frame_size * (self._frames - self._first))
 
     def _check(self, finite: bool) -> None:
         if not finite:

@@ -90,8 +90,9 @@ class KVCache:
             self.values.scatter_(2, along, values)
 
     def select(self, rows: Int[Tensor, " rows"]) -> None:
-        """Keep some rows of the batch."""
-        self.keys, self.values = self.keys[rows], self.values[rows]
+        """Keep some rows of the batch, with the same strides."""
+        kept = (F.pad(each[rows], (0, 0, 0, 1)) for each in (self.keys, self.values))
+        self.keys, self.values = (each[:, :, : self.size] for each in kept)
 
     def read_before(self, position: int) -> tuple[Keys, Keys]:
         """Return the keys and values of the cached positions before `position`, oldest first."""

@@ -73,7 +73,8 @@ class Decoder:
         self._gates = model.gates(torch.arange(model.attention.window, device=self._device))
         self.position = 0
         self._recent: Int[Tensor, "b two_frames"] | None = None
-        self.text = [block.text_attention.project_text(tokens) for block in self._blocks]
+        projected = (block.text_attention.project_text(tokens) for block in self._blocks)
+        self.text = [(keys.contiguous(), values.contiguous()) for keys, values in projected]
         reach = -(-(positions - 1) // self._frame_size)  # frames after the current one
         self.caches = [
             KVCache(self._frame_size * ((model.attention.window if block.temporal else 1) + reach), like=values)
@@ -167,6 +168,7 @@ class Decoder:
 
     def select(self, rows: Int[Tensor, " rows"]) -> None:
         """Keep some videos of the batch and forget the others."""
+        self._graphs.clear()
         self._mask = None if self._mask is None else self._mask[rows]
         self.text = [(keys[rows], values[rows]) for keys, values in self.text]
         for cache in self.caches:
