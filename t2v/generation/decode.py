@@ -18,6 +18,7 @@ from torch import Tensor
 
 from t2v.batch import TextEmbedding, check_token_range
 from t2v.errors import UserError
+from t2v.generation.guidance import check_negative, frames_of_both_branches, with_negative
 from t2v.generation.parallel import Parallel, check_parallel, most_positions, next_positions
 from t2v.generation.sampling import GumbelNoise, Sampler, wide
 from t2v.generation.schedules import Schedule, value_at
@@ -28,8 +29,6 @@ _ADAPTATION = 0.2
 """Weight of the last pass in the average of right drafts."""
 _LEAD = 16
 """Frames by which a video may be ahead of the slowest one of its batch."""
-_UNGUIDED = 0.25
-"""Share of the frames without guidance at the end of a video for which a pass with one branch is compiled."""
 
 
 def generate_frames(
@@ -56,8 +55,8 @@ def generate_frames(
         sampler: Draws the tokens.
         seeds: One seed per video. On one kind of device, a video depends only on its own text, seed and start frames.
         guidance: Guidance scale of classifier-free guidance (https://arxiv.org/abs/2207.12598), a number or a schedule
-            over the frames; 1 is no guidance, larger values follow the text more closely. Other values than 1 double
-            the batch.
+            over the frames; 1 is no guidance, larger values follow the text more closely. From the first
+            to the last frame with another value than 1, a pass computes two rows for each video.
         start: Tokens of the start frames of every video, fewer than `frames`.
         compiled: Whether to compile the decoding pass, see `Decoder`.
         parallel: Tokens of each video that a pass of the transformer computes: 1 is one after the other; "auto" is as
@@ -111,19 +110,6 @@ def check_schedules(sampler: Sampler, guidance: float | Schedule, frames: int) -
     return Schedules(scales, temperatures)
 
 
-def check_negative(scales: Sequence[float]) -> None:
-    """Check that a negative prompt has an effect.
-
-    Args:
-        scales: Guidance scale of each generated frame.
-
-    Raises:
-        UserError: If there is no guidance.
-    """
-    if all(scale == 1.0 for scale in scales):
-        raise UserError("The negative prompt has no effect with guidance=1: raise guidance to 2 to 8, or leave it out.")
-
-
 class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
     """The frames of `generate_frames`; each is generated when it is read.
 
@@ -153,15 +139,11 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
         self._schedules, self._start, self._compiled = schedules, start, compiled
         self._frames, self.frame_size, self.videos = len(schedules.guidance), model.grid_size**2, len(seeds)
         self._emitted = self._first = 0 if start is None else start.shape[1]
-        guided = [frame for frame, scale in enumerate(schedules.guidance) if scale != 1.0 and frame >= self._first]
-        self._guided_frames = guided[-1] + 1 if guided else 0
-        """Frames that passes compute in both branches of guidance: those up to the last that is guided."""
-        if guided and compiled and self._frames - self._guided_frames < _UNGUIDED * (self._frames - self._first):
-            self._guided_frames = self._frames
-        self.guided = bool(guided)
+        self._both = frames_of_both_branches(schedules.guidance, self._first, compiled)
+        self.guided = len(self._both) > 0
         self._parallel: Parallel = parallel
         self._adaptive = parallel == "auto" and text.mask.device.type == "cpu"
-        self._branches = 2 if self._guided_frames else 1  # with text, and without
+        self._branches = 2 if self._first in self._both else 1  # with text, and without
         self._most = self._most_positions(self._branches)
         self._streak = 4.0
         """Average number of drafts at the beginning of a pass that turned out to be right."""
@@ -183,25 +165,26 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
         slot = self.frame_size * self._emitted % self._tokens.shape[1]
         self._emitted += 1
         codes = self._tokens[:, slot : slot + self.frame_size].clone()
-        return codes.view(-1, 1, self._model.grid_size, self._model.grid_size)
+        frame = codes.view(-1, 1, self._model.grid_size, self._model.grid_size)
+        if self.guided and self._emitted <= self._both.start:
+            self._shown.append(frame)
+        return frame
 
     def _begin(self) -> None:
         """Put everything that passes need on the device; the host keeps the progress of each video."""
         model, device, size, batch = self._model, self._text.mask.device, self.frame_size, self.videos
-        positions = self._most_positions(1 if self._guided_frames < self._frames else self._branches)
-        text, drop = self._text, None
-        if self._guided_frames:
-            text, drop = _with_negative(text, self._negative)
-        self._decoder = Decoder(model, text, drop, self._compiled, positions)
+        positions = self._most_positions(1 if len(self._both) < self._frames - self._first else 2)
         self._noise = GumbelNoise(self._seeds, size, model.vocab_size, positions, device)
         self._guidance, self._temperature = (torch.tensor(values, device=device) for values in self._schedules)
         reach = -(-(positions - 1) // size)
         self._tokens = torch.zeros(batch, size * (_LEAD + 2 + reach), dtype=torch.long, device=device)
+        self._shown: list[Int[Tensor, "b t h w"]] = []
+        """Frames before those of both branches, start frames included."""
         if self._start is not None:
-            start = self._start.to(device)
-            self._decoder.prefill(start.repeat(self._branches, 1, 1, 1))
+            self._shown.append(self._start.to(device))
             slot = size * (self._first - 1) % self._tokens.shape[1]
-            self._tokens[:, slot : slot + size] = start[:, -1].flatten(1)
+            self._tokens[:, slot : slot + size] = self._shown[0][:, -1].flatten(1)
+        self._build_decoder(positions)
         self._rows, self._all_rows = torch.arange(batch, device=device), list(range(batch))
         self._done = [size * self._first] * batch
         """Tokens of each video that are final, start frames included."""
@@ -211,8 +194,22 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
         """The first frame with logits that are not finite; the number of frames if there is none."""
         self._begun = True
 
+    def _build_decoder(self, positions: int) -> None:
+        """Build the decoder of the current branches, which begins after the frames so far.
+
+        Args:
+            positions: Most positions that a pass computes, in later passes too.
+        """
+        text, drop = self._text, None
+        if self._branches == 2:
+            text, drop = with_negative(text, self._negative)
+        self._decoder = Decoder(self._model, text, drop, self._compiled, positions)
+        if self._shown:
+            self._decoder.prefill(torch.cat(self._shown, dim=1).repeat(self._branches, 1, 1, 1))
+
     def _pass(self) -> None:
         """Compute the next positions of each video, and keep the tokens that are final."""
+        self._join()
         self._leave()
         size, ring, positions = self.frame_size, self._tokens.shape[1], self._most
         if self._adaptive:
@@ -247,7 +244,8 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
             failed &= final.bool()
         self._failed = torch.minimum(self._failed, torch.where(failed, frame, self._frames).amin())
         self._tokens[self._rows] = tokens.scatter_(1, at % ring, drawn)
-        limit = size * min(self._frames, self._emitted + _LEAD)
+        stop = self._both.start if self._emitted < self._both.start else self._frames
+        limit = size * min(stop, self._emitted + _LEAD)
         reached = (self._position + final.sum(dim=1)).clamp(max=limit)
         if self._scored:
             self._score(by_branch, drawn, self._guidance[frame], at < reached[:, None])
@@ -283,6 +281,14 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
         score = with_text + (guidance - 1) * (with_text - without[0]) if without else with_text
         self.scores.index_add_(0, self._rows, (score * counted).sum(dim=1).to(self.scores.dtype))
 
+    def _join(self) -> None:
+        """Begin the branch without text before the first guided frame, where all videos wait for each other."""
+        if self._branches == 1 and self._emitted == self._both.start < self._frames:
+            self._branches = 2
+            self._build_decoder(self._most)
+            self._most = self._most_positions(2)
+            self._shown.clear()
+
     def _leave(self) -> None:
         """Let finished videos leave the batch, and all of them the branch without text after the last guided frame.
 
@@ -291,7 +297,7 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
         stop = math.inf if self._compiled else self.frame_size * self._frames
         kept = [number for number, row in enumerate(self._all_rows) if self._done[row] < stop]
         rows = len(self._all_rows)
-        unguided = self._branches == 2 and min(self._done) >= self.frame_size * self._guided_frames
+        unguided = self._branches == 2 and min(self._done) >= self.frame_size * self._both.stop
         if len(kept) == rows and not unguided:
             return
         self._branches = 1 if unguided else self._branches
@@ -365,19 +371,3 @@ def _check_start(model: VideoTransformer, start: Int[Tensor, "_ t h w"], batch: 
     check_token_range(
         start, model.vocab_size, "tokenize the start frames with the VQ-VAE that the transformer was trained with."
     )
-
-
-def _with_negative(text: TextEmbedding, negative: TextEmbedding | None) -> tuple[TextEmbedding, Bool[Tensor, " rows"]]:
-    """Return the texts of both branches of guidance, and which of them are replaced by "no text"."""
-    batch = len(text.mask)
-    if negative is None:
-        both = TextEmbedding(*(tensor.repeat(2, *[1] * (tensor.ndim - 1)) for tensor in text))
-        return both, torch.arange(2 * batch, device=text.mask.device) >= batch
-    length = max(text.mask.shape[1], negative.mask.shape[1])
-    padded = [
-        (F.pad(each.tokens, (0, 0, 0, length - each.mask.shape[1])), F.pad(each.mask, (0, length - each.mask.shape[1])))
-        for each in (text, negative)
-    ]
-    tokens, mask = (torch.cat(parts) for parts in zip(*padded, strict=True))
-    drop = torch.cat([torch.zeros_like(negative.mask[:, 0]), ~negative.mask.any(1)])
-    return TextEmbedding(tokens, mask), drop

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from t2v.errors import UserError
 from t2v.generation.candidates import check_candidates
-from t2v.generation.decode import check_negative, check_schedules
+from t2v.generation.decode import check_schedules
+from t2v.generation.guidance import check_negative
 from t2v.generation.parallel import Parallel, check_parallel
 from t2v.generation.quantization import Weights
 from t2v.generation.sampling import Sampler

@@ -64,6 +64,16 @@ def test_a_frame_with_guidance_1_is_unguided(transformer):
     assert not torch.equal(plain[:, 3:], late[:, 3:])
 
 
+def test_only_guided_frames_are_computed_without_text_too(transformer):
+    rows = []
+    hook = transformer.norm.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    try:
+        video(transformer, texts(), 5, GREEDY, [0, 0, 0], Interval(3.0, 0.5, 0.75))
+    finally:
+        hook.remove()
+    assert rows == 8 * [3] + 8 * [6] + 4 * [3]
+
+
 def test_with_guidance_0_the_text_has_no_effect(transformer):
     one, other = (video(transformer, single_text(i), 4, GREEDY, [0], guidance=0.0) for i in (0, 1))
     assert torch.equal(one, other)
