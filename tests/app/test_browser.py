@@ -23,6 +23,7 @@ def browser() -> Iterator[Browser]:
 def test_the_page_to_play_with(page, model, browser, tmp_path):
     """Fields whose value is a schedule, or that are not set, are empty, and the model's own settings hold."""
     browser.open_page(page)
+    browser.until(lambda: browser.count("#sampler button"))
     browser.find("#sampler button").click()
     browser.until(lambda: browser.count("#top-p input"))
     assert [browser.find(f"#{name} input").get_attribute("value") for name in FIELDS] == [""] * len(FIELDS)
