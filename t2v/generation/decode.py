@@ -55,8 +55,8 @@ def generate_frames(
         sampler: Draws the tokens.
         seeds: One seed per video. On one kind of device, a video depends only on its own text, seed and start frames.
         guidance: Guidance scale of classifier-free guidance (https://arxiv.org/abs/2207.12598), a number or a schedule
-            over the frames; 1 is no guidance, larger values follow the text more closely. From the first
-            to the last frame with another value than 1, a pass computes two rows for each video.
+            over the frames; 1 is no guidance, larger values follow the text more closely. From the first to the last
+            frame with another value than 1, a pass computes two rows for each video.
         start: Tokens of the start frames of every video, fewer than `frames`.
         compiled: Whether to compile the decoding pass, see `Decoder`.
         parallel: Tokens of each video that a pass of the transformer computes: 1 is one after the other; "auto" is as
@@ -140,9 +140,11 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
         self._frames, self.frame_size, self.videos = len(schedules.guidance), model.grid_size**2, len(seeds)
         self._emitted = self._first = 0 if start is None else start.shape[1]
         self._both = frames_of_both_branches(schedules.guidance, self._first, compiled)
+        """Frames that passes compute with and without text."""
         self.guided = len(self._both) > 0
         self._parallel: Parallel = parallel
-        self._adaptive = parallel == "auto" and text.mask.device.type == "cpu"
+        self._on_cpu = text.mask.device.type == "cpu"
+        self._adaptive = parallel == "auto" and self._on_cpu
         self._branches = 2 if self._first in self._both else 1  # with text, and without
         self._most = self._most_positions(self._branches)
         self._streak = 4.0
@@ -179,7 +181,7 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
         reach = -(-(positions - 1) // size)
         self._tokens = torch.zeros(batch, size * (_LEAD + 2 + reach), dtype=torch.long, device=device)
         self._shown: list[Int[Tensor, "b t h w"]] = []
-        """Frames before those of both branches, start frames included."""
+        """The frames before `_both`, start frames included, which the branch without text reads when it begins."""
         if self._start is not None:
             self._shown.append(self._start.to(device))
             slot = size * (self._first - 1) % self._tokens.shape[1]
@@ -314,8 +316,7 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
 
     def _most_positions(self, branches: int) -> int:
         """Return the most positions of each video that a pass with a number of branches computes."""
-        on_cpu = self._text.mask.device.type == "cpu"
-        positions = most_positions(self._parallel, branches * self.videos, on_cpu, self._compiled)
+        positions = most_positions(self._parallel, branches * self.videos, self._on_cpu, self._compiled)
         return min(positions, self.frame_size * (self._frames - self._first))
 
     def _check(self, finite: bool) -> None:

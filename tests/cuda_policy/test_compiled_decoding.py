@@ -42,16 +42,17 @@ def check_graphs() -> None:
     model = transformer().eval()
     cases = [(2, words, frames, 1.0) for words, frames in ((7, 3), (1, 1), (13, 12), (32, 2), (77, 5))]
     guided = [(1, 3, 5, guidance) for guidance in (3.0, Linear(3.0, 1.0), Interval(2.0, 0.2, 0.9))]
-    half = [(1, 3, 4, Interval(2.0, *ends)) for ends in ((0.0, 0.5), (0.6, 1.0))]  # the other one in one branch
+    # Half of the frames or all of them are computed with text only.
+    partly = [(1, 3, 4, guidance) for guidance in (Interval(2.0, 0.0, 0.5), Interval(2.0, 0.6, 1.0), 1.0)]
     with patch("torch.compile", partial(torch.compile, backend=backend)):
         generated = []
         for case in [*cases, *guided]:  # 2 videos, and 1 in 2 branches
             generated.append(tokens(model, *case, compiled=True))
             assert len(graphs) == 1, len(graphs)
-        for case in [*half, (1, 3, 4, 1.0)]:  # 1 in one branch
+        for case in partly:  # 1 in one branch
             generated.append(tokens(model, *case, compiled=True))
             assert len(graphs) == 2, len(graphs)
-    for case, compiled in zip([*cases, *guided, *half, (1, 3, 4, 1.0)], generated, strict=True):
+    for case, compiled in zip([*cases, *guided, *partly], generated, strict=True):
         assert torch.equal(tokens(model, *case, compiled=False), compiled)
 
 
