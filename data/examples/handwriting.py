@@ -61,8 +61,11 @@ def load_handwriting(path: Path | None = None) -> Handwriting:
         if not path.exists():
             _fetch(path)
         for name, expected in SHA256.items():
-            if sha256(_find(path, name)) != expected:
-                raise UserError(f"{path / name} is not MNIST's, as its sha256 differs: delete the folder {path}.")
+            if not (path / name).is_file() or sha256(path / name) != expected:
+                raise UserError(
+                    f"{path / name} is missing, or not MNIST's, as its sha256 differs: delete the folder {path}, so "
+                    "that it is fetched again."
+                )
     train, held_out = (_read(path, part) for part in ("train", "t10k"))
     return Handwriting(train, held_out)
 

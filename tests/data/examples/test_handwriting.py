@@ -78,9 +78,11 @@ def test_mnist_is_fetched_once_and_verified(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("Fetching") == 1
     cached = tmp_path / "cache/t2v/mnist"
     assert {path.name for path in cached.iterdir()} == set(expected)
-    (cached / "t10k-images-idx3-ubyte").write_bytes(b"damaged")
-    with pytest.raises(UserError, match="t10k-images-idx3-ubyte is not MNIST's, as its sha256 differs: delete"):
-        load_handwriting()
+    images = cached / "t10k-images-idx3-ubyte"
+    for damage in (lambda: images.write_bytes(b"damaged"), images.unlink):
+        damage()
+        with pytest.raises(UserError, match="t10k-images-idx3-ubyte is missing, or not MNIST's.* delete the folder"):
+            load_handwriting()
     shutil.rmtree(cached)
     assert int(load_handwriting().train[0].max()) == 20
 
