@@ -81,7 +81,7 @@ def test_mnist_is_fetched_once_and_verified(tmp_path, monkeypatch, capsys):
     images = cached / "t10k-images-idx3-ubyte"
     for damage in (lambda: images.write_bytes(b"damaged"), images.unlink):
         damage()
-        with pytest.raises(UserError, match="t10k-images-idx3-ubyte is missing, or not MNIST's.* delete the folder"):
+        with pytest.raises(UserError, match=r"t10k-images-idx3-ubyte is missing, or not MNIST's.* delete the folder"):
             load_handwriting()
     shutil.rmtree(cached)
     assert int(load_handwriting().train[0].max()) == 20
