@@ -61,11 +61,8 @@ def load_handwriting(path: Path | None = None) -> Handwriting:
         if not path.exists():
             _fetch(path)
         for name, expected in SHA256.items():
-            if not (path / name).is_file() or sha256(path / name) != expected:
-                raise UserError(
-                    f"{path / name} is missing, or not MNIST's, as its sha256 differs: delete the folder {path}, so "
-                    "that it is fetched again."
-                )
+            if sha256(_find(path, name, advice=f"delete the folder {path}")) != expected:
+                raise UserError(f"{path / name} is not MNIST's, as its sha256 differs: delete the folder {path}.")
     train, held_out = (_read(path, part) for part in ("train", "t10k"))
     return Handwriting(train, held_out)
 
@@ -89,10 +86,10 @@ def _read(folder: Path, part: str) -> Images:
     return [pictures[digits == digit] for digit in range(10)]
 
 
-def _find(folder: Path, name: str) -> Path:
+def _find(folder: Path, name: str, advice: str = _ADVICE) -> Path:
     found = next(iter(sorted(folder.rglob(name))), None)
     if found is None:
-        raise UserError(f"There is no file {name} in '{folder}': {_ADVICE}.")
+        raise UserError(f"There is no file {name} in '{folder}': {advice}.")
     return found
 
 

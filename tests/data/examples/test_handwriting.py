@@ -79,10 +79,12 @@ def test_mnist_is_fetched_once_and_verified(tmp_path, monkeypatch, capsys):
     cached = tmp_path / "cache/t2v/mnist"
     assert {path.name for path in cached.iterdir()} == set(expected)
     images = cached / "t10k-images-idx3-ubyte"
-    for damage in (lambda: images.write_bytes(b"damaged"), images.unlink):
-        damage()
-        with pytest.raises(UserError, match=r"t10k-images-idx3-ubyte is missing, or not MNIST's.* delete the folder"):
-            load_handwriting()
+    images.write_bytes(b"damaged")
+    with pytest.raises(UserError, match="t10k-images-idx3-ubyte is not MNIST's, as its sha256 differs: delete"):
+        load_handwriting()
+    images.unlink()
+    with pytest.raises(UserError, match=f"There is no file t10k-images-idx3-ubyte in '{cached}': delete the folder"):
+        load_handwriting()
     shutil.rmtree(cached)
     assert int(load_handwriting().train[0].max()) == 20
 
