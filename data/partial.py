@@ -40,9 +40,9 @@ def begin_or_continue(partial: Path, path: Path, settings: Settings) -> None:
 
 def differences(stored: Settings, settings: Settings) -> str:
     """Return in words which settings differ."""
-    names = [name for name, value in settings.items() if name not in stored or stored[name] != value]
+    names = [name for name in {**stored, **settings} if stored.get(name) != settings.get(name)]
     return ", ".join(
-        "the videos or their captions" if name == "source" else f"{name} ({stored.get(name)}, now {settings[name]})"
+        "the videos or their captions" if name == "source" else f"{name} ({stored.get(name)}, now {settings.get(name)})"
         for name in names
     )
 

@@ -12,6 +12,7 @@ import io
 import json
 import posixpath
 import tarfile
+import unicodedata
 from collections import defaultdict
 from contextlib import ExitStack
 from pathlib import Path
@@ -86,6 +87,8 @@ def _check(shards: ShardSet) -> None:
     remote = [sample.shard for sample in shards.samples if "://" in shards.address(sample)]
     if remote:
         raise UserError(f"'{remote[0]}' is not on this machine: copy the shards, change them, and copy them back.")
+    if shards.unpacked:
+        raise UserError(f"'{next(iter(shards.unpacked.values()))}' is compressed: unpack it, and change that tar.")
     if any("tokens.npy" in sample.members for sample in shards.samples):
         raise UserError(
             f"'{shards.path}' holds tokens with the embeddings of their captions: change the captions of the video "
@@ -107,7 +110,7 @@ def _read_captions(table: CaptionTable, dropped: list[Dropped]) -> dict[str, lis
         cleaned = [clean_caption(text, Filters(max_words=None)) for text in row.captions]
         captions = [text for text, reason in cleaned if reason is None]
         if captions:
-            found[posixpath.normpath(row.name)] += captions
+            found[_spelling(row.name)] += captions
         else:
             dropped.append(Dropped(row.name, None, "no caption"))
     return {name: list(dict.fromkeys(captions)) for name, captions in found.items()}
@@ -119,7 +122,12 @@ def _names(shards: ShardSet, sample: Sample) -> list[str]:
     if not sample.flaw:
         source = read_metadata(shards.read(sample, "json")).get("source")
         names += [source] if isinstance(source, str) else []
-    return names
+    return [_spelling(name) for name in names]
+
+
+def _spelling(name: str) -> str:
+    """Return a name without "./", and with composed accents."""
+    return unicodedata.normalize("NFC", posixpath.normpath(name))
 
 
 def _rewrite(shard: str, path: Path, changes: list[_Change]) -> None:

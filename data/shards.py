@@ -95,6 +95,7 @@ class ShardSet:
         skipped: Members that form no sample: truncated, with a key that occurs twice, a link, or a name that leads out
             of the folder; and shards that are no tar or empty, or a link to nothing. They are never read.
         sources: For each shard, which of the paths it belongs to.
+        unpacked: For each shard that is the unpacked copy of a compressed tar, the path of that tar.
 
     Raises:
         UserError: If a path has no shard, or no shard can be read.
@@ -109,6 +110,7 @@ class ShardSet:
         self._filesystems: dict[tuple[int, str], AbstractFileSystem] = {}
         self._addresses: dict[str, str] = {}
         self.sources: dict[str, int] = {}
+        self.unpacked: dict[str, str] = {}
         self.skipped: list[SkippedSample] = []
         try:
             for source, each in enumerate(paths):
@@ -192,7 +194,9 @@ class ShardSet:
                 if shard != root and (reason := _no_file(filesystem, shard)):
                     self.skipped.append(SkippedSample("", shard, reason))
                 elif _without_query(shard).lower().endswith(tuple(COMPRESSIONS)):
-                    found.setdefault(os.fspath(unpack(filesystem, shard)), "")
+                    copy = os.fspath(unpack(filesystem, shard))
+                    found.setdefault(copy, "")
+                    self.unpacked[copy] = shard
                 else:
                     found.setdefault(shard, address)
         if not found:
@@ -335,8 +339,11 @@ def _members(entry: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
 def _expand(path: str) -> list[str]:
     """Return the addresses that a path with `::` and braces stands for, after a check that fsspec opens them.
 
-    `::` joins several paths, as in WebDataset, but not the parts of fsspec's chains such as `simplecache::s3://…`.
+    A path that exists stands for itself. `::` joins several paths, as in WebDataset, but not the parts of fsspec's
+    chains such as `simplecache::s3://…`.
     """
+    if Path(path).exists():
+        return [path]
     parts: list[str] = []
     for part in path.split("::"):
         if parts and parts[-1].partition("://")[0] in _CHAINED:

@@ -34,8 +34,8 @@ def atomic_path(path: str | Path, keep_existing: bool = False) -> Iterator[Path]
     process id, so that processes do not write to each other's.
 
     Args:
-        path: The file or folder to write. Its folder must exist. A file replaces an older file; a folder replaces an
-            empty one.
+        path: The file or folder to write. Its folder must exist. A file replaces an older file or link; a folder
+            replaces an empty one, also where a link leads.
         keep_existing: Whether a folder that another process has written meanwhile stays in place of this one, as in a
             cache, where both are equal; by default it is an error.
 
@@ -43,6 +43,8 @@ def atomic_path(path: str | Path, keep_existing: bool = False) -> Iterator[Path]
         OSError: If the folder cannot be written to or the disk is full.
     """
     path = Path(path)
+    if path.is_symlink() and not path.is_file():  # a link to a folder, which a folder cannot replace
+        path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     remove(temporary)
     try:

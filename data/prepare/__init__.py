@@ -12,6 +12,7 @@ command continues. The shards are equal byte for byte, whatever the number of wo
 the shards are complete, the clips take their space twice.
 """
 
+import os
 import shutil
 import sys
 from collections import Counter
@@ -114,6 +115,10 @@ def prepare(
     clip_format = ClipFormat(sizes, fps, frames, scenes, filters, timeout, stride, max_clips)
     if out.name in ("", ".."):
         raise UserError(f"'{out}' cannot be the output folder: name a new folder.")
+    if os.path.ismount(out):
+        raise UserError(f"'{out}' is the root of a disk, which cannot be the output folder: name a new folder in it.")
+    if out.is_symlink():  # to a larger disk, where the work should be too
+        out = Path(os.path.realpath(out))
     partial = out.with_name(f"{out.name}.partial")
     with _continuable(partial):
         table = CaptionTable(captions, path_column, caption_column)

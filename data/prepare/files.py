@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from stat import S_ISREG
 from typing import NamedTuple
+from urllib.parse import unquote
 
 import fsspec
 from fsspec.core import split_protocol
@@ -20,7 +21,7 @@ class File(NamedTuple):
     name: str
     """Its path relative to the source, with slashes."""
     path: Path | str
-    """Its path on this machine without links, or its address."""
+    """Its absolute path on this machine, or its address."""
     size: int = 0
     """Bytes."""
 
@@ -33,6 +34,11 @@ class File(NamedTuple):
     def stem(self) -> str:
         """The name without its folder and its last extension."""
         return self.name.rpartition("/")[2].rpartition(".")[0]
+
+    @property
+    def real_path(self) -> Path | str:
+        """The path without links, or the address: two names of one file have the same."""
+        return Path(os.path.realpath(self.path)) if isinstance(self.path, Path) else self.path
 
     def read(self) -> bytes:
         """Return the content of the file.
@@ -53,7 +59,9 @@ def is_remote(source: str) -> bool:
 
 
 def list_files(source: str, dropped: list[Dropped]) -> list[File]:
-    """Return the files in a folder and the folders in it, by name; a file that is linked several times is listed once.
+    """Return the files in a folder and the folders in it, by name; a folder that is linked several times is read once.
+
+    Hidden folders, and those of an interrupted run of this command, are left out.
 
     Args:
         source: The folder.
@@ -62,11 +70,7 @@ def list_files(source: str, dropped: list[Dropped]) -> list[File]:
     Raises:
         UserError: If there is no such folder.
     """
-    files = _list_remote(source) if is_remote(source) else _list_local(Path(source), dropped)
-    unique: dict[Path | str, File] = {}
-    for file in sorted(files):
-        unique.setdefault(file.path, file)
-    return list(unique.values())
+    return sorted(_list_remote(source) if is_remote(source) else _list_local(Path(source), dropped))
 
 
 def local_copy(file: File, folder: Path) -> Path:
@@ -95,7 +99,7 @@ def _list_local(source: Path, dropped: list[Dropped]) -> list[File]:
     files = []
     seen: set[str] = set()
     for root, folders, names in os.walk(source, followlinks=True, onerror=name_unreadable):
-        folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not _is_partial(Path(root, name)))
         if os.path.realpath(root) in seen:  # a link to a folder that is listed already
             folders.clear()
             continue
@@ -112,8 +116,13 @@ def _list_local(source: Path, dropped: list[Dropped]) -> list[File]:
             if not S_ISREG(status.st_mode):
                 dropped.append(Dropped(File(relative, path).shown, None, "no file (a pipe or a device)"))
                 continue
-            files.append(File(relative, Path(os.path.realpath(path)), status.st_size))
+            files.append(File(relative, path.absolute(), status.st_size))
     return files
+
+
+def _is_partial(folder: Path) -> bool:
+    """Return whether an interrupted run has left a folder."""
+    return folder.suffix == ".partial" and (folder / "prepare.json").exists()
 
 
 def _list_remote(source: str) -> list[File]:
@@ -125,8 +134,9 @@ def _list_remote(source: str) -> list[File]:
     if not found:
         raise UserError(f"There are no files at '{source}': correct the address; a server must list its folders.")
     prefix = root.rstrip("/") + "/"
+    as_name = unquote if "http" in filesystem.protocol else str
     files = [
-        File(path.removeprefix(prefix), filesystem.unstrip_protocol(path), info.get("size") or 0)
+        File(as_name(path.removeprefix(prefix)), filesystem.unstrip_protocol(path), info.get("size") or 0)
         for path, info in found.items()
         if not path.endswith("/")
     ]

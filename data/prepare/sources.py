@@ -15,6 +15,7 @@ import posixpath
 import re
 import tempfile
 import unicodedata
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -37,6 +38,12 @@ CAPTION_FILES = (
     *(captions for captions, _ in LINE_FILES),
 )
 """Names of caption tables, in order of preference; other names are used only if there is a single table."""
+_TYPES = mimetypes.MimeTypes()
+"""The types of files that Python knows, the same on all machines."""
+_PREVIEWS = (".lrv", ".lrf")
+"""Files of small copies that cameras write beside their videos, under other names."""
+RESERVED = ("caption", "captions", "source", "start", "frames", "fps", "height", "width", "flaws")
+"""Entries of a sample's json that this command writes."""
 NO_CAPTIONS = "none"
 """Value of `captions` that prepares the videos without captions."""
 
@@ -143,7 +150,11 @@ def _find_rows(
     if not videos:
         pictures = sum(_is_image(file.name) for file in files)
         hint = f"; its {pictures} pictures give clips of one frame: --frames 1" if pictures and not images else ""
-        raise UserError(f"No videos in '{source}': none of its {len(files)} files is a video or a shard (.tar){hint}.")
+        if nested := next((file.shown for file in files if is_shard(file.name)), None):
+            hint = f"; shards such as {nested} are read from the folder that they are in"
+        raise UserError(
+            f"No videos in '{source}': none of its {len(files)} files is a video, or a shard (.tar) directly in it{hint}."
+        )
     if captions == NO_CAPTIONS:
         return [Row(file.shown, [], {}, file) for file in videos], ""
     names = f"the columns {table.path_column or 'path'} and {table.caption_column or 'caption'}"
@@ -169,7 +180,7 @@ def _no_effect(options: list[str], cause: str) -> UserError:
 
 def _is_shards(source: str) -> bool:
     """Return whether a source is one or several shards by its name, not a folder."""
-    return (is_shard(source) and not Path(source).is_dir()) or "::" in source or bool(re.search(r"[{*\[]", source))
+    return not Path(source).is_dir() and (is_shard(source) or "::" in source or bool(re.search(r"[{*\[]", source)))
 
 
 def _is_image(name: str) -> bool:
@@ -177,8 +188,14 @@ def _is_image(name: str) -> bool:
 
 
 def _find_videos(files: list[File], images: bool) -> list[File]:
-    """Return the files that are videos by their name, or by their content if their name has no known extension."""
-    videos = [file for file in files if is_video(file.name) or _is_unnamed_video(file)]
+    """Return the files that are videos by their name, or by their content if their name has no known extension.
+
+    Files beside a video of the same name belong to it, such as notes or a camera's previews.
+    """
+    videos = [file for file in files if is_video(file.name)]
+    stems = {posixpath.splitext(file.name)[0] for file in videos}
+    others = [file for file in files if not is_video(file.name) and posixpath.splitext(file.name)[0] not in stems]
+    videos += [file for file in others if _is_unnamed_video(file)]
     if images:
         stems = {file.name.rpartition(".")[0] for file in videos}
         videos += [file for file in files if _is_image(file.name) and file.name.rpartition(".")[0] not in stems]
@@ -187,13 +204,13 @@ def _find_videos(files: list[File], images: bool) -> list[File]:
 
 def _is_unnamed_video(file: File) -> bool:
     suffix = file.name.rpartition("/")[2].rpartition(".")[2].lower()
-    if not isinstance(file.path, Path) or f".{suffix}" in (*TABLE_SUFFIXES, *SHARD_SUFFIXES):
+    if not isinstance(file.path, Path) or f".{suffix}" in (*TABLE_SUFFIXES, *SHARD_SUFFIXES, *_PREVIEWS):
         return False
-    if mimetypes.guess_type(f"x.{suffix}")[0] or file.name.rpartition("/")[2].startswith(".") or not file.size:
+    if _TYPES.guess_type(f"x.{suffix}")[0] or file.name.rpartition("/")[2].startswith(".") or not file.size:
         return False
     try:
         probe(file.path)
-    except DecodeError:
+    except (DecodeError, PermissionError):
         return False
     return True
 
@@ -239,12 +256,15 @@ def _is_text(name: str) -> bool:
 def _rows_of_table(source: str, videos: list[File], table: CaptionTable, dropped: list[Dropped]) -> list[Row]:
     """Return the rows of a table, and one without a caption for each video that it does not name."""
     by_name = _by_spelling((file.name, file) for file in videos)
-    by_path = {file.path: file for file in videos}
+    by_path = {file.real_path: file for file in videos}
     by_id: defaultdict[str, list[File]] = defaultdict(list)
     for file in videos:
         by_id[_composed(file.stem)].append(file)
     rows = []
-    for name, captions, extra, is_id, segments in read_table(table, dropped):
+    replaced: set[str] = set()
+    for name, captions, columns, is_id, segments in read_table(table, dropped):
+        extra = {column: value for column, value in columns.items() if column not in RESERVED}
+        replaced |= columns.keys() - extra.keys()
         if is_id:
             found = by_id.get(_composed(name), [])
             if len(found) > 1:
@@ -255,6 +275,12 @@ def _rows_of_table(source: str, videos: list[File], table: CaptionTable, dropped
         else:
             match = _spelt(by_name, posixpath.normpath(name)) or _find_file(source, name, by_path)
         rows.append(Row(match.shown if match else name, captions, extra, match, None, segments))
+    if replaced:
+        warnings.warn(
+            f"The columns {', '.join(sorted(replaced))} of '{table.path}' are left out, since the json of a clip has "
+            "entries of its own with these names: rename the columns to keep them.",
+            stacklevel=2,
+        )
     named = {row.file for row in rows}
     return rows + [Row(file.shown, [], {}, file) for file in videos if file not in named]
 
@@ -279,13 +305,12 @@ def _find_file(source: str, name: str, by_path: dict[Path | str, File]) -> File 
     if is_remote(source):
         return by_path.get(name)
     try:
-        path = Path(os.path.realpath(Path(source, name)))
+        path = Path(source, name).absolute()
         size = path.stat().st_size if path.is_file() else None
     except (OSError, ValueError):  # such as a name that is too long
         return None
-    if path in by_path:
-        return by_path[path]
-    return None if size is None else File(name, path, size)
+    file = File(name, path, size or 0)
+    return by_path.get(file.real_path) or (None if size is None else file)
 
 
 def _rows_of_text_files(files: list[File], videos: list[File], dropped: list[Dropped]) -> Iterator[Row]:
@@ -334,7 +359,7 @@ def _check(rows: Iterable[Row], filters: Filters, captioned: bool, dropped: list
     """Return the videos that exist and have a caption, each once; append the others to `dropped`."""
     merged: dict[Any, Row] = {}
     for row in rows:
-        key = (row.file.path, row.offset) if row.file else row.name
+        key = (row.file.real_path, row.offset) if row.file else row.name
         first = merged.setdefault(key, row)
         if first is not row:
             first.captions.extend(row.captions)

@@ -118,7 +118,7 @@ def cut_video(
 def _as_clip(path: Path, info: VideoInfo, clip_format: ClipFormat) -> UInt8[Tensor, "t c h w"] | None:
     """Return the frames of a file that already is exactly one clip; None if it is not."""
     fits = (info.frames, info.height, info.width) == (clip_format.frames, *clip_format.size_of(info))
-    if path.suffix.lower() != ".mp4" or not fits or abs(info.fps - clip_format.fps) >= 1e-3 or not is_plain(path):
+    if not _is_mp4(path) or not fits or abs(info.fps - clip_format.fps) >= 1e-3 or not is_plain(path):
         return None
     frames: list[UInt8[Tensor, "c h w"]] = []
     for time, frame in stream_frames(path):
@@ -127,6 +127,12 @@ def _as_clip(path: Path, info: VideoInfo, clip_format: ClipFormat) -> UInt8[Tens
             return None
         frames.append(frame)
     return torch.stack(frames) if len(frames) == clip_format.frames else None
+
+
+def _is_mp4(path: Path) -> bool:
+    """Return whether a file is an mp4, by its name and by its content: shards of others may have any video as mp4."""
+    with path.open("rb") as file:
+        return path.suffix.lower() == ".mp4" and file.read(8)[4:] == b"ftyp"
 
 
 def _group(frames: Iterable[TimedFrame], clip_format: ClipFormat, size: tuple[int, int]) -> Iterator[VideoClip]:

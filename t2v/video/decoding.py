@@ -38,6 +38,8 @@ Source = bytes | str | Path | BufferedIOBase
 
 MAX_PIXELS = 2**25
 """Largest frame that is decoded, height times width: 8K video, 100 MB as RGB."""
+_TEXT_FORMATS = ("adf", "bin", "idf", "tty", "xbin")
+"""FFmpeg's formats that show text, of any file with some extensions, as pictures of characters."""
 _MARKS = "crccheck+bitstream+buffer+explode"
 """Errors at which FFmpeg's decoders stop instead of hiding the damage."""
 _FRAME_PER_PACKET = ("av1", "h264", "hevc", "libdav1d", "vp9")
@@ -298,6 +300,8 @@ def open_video(source: Source) -> Iterator[OpenVideo]:
     except (av.FFmpegError, ValueError, IndexError) as error:
         raise DecodeError(_reason(error)) from error
     with container:
+        if container.format.name in _TEXT_FORMATS:
+            raise DecodeError("it is text")
         streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
         stream = next(iter(streams), None)
         if stream is None or stream.codec_context is None:

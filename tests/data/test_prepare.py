@@ -1,13 +1,18 @@
 import csv
 import importlib.util
 import json
+import os
 import re
 import sys
+import threading
 import tomllib
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from data.captions import read_metadata
 from data.examples.footage import copy_footage
 from data.prepare import prepare
 from data.shards import ShardSet
@@ -171,6 +176,42 @@ def test_invalid_folders(source, tmp_path):
     (tmp_path / "shard-000000.tar").touch()
     with pytest.raises(UserError, match="exists already"):
         prepare_small(source, tmp_path)
+
+
+def test_the_output_may_be_a_link_to_another_disk(source, tmp_path, monkeypatch):
+    (tmp_path / "disk/folder").mkdir(parents=True)
+    out = tmp_path / "link"
+    for target in ("disk/folder", "disk/none"):
+        out.symlink_to(tmp_path / target)
+        prepare_small(source, out)
+        assert len(ShardSet(out)) == len(ShardSet(tmp_path / target)) == 3
+        assert out.is_symlink()
+        prepare_small(source, out)  # complete already
+        out.unlink()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "disk")
+    with pytest.raises(UserError, match=r"disk' is the root of a disk"):
+        prepare_small(source, tmp_path / "disk")
+
+
+def test_a_setting_that_only_an_earlier_run_had_is_named(source, tmp_path):
+    prepare_small(source, tmp_path / "out", stride=2)
+    with pytest.raises(UserError, match=r"what differs: stride \(2, now None\)"):
+        prepare_small(source, tmp_path / "out")
+
+
+def test_names_over_http_are_those_of_the_files(make, tmp_path):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    names = ["\u00e9 a.mp4", "100%.mp4"]
+    for name in names:
+        write_mp4(folder / name, make.numbered(4), fps=8.0)
+    write_captions(folder, [(names[0], "one"), (names[1], "two")])
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        prepare_small(f"http://127.0.0.1:{server.server_port}/", tmp_path / "out")
+        server.shutdown()
+    shards = ShardSet(tmp_path / "out")
+    assert [read_metadata(shards.read(sample, "json"))["source"] for sample in shards.samples] == names
 
 
 def test_a_wrong_argument_gives_one_sentence_and_status_2(source, tmp_path):

@@ -1,3 +1,4 @@
+import gzip
 import json
 
 import pytest
@@ -66,3 +67,16 @@ def test_nothing_changes_after_an_error(make, tmp_path, tokens):
     assert (shards / "shard-000000.tar").read_bytes() == content["shard-000000.tar"]
     with pytest.raises(UserError, match="run predict of stage 1 again"):
         recaption(str(tokens), table)
+    with (shards / "shard-000000.tar").open("rb") as tar, gzip.open(tmp_path / "other.tar.gz", "wb") as compressed:
+        compressed.write(tar.read())
+    with pytest.raises(UserError, match=r"other\.tar\.gz' is compressed: unpack it"):
+        recaption(str(tmp_path / "other.tar.gz"), table)
+
+
+def test_names_may_be_spelt_in_several_ways(make, tmp_path):
+    samples = [{**make.video("./a"), "json": {}}, {**make.video("cafe\u0301"), "json": {}}]
+    shards = make.shards(tmp_path / "shards", samples)
+    table = tmp_path / "table.csv"
+    table.write_text("path,caption\na,one\ncaf\u00e9.mp4,two\n")
+    recaption(str(shards), table)
+    assert [txt for txt, _ in texts(shards).values()] == ["one", "two"]

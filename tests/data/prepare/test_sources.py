@@ -15,6 +15,7 @@ from data.prepare.filters import Filters
 from data.prepare.sources import digest, find_videos
 from data.prepare.tables import CaptionTable
 from t2v.errors import UserError
+from t2v.video import encode_mp4
 
 
 @pytest.fixture
@@ -219,3 +220,58 @@ def test_ambiguous_sources(folder):
     (folder / "00000.tar").touch()
     with pytest.raises(UserError, match=r"contains both 3 videos and 1 shards"):
         find(folder)
+
+
+def test_links_to_one_file_are_one_video_with_the_captions_of_both_names(tmp_path):
+    store, folder = tmp_path / "store", tmp_path / "videos"
+    store.mkdir()
+    folder.mkdir()
+    for name in ("one", "two", "text"):
+        (store / name).write_text(name)
+    for name, stored in {"a.mp4": "one", "b.mp4": "two", "c.mp4": "two", "a.txt": "text", "b.txt": "text"}.items():
+        (folder / name).symlink_to(store / stored)
+    (folder / "c.txt").write_text("another text")
+    videos, dropped = find(folder)
+    assert captions_by_name(videos) == {"a.mp4": ["text"], "b.mp4": ["text", "another text"]}
+    assert not dropped
+    assert [video.path.name for video in videos] == ["a.mp4", "b.mp4"]  # the suffix says what they are
+    (folder / "captions.csv").write_text("path,caption\na.mp4,one\nc.mp4,two\n")
+    assert captions_by_name(find(folder)[0]) == {"a.mp4": ["one"], "c.mp4": ["two"]}
+
+
+def test_files_that_belong_to_videos_are_not_footage(folder, make):
+    (folder / "captions.csv").write_text("path,caption\na.mp4,one\nother,two\n")
+    preview = encode_mp4(make.numbered(8), 8.0)
+    for name in ("a.LRX", "GL01.LRV", "other"):
+        (folder / name).write_bytes(preview)
+    (folder / "read.nfo").write_text("a long text\n" * 4000)
+    (folder / "out.partial/clips").mkdir(parents=True)
+    (folder / "out.partial/prepare.json").write_text("{}")
+    (folder / "out.partial/clips/000000.clips").write_bytes(preview)
+    videos, dropped = find(folder)
+    assert captions_by_name(videos) == {"a.mp4": ["one"], "other": ["two"]}
+    assert [drop.source for drop in dropped] == ["b.webm", "part/c.mp4"]
+
+
+def test_columns_with_names_of_the_json_of_a_clip_are_left_out(folder):
+    rows = [{"path": "a.mp4", "summary": "one", "captions": ["other text"], "start": 12.5, "views": 3}]
+    as_json_lines(folder / "table.jsonl", rows)
+    with pytest.warns(UserWarning, match="The columns captions, start of .* are left out"):
+        videos, _ = find_videos(folder, CaptionTable(folder / "table.jsonl", caption_column="summary"), Filters())
+    assert (videos[0].captions, videos[0].extra) == (["one"], {"views": 3})
+
+
+@pytest.mark.parametrize("name", ["clips [HD]", "clips {raw}", "a::b", "clips.tar"])
+def test_a_folder_with_the_characters_of_a_pattern(name, tmp_path):
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "a.mp4").write_bytes(b"video")
+    (folder / "a.txt").write_text("a caption")
+    assert captions_by_name(find(folder)[0]) == {"a.mp4": ["a caption"]}
+
+
+def test_shards_in_a_folder_of_the_source_are_named(tmp_path):
+    (tmp_path / "sub").mkdir()
+    write_tar(tmp_path / "sub/x.tar", {"0.mp4": b"video", "0.txt": b"a caption"})
+    with pytest.raises(UserError, match=r"shards such as sub/x\.tar are read from the folder that they are in"):
+        find(tmp_path)
