@@ -273,7 +273,14 @@ class T2VCLI(LightningCLI):
         trainer.loggers = [logger for logger in trainer.loggers if logger not in unwritable]
 
     def after_instantiate_classes(self) -> None:
-        """Save the config of the model in every checkpoint, including nested modules."""
+        """Save the config of the model in every checkpoint, including nested modules.
+
+        Raises:
+            UserError: If the command would measure nothing.
+        """
+        limit = {"validate": "limit_val_batches", "test": "limit_test_batches"}.get(str(self.subcommand))
+        if limit and not getattr(self.trainer, limit):
+            raise UserError(f"trainer.{limit}=0 leaves nothing to measure: raise it, or leave it out.")
         config = self.config_dump["model"]
         self.model.save_hyperparameters(
             {
@@ -288,11 +295,13 @@ class T2VCLI(LightningCLI):
         """Print the command that uses the trained model, or that trains on if the time was up."""
         if not self.trainer.global_step:  # there is no checkpoint
             return
-        if self.trainer.checkpoint_callback is not None and ended_by_time(self.trainer):
+        if not any(getattr(saver, "save_last", None) for saver in self.trainer.checkpoint_callbacks):
+            return
+        if ended_by_time(self.trainer):
             command = [*self._other_args, "--ckpt_path", "last", "--trainer.max_time", "null"]
             print(f"Next         python cli.py {shlex.join(command)}")
             return
-        if self.trainer.checkpoint_callback is not None and is_overridden("predict_dataloader", self.datamodule):
+        if is_overridden("predict_dataloader", self.datamodule):
             command = [*self._other_args, "--ckpt_path", "last"]
             command[command.index("fit")] = "predict"
             if not getattr(self.datamodule, "prompts", True):

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, WeightAveraging
 
 from t2v.checkpoints.lookup import is_local
 from t2v.checkpoints.storage import remove_checkpoint
+from t2v.errors import UserError
 from t2v.files import remove
 from t2v.training.lightning_private import checkpoint_intervals
 
@@ -49,7 +50,18 @@ class LastCheckpoint(Callback):
         trainer.callbacks = [*others, self]  # type: ignore[attr-defined]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Correct the paths of other checkpoints in the state of `ModelCheckpoint` if their folder was moved."""
+        """Correct the paths of other checkpoints in the state of `ModelCheckpoint` if their folder was moved.
+
+        Raises:
+            UserError: If training would go on from the moving average of another run's weights.
+        """
+        averaging = any(isinstance(each, WeightAveraging) for each in trainer.callbacks)  # type: ignore[attr-defined]
+        if trainer.state.fn == "fit" and "current_model_state" in checkpoint and not averaging:
+            raise UserError(
+                "The weights of the checkpoint are a moving average, and this run has no callbacks.EMA, without which "
+                "it would not continue with the weights that were trained: add callbacks.EMA as in the run before, or "
+                "begin a new run with the average by --model.init_from."
+            )
         for saver in trainer.checkpoint_callbacks:
             state = checkpoint.get("callbacks", {}).get(saver.state_key)
             if isinstance(saver, ModelCheckpoint) and state and trainer.ckpt_path:

@@ -139,11 +139,20 @@ def _check_output(output: Path) -> None:
         raise UserError(f"output={output} must be a .mp4 file in a folder that exists: change --output.")
 
 
+def _check_text(arguments: list[str]) -> None:
+    """Check that a command line is text: the system passes bytes that are not UTF-8 as half characters."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{argument!r} is not text in UTF-8: write it in UTF-8.") from error
+
+
 def main() -> None:
     """Parse the command line and run one command.
 
     Raises:
-        SystemExit: With status 2, after one `error:` line on stderr, after a user's mistake.
+        SystemExit: With status 2, after one `error:` line on stderr, after a user's mistake; with 130 after Ctrl-C.
     """
     generate_parser = ArgumentParser(exit_on_error=False, description="Generate one video from text.")
     generate_parser.add_argument(
@@ -159,10 +168,15 @@ def main() -> None:
     commands.add_subcommand("generate", generate_parser, help="generate one video from text")
     commands.add_subcommand("export", export_parser, help="write a trained model into one folder")
     commands.add_subcommand("app", app_parser, help="generate videos in a browser")
-    with exit_on_expected_error():
-        arguments = parser.parse_args(import_modules(sys.argv[1:]))
-        functions: dict[str, Callable[..., None]] = {"generate": generate, "export": export, "app": app}
-        functions[arguments.command](**arguments[arguments.command].as_dict())
+    try:
+        with exit_on_expected_error():
+            _check_text(sys.argv)
+            arguments = parser.parse_args(import_modules(sys.argv[1:]))
+            functions: dict[str, Callable[..., None]] = {"generate": generate, "export": export, "app": app}
+            functions[arguments.command](**arguments[arguments.command].as_dict())
+    except KeyboardInterrupt:
+        sys.stderr.write("\nerror: Interrupted.\n")
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from errno import EACCES, EDQUOT, EFBIG, EIO, EMFILE, ENAMETOOLONG, ENOENT, ENOSPC, EPERM, EROFS
+from numbers import Real
 from textwrap import shorten
 from types import TracebackType
 from typing import Any
@@ -80,17 +81,18 @@ def check_range(owner: object, interval: str, **values: Any) -> None:
     def fits(value: Any) -> bool:
         if isinstance(value, Sequence) and not isinstance(value, str):
             return len(value) > 0 and all(fits(each) for each in value)
-        if not isinstance(value, int | float):
+        if not isinstance(value, Real):
             return True
-        above = value >= low if interval[0] == "[" else value > low
-        return above and (value <= high if interval[-1] == "]" else value < high)
+        number = float(value)
+        above = number >= low if interval[0] == "[" else number > low
+        return above and (number <= high if interval[-1] == "]" else number < high)
 
     wrong = {
         name: list(value) if isinstance(value, tuple) else value for name, value in values.items() if not fits(value)
     }
     if wrong:
         named = " and ".join(f"{name}={value}" for name, value in wrong.items())
-        demand = "not be empty" if [] in wrong.values() else _demand(interval, low, high)
+        demand = "not be empty" if any(type(value) is list and not value for value in wrong.values()) else _demand(interval, low, high)
         finite = " and finite" if math.inf in wrong.values() and math.isfinite(low) else ""
         name = owner if isinstance(owner, str) else type(owner).__name__
         raise UserError(f"{named} must {demand}{finite} ({name}).")
@@ -290,7 +292,14 @@ def _one_line(text: str, limit: int = _LIMIT) -> str:
 
 def parsing_message(error: BaseException) -> str:
     """Return the message of jsonargparse's error on one line, without the types that it tried."""
-    noise = ("Does not validate", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value")
+    noise = (
+        "Does not validate",
+        "Subtypes:",
+        "Errors:",
+        "Expected a <class 'NoneType'>",
+        "Given value",
+        "Expected a path but [",
+    )
     lines = str(error).splitlines()
     meant = [line.partition("Problem with given class_path")[0] for line in lines if "with given class_path" in line]
     other_types = tuple(f"{bullet}Expected a " for bullet in meant if bullet.endswith("- "))  # items of the same list

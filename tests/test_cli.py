@@ -168,6 +168,17 @@ def test_the_next_command_is_printed_and_runs(config, tmp_path, capsys, monkeypa
     assert f"Checkpoint   {last(tmp_path)}" in capsys.readouterr().out
 
 
+def test_no_next_command_without_a_last_checkpoint(config, tmp_path, capsys):
+    main(["fit", *config, "--trainer.callbacks=[]", f"--trainer.default_root_dir={tmp_path}"])
+    assert "Next" not in capsys.readouterr().out
+
+
+def test_a_command_that_would_measure_nothing_is_refused(config, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["validate", *config, "--trainer.limit_val_batches=0"])
+    assert "trainer.limit_val_batches=0 leaves nothing to measure" in capsys.readouterr().err
+
+
 def test_configs_and_flags_override_the_checkpoint(config, tmp_path):
     main(["fit", *config, "--model.network.depth", "2", "--model.scale", "3"])
     flags = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]

@@ -1,6 +1,7 @@
 """`python -m t2v` as a process, and the checkpoints it reads."""
 
 import contextlib
+import os
 import runpy
 import subprocess
 import sys
@@ -9,10 +10,11 @@ from typing import get_type_hints
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 
 import t2v
 from t2v import TextToVideo
-from t2v.__main__ import generate
+from t2v.__main__ import generate, main
 from t2v.errors import UserError
 from t2v.generation.quantization import Weights
 from t2v.text import MiniLMTextEncoder
@@ -118,6 +120,22 @@ def test_an_output_that_cannot_be_written_is_one_error_line(exported, error_line
     assert error_line("generate", exported, "a red circle", "-o", "/proc/out.mp4").startswith(
         "Cannot write output=/proc/out.mp4 ("
     )
+
+
+def test_bytes_that_are_not_utf8_are_one_error_line(exported, tmp_path, error_line):
+    for words in (("generate", exported, os.fsdecode(b"a \xff circle")), ("export", "x", os.fsdecode(b"bad\xff"))):
+        assert "is not text in UTF-8" in error_line(*words, cwd=tmp_path)
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["t2v", "generate", "model", "a red circle"])
+    monkeypatch.setattr(ArgumentParser, "parse_args", interrupt)
+    with pytest.raises(SystemExit, match="130"):
+        main()
+    assert capsys.readouterr().err == "\nerror: Interrupted.\n"
 
 
 def test_a_missing_model_is_one_error_line(tmp_path, error_line):

@@ -153,7 +153,7 @@ def _find_rows(
         if nested := next((file.shown for file in files if is_shard(file.name)), None):
             hint = f"; shards such as {nested} are read from the folder that they are in"
         raise UserError(
-            f"No videos in '{source}': none of its {len(files)} files is a video, or a shard (.tar) directly in it{hint}."
+            f"No videos in '{source}': none of its {len(files)} files is a video, or a shard (.tar) of its own{hint}."
         )
     if captions == NO_CAPTIONS:
         return [Row(file.shown, [], {}, file) for file in videos], ""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, PyTorchModelHubMixin, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from t2v.errors import UserError, reason_of
@@ -30,7 +30,10 @@ class HubModel(PyTorchModelHubMixin):
         """Write the weights and their hash, readable for whom the umask allows; safetensors allows the user alone."""
         path = save_directory / WEIGHTS
         _hash_path(path).unlink(missing_ok=True)
-        super()._save_pretrained(save_directory)
+        try:
+            super()._save_pretrained(save_directory)
+        except SafetensorError as error:  # such as a full disk
+            raise OSError(str(error)) from error
         allow_by_umask(path)
         _hash_path(path).write_text(f"{sha256(path)}  {path.name}\n")
 

@@ -177,7 +177,9 @@ class FrameStream(Iterator[Int[Tensor, "b 1 h w"]]):
         model, device, size, batch = self._model, self._text.mask.device, self.frame_size, self.videos
         positions = self._most_positions(1 if len(self._both) < self._frames - self._first else 2)
         self._noise = GumbelNoise(self._seeds, size, model.vocab_size, positions, device)
-        self._guidance, self._temperature = (torch.tensor(values, device=device) for values in self._schedules)
+        self._guidance, self._temperature = (
+            torch.tensor(values, dtype=torch.float32, device=device) for values in self._schedules
+        )
         reach = -(-(positions - 1) // size)
         self._tokens = torch.zeros(batch, size * (_LEAD + 2 + reach), dtype=torch.long, device=device)
         self._shown: list[Int[Tensor, "b t h w"]] = []

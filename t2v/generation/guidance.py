@@ -24,7 +24,10 @@ def check_negative(scales: Sequence[float]) -> None:
         UserError: If there is no guidance.
     """
     if all(scale == 1.0 for scale in scales):
-        raise UserError("The negative prompt has no effect with guidance=1: raise guidance to 2 to 8, or leave it out.")
+        raise UserError(
+            "The negative prompt has no effect with guidance=1 in all generated frames: raise guidance to 2 to 8, or "
+            "leave it out."
+        )
 
 
 def frames_of_both_branches(guidance: Sequence[float], first: int, compiled: bool) -> range:

@@ -170,7 +170,8 @@ class GumbelNoise:
         self._frames = 1 + -(-(positions - 1) // frame_size)
         self._next = [0] * len(seeds)
         self._generator = torch.Generator(device)
-        self._noise = torch.zeros(len(seeds), self._frames, frame_size, vocab_size, device=device)
+        shape = len(seeds), self._frames, frame_size, vocab_size
+        self._noise = torch.zeros(shape, dtype=torch.float32, device=device)
 
     def reach(self, row: int, first: int, stop: int) -> None:
         """Draw the noise of frames of a video that it was not drawn for yet; no pass asks for earlier ones again.

@@ -55,13 +55,17 @@ class GenerationSettings:
         if self.frames < 1:
             raise UserError(f"generation.frames={self.frames} must be at least 1.")
         check_parallel(self.parallel, "generation.parallel")
-        schedules = check_schedules(self.sampler, self.guidance, self.frames)
-        guided = any(scale != 1.0 for scale in schedules.guidance)
-        check_candidates(self.candidates, guided, "generation.candidates")
+        scales = check_schedules(self.sampler, self.guidance, self.frames).guidance
+        check_candidates(self.candidates, self.guided, "generation.candidates")
         if self.negative_prompt:
-            check_negative(schedules.guidance)
+            check_negative(scales)
         if self.start is not None:
             self._check_start_frames()
+
+    @property
+    def guided(self) -> bool:
+        """Whether there is guidance in any frame."""
+        return any(scale != 1.0 for scale in check_schedules(self.sampler, self.guidance, self.frames).guidance)
 
     def check_prompts(self, starts: Sequence[str | None] | None, negatives: Sequence[str | None] | None) -> None:
         """Check that the options of prompts fit the settings.
@@ -76,7 +80,7 @@ class GenerationSettings:
         starting = any(start is not None for start in starts or [])
         if starting:
             self._check_start_frames()
-        if any(negatives or []):
+        if any(self.negative_prompts(negatives, len(negatives or [None]))):
             scales = check_schedules(self.sampler, self.guidance, self.frames).guidance
             check_negative(scales[self.start_frames if starting or self.start is not None else 0 :])
 

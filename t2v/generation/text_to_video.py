@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from numbers import Integral
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,9 @@ class TextToVideo:
     ) -> None:
         check_parts(transformer, vqvae, text_encoder)
         self.transformer, self.vqvae, self.text_encoder = transformer.eval(), vqvae.eval(), text_encoder
-        self.fps, self.frames, self.candidates = fps, frames, candidates
-        self.sampler, self.guidance = sampler or Sampler(), guidance
-        self.compiled = compiled
+        self.fps, self.frames, self.candidates = float(fps), index(frames), index(candidates)
+        self.sampler, self.compiled = sampler or Sampler(), compiled
+        self.guidance = guidance if isinstance(guidance, Schedule) else float(guidance)
         self.prompts, self.training = list(prompts), dict(training or {})
 
     @property
@@ -172,10 +173,9 @@ class TextToVideo:
             compiled=self.compiled,
             parallel=parallel,
         )
-        seeds = [int(seed) + i for i in range(batch)] if isinstance(seed, int | Integral) else seed
+        seeds = [int(seed) + i for i in range(batch)] if isinstance(seed, int | Integral) else [int(s) for s in seed]
         negative = self._embed_negative(negative_prompt, batch)
-        numbers = [int(each) for each in seeds]
-        tokens = best_of(candidates, self.candidates, generate, text, numbers, start_tokens, negative)
+        tokens = best_of(candidates, self.candidates, generate, text, seeds, start_tokens, negative)
         return VideoStream(self.vqvae, tokens, start_tokens)
 
     def embed(self, prompts: str | Sequence[str]) -> TextEmbedding:
@@ -213,13 +213,16 @@ class TextToVideo:
     def _encode(self, start: Shaped[Tensor, "*shape"], batch: int) -> Int[Tensor, "{batch} t h w"]:
         """Return the tokens of the start frames of each video."""
         size = self.vqvae.image_size
+        if not isinstance(start, Tensor):
+            raise UserError(
+                f"start is {type(start).__name__}, but must be a tensor: use torch.from_numpy or read_clip."
+            )
         if not 3 <= start.ndim <= 5 or start.dtype != torch.uint8 or start.shape[-3:] != (3, size, size):
             raise UserError(
                 f"start is {str(start.dtype).removeprefix('torch.')} of shape {tuple(start.shape)}, but must be uint8 "
                 f"with last dimensions (3, {size}, {size}): read it with t2v.video.read_clip, or resize it."
             )
-        missing_dims = 5 - start.ndim
-        clips = start[(None,) * missing_dims].to(self.device)
+        clips = start[(None,) * (5 - start.ndim)].to(self.device)
         if len(clips) not in (1, batch):
             raise UserError(f"start has {len(clips)} clips for {batch} prompts: give one for all, or one per prompt.")
         if clips.shape[1] == 0:

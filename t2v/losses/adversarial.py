@@ -12,6 +12,8 @@
   https://arxiv.org/abs/2210.13438).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from t2v.batch import Video
-from t2v.errors import check_range
+from t2v.errors import UserError, check_range
 
 
 class AdversarialLoss(nn.Module):
@@ -28,7 +30,7 @@ class AdversarialLoss(nn.Module):
     Args:
         weight: Norm of the term's gradient at the reconstruction, as a fraction of that of all other terms.
         start_step: First training step that uses the term; before it, the reconstruction should become recognizable.
-        channels: Channels of the discriminators' first layer, a multiple of 4.
+        channels: Channels of the discriminators' first layer, at least 4 and a multiple of 4.
         layers: Number of layers that halve the size, at least 1; a patch is about 2^(layers + 3) pixels wide.
         betas: Decay rates of Adam's moments for the discriminators, in [0, 1).
 
@@ -46,11 +48,29 @@ class AdversarialLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_range(self, "[0, inf)", weight=weight, start_step=start_step)
-        check_range(self, "[1, inf)", channels=channels, layers=layers)
+        check_range(self, "[4, inf)", channels=channels)
+        check_range(self, "[1, inf)", layers=layers)
+        if channels % 4:
+            raise UserError(f"channels={channels} must be a multiple of 4 (AdversarialLoss).")
         check_range(self, "[0, 1)", betas=betas)
-        self.weight, self.start_step, self.betas = weight, start_step, betas
+        self.weight, self.start_step, self.betas, self.layers = weight, start_step, betas, layers
         self.frames = PatchDiscriminator(2, channels, layers)
         self.clips = PatchDiscriminator(3, channels, layers)
+
+    def check_size(self, pixels: int) -> None:
+        """Check that frames are large enough for the layers.
+
+        Args:
+            pixels: Height and width of a frame.
+
+        Raises:
+            UserError: If they are not.
+        """
+        if pixels < 3 * 2**self.layers:  # three positions are left for the last two convolutions
+            raise UserError(
+                f"layers={self.layers} needs frames of at least {3 * 2**self.layers} pixels, but these have {pixels}: "
+                "lower layers (AdversarialLoss)."
+            )
 
     def generator_loss(self, reconstruction: Video, others: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """Compute the generator's loss, with its adaptive weight.
@@ -77,6 +97,7 @@ class AdversarialLoss(nn.Module):
         self, video: Video
     ) -> tuple[Float[Tensor, "n 1 h_frame w_frame"], Float[Tensor, "b 1 t_clip h_clip w_clip"]]:
         """Return the logits of patches of frames and of clips; above zero means original."""
+        video = video.to(next(self.parameters()).dtype)
         return self.frames(video.flatten(0, 1)), self.clips(video.transpose(1, 2))
 
     def zero_loss(self) -> Float[Tensor, ""]:
@@ -100,7 +121,7 @@ class PatchDiscriminator(nn.Sequential):
             stride = 2 if i < layers - 1 else 1
             blocks += [
                 _convolution(dimensions, widths[i], widths[i + 1], stride),
-                nn.GroupNorm(min(32, widths[i + 1] // 4), widths[i + 1]),
+                nn.GroupNorm(math.gcd(32, widths[i + 1] // 4), widths[i + 1]),
                 nn.LeakyReLU(0.2),
             ]
         super().__init__(*blocks, _convolution(dimensions, widths[-1], 1, stride=1))
@@ -110,4 +131,14 @@ def _convolution(dimensions: int, channels_in: int, channels_out: int, stride: i
     """Return a convolution of 4×4 pixels, in 3D of 3 frames too; only height and width are strided."""
     if dimensions == 2:
         return nn.Conv2d(channels_in, channels_out, 4, stride=stride, padding=1)
-    return nn.Conv3d(channels_in, channels_out, (3, 4, 4), stride=(1, stride, stride), padding=1)
+    return _ClipConvolution(channels_in, channels_out, (3, 4, 4), stride=(1, stride, stride), padding=(0, 1, 1))
+
+
+class _ClipConvolution(nn.Conv3d):
+    """A convolution with a frame of zeros before and after the clip.
+
+    As `padding` of Conv3d, oneDNN's gradient of the weights is wrong in bfloat16 for clips of two frames (torch 2.14).
+    """
+
+    def forward(self, x: Float[Tensor, "b c t height width"]) -> Float[Tensor, "b c_out t h_out w_out"]:
+        return super().forward(F.pad(x, (0, 0, 0, 0, 1, 1)))

@@ -45,8 +45,8 @@ class CodebookUsage(Metric):
             return ""
         return (
             f"The codebook has collapsed: {tokens} tokens use {used} of {size} codes (perplexity {perplexity:.3g}). "
-            "Lower the learning rate, train longer before model.quantize_from_step, or let the quantizer restart "
-            "unused codes (a higher restart_below of VectorQuantizer); FSQuantizer cannot collapse in this way."
+            "Lower the learning rate, train longer before model.quantize_from_step, or give a VectorQuantizer a higher "
+            "restart_below, so that it restarts unused codes."
         )
 
 

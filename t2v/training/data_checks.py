@@ -32,6 +32,20 @@ def warn_of_short_clips(trainer: Trainer, window: int, frames: int) -> None:
         )
 
 
+def warn_of_guidance(caption_dropout: float, guided: bool) -> None:
+    """Warn if videos are generated with guidance by a model that is not trained without captions.
+
+    Args:
+        caption_dropout: Fraction of training clips without their caption.
+        guided: Whether there is guidance.
+    """
+    if guided and not caption_dropout:
+        rank_zero_warn(
+            "model.objective.caption_dropout=0 trains no prediction without text, from which guidance leads away: set "
+            "it to about 0.1, or model.generation.guidance and model.generation.candidates to 1."
+        )
+
+
 def check_fingerprint(fingerprint: dict[str, Any], tokenizer: str, text_encoder: str, source: str) -> None:
     """Check that tokens and text embeddings were made by the networks of a run.
 

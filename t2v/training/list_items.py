@@ -55,7 +55,13 @@ def set_items(config: Namespace, items: list[Item]) -> list[str]:
         node = lists[key][index]
         for part in path:
             node = _inside(node).setdefault(part, {})
-        _inside(node)[last] = yaml.safe_load(value)
+        try:
+            _inside(node)[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(
+                f"--{key}.{index}.{inner} has the value {value}, which is no YAML: close its brackets, or put text "
+                "with a colon in quotes of its own."
+            ) from error
     return [f"--{key}={json.dumps(found, default=str)}" for key, found in lists.items()]
 
 

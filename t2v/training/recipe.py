@@ -136,6 +136,24 @@ def _moved(content: dict[str, Any], folder: Path) -> dict[str, Any]:
     return content
 
 
+class _RepeatedKeyError(Exception):
+    """A mapping of a YAML file has a key twice, of which YAML would forget the first."""
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """A loader of YAML that refuses repeated keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if key.value in lines and key.value != "<<":
+                raise _RepeatedKeyError(f"{key.value} in line {lines[key.value]} and in line {key.start_mark.line + 1}")
+            if isinstance(key, yaml.ScalarNode):
+                lines[key.value] = key.start_mark.line + 1
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
 def _read(value: str) -> dict[str, Any] | None:
     """Return the content of a YAML file or of a config on the command line.
 
@@ -143,11 +161,13 @@ def _read(value: str) -> dict[str, Any] | None:
         None for what is no mapping, which jsonargparse reports, or no file.
 
     Raises:
-        UserError: If a file is not text.
+        UserError: If a file is not text, or has a key twice.
     """
     try:
         text = value if value.lstrip().startswith("{") else Path(value).read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _UniqueKeys)
+    except _RepeatedKeyError as error:
+        raise UserError(f"{value} has the key {error}: put all below it in one place.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{value} is not text in UTF-8 ({error.reason}): give a YAML file.") from error
     except (OSError, ValueError, yaml.YAMLError):

@@ -18,7 +18,7 @@ from t2v.generation.text_to_video import TextToVideo
 from t2v.losses.tokens import token_loss_
 from t2v.metrics import WeightedMean
 from t2v.text import TextEncoder
-from t2v.training.data_checks import check_fingerprint, warn_of_short_clips
+from t2v.training.data_checks import check_fingerprint, warn_of_guidance, warn_of_short_clips
 from t2v.training.lightning_private import trainer_of
 from t2v.training.objective import TokenObjective
 from t2v.training.optimization import configure_optimization
@@ -87,6 +87,7 @@ class LitVideoTransformer(LightningModule):
     def setup(self, stage: str) -> None:
         """Check that the model, the tokenizer, the text encoder and the token shards fit each other."""
         check_parts(self.model, self.tokenizer, self.text_encoder)
+        warn_of_guidance(self.objective.caption_dropout, self.generation.guided)
         if stage != "predict":  # then the checkpoint has the fingerprint
             self.fingerprint = dict(self.trainer.datamodule.fingerprint)  # type: ignore[attr-defined]
             self._check_fingerprint("the token shards")
@@ -180,7 +181,6 @@ class LitVideoTransformer(LightningModule):
             start=start,
             parallel=settings.parallel,
             negative_prompt=settings.negative_prompts(batch.negatives, len(batch.seeds)),
-            candidates=settings.candidates,
         )
         frames = unsharded(self.model, in_context(self.trainer.precision_plugin.forward_context, stream))
         return GeneratedVideos(frames, settings.frames, batch.prompts, batch.names, generator.fps, stream.speed)
@@ -188,8 +188,17 @@ class LitVideoTransformer(LightningModule):
     def _text_to_video(self) -> TextToVideo:
         self.text_encoder.to(self.device)
         fps, settings = float(self.fingerprint["fps"]), self.generation
-        options = settings.sampler, settings.guidance, settings.frames, settings.compiled
-        return TextToVideo(self.model, self.tokenizer, self.text_encoder, fps, *options)
+        return TextToVideo(
+            self.model,
+            self.tokenizer,
+            self.text_encoder,
+            fps,
+            settings.sampler,
+            settings.guidance,
+            settings.frames,
+            settings.compiled,
+            candidates=settings.candidates,
+        )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         return configure_optimization(self, self.model, self.optimizer, self.warmup_steps)

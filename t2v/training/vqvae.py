@@ -39,7 +39,8 @@ class LitVQVAE(LightningModule):
         init_from: Checkpoint whose weights a new run begins with.
 
     Raises:
-        UserError: If an argument is out of range, there is no loss, or two metrics have the same name.
+        UserError: If an argument is out of range, no loss begins at step 0, two losses or metrics have the same name,
+            or the discriminators have more layers than a frame has room for.
     """
 
     def __init__(
@@ -58,15 +59,23 @@ class LitVQVAE(LightningModule):
         check_range(self, "[0, inf)", quantize_from_step=quantize_from_step, warmup_steps=warmup_steps)
         if not losses:
             raise UserError("model.losses is empty, so there is nothing to train on: give it t2v.losses.L1Loss.")
+        if all(term.start_step for term in losses):
+            raise UserError(
+                "All of model.losses begin later than step 0, so there is nothing to train on: start one at 0."
+            )
+        if adversarial is not None:
+            adversarial.check_size(model.image_size)
         self.model = model
         self.adversarial = adversarial
         # In tuples, so that their frozen networks are not in checkpoints and averages.
         self.losses = tuple(losses)
         self.metrics = (PSNR(), SSIM(), Flicker(), *(metrics or []))
-        names = [metric.name for metric in self.metrics]
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        if repeated:
-            raise UserError(f"model.metrics has {', '.join(repeated)} twice, but only one could be logged: remove one.")
+        names_of = {"losses": [term.name for term in losses], "metrics": [metric.name for metric in self.metrics]}
+        for argument, names in names_of.items():
+            if repeated := sorted({name for name in names if names.count(name) > 1}):
+                raise UserError(
+                    f"model.{argument} has {', '.join(repeated)} twice, but only one could be logged: remove one."
+                )
         self.quantize_from_step = quantize_from_step
         self.compiled = compiled
         self.optimizer = optimizer

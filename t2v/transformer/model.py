@@ -152,7 +152,9 @@ class VideoTransformer(nn.Module, HubModel, library_name="t2v"):
         unit = F.normalize(codes.float(), dim=-1).cpu()
         generator = torch.Generator().manual_seed(torch.initial_seed())  # the same for any number of devices
         for weight in (self.token_embedding.weight, self.previous_frame.embedding.weight):
-            projection = torch.randn(unit.shape[1], weight.shape[1], generator=generator, device="cpu")
+            projection = torch.randn(
+                unit.shape[1], weight.shape[1], generator=generator, dtype=unit.dtype, device="cpu"
+            )
             projected = (unit @ projection * _CODE_STD).to(weight.device, weight.dtype)
             if isinstance(weight, DTensor):
                 projected = distribute_tensor(projected, weight.device_mesh, weight.placements)

@@ -224,29 +224,32 @@ def _as_picture(source: Source) -> UInt8[Tensor, "1 c height width"] | None:
     """
     if not isinstance(source, str | Path) or Path(source).suffix.lower() not in _PICTURES:
         return None
-    try:
-        picture = _read_picture(source)
-        if picture is not None and picture.shape[-2] * picture.shape[-1] > MAX_PIXELS:
-            raise DecodeError(f"it has more than {MAX_PIXELS:,} pixels")
-        return picture
-    except Image.DecompressionBombError as error:
-        raise DecodeError(str(error)) from error
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise DecodeError(str(error)) from error
+    return _read_picture(source)
 
 
 def _read_picture(path: str | Path) -> UInt8[Tensor, "1 c height width"] | None:
-    """Return a picture as an upright clip of one frame, or None if the file is not a picture."""
+    """Return a picture as an upright clip of one frame, or None if the file is not a picture.
+
+    Raises:
+        DecodeError: If it is damaged, or larger than `MAX_PIXELS`.
+        OSError: If the system refuses the file.
+    """
     try:
         with Image.open(path) as file:
+            if file.width * file.height > MAX_PIXELS:
+                raise DecodeError(f"it has more than {MAX_PIXELS:,} pixels")
             picture = ImageOps.exif_transpose(file)
             if picture.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
                 picture = Image.fromarray((np.asarray(picture).astype(np.uint32) >> 8).astype(np.uint8))
             picture = picture.convert("RGB")
     except UnidentifiedImageError:
         return None
+    except Image.DecompressionBombError as error:
+        raise DecodeError(str(error)) from error
+    except (OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, DecodeError) or (isinstance(error, OSError) and error.errno is not None):
+            raise
+        raise DecodeError(str(error)) from error
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
 
 

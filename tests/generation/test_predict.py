@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from t2v import LitVideoTransformer, TextToVideo
 from t2v.batch import PromptBatch
 from t2v.errors import UserError
-from t2v.generation import Linear, Sampler
+from t2v.generation import Interval, Linear, Sampler
 from t2v.generation.settings import GenerationSettings
 from t2v.video import read_frames, write_mp4
 
@@ -101,6 +101,16 @@ def test_videos_begin_with_the_first_frames_of_a_file(model, tokenizer, tmp_path
     taken = read_frames(tmp_path / "footage.mp4", [0, 2, 4])  # at 8 frames a second
     start = torch.nn.functional.interpolate(taken, (16, 24), mode="bilinear", antialias=True)[..., 4:20]
     assert torch.equal(videos, model.generate(PROMPTS, 6, seed=[3, 4], start=start))
+
+
+def test_without_guidance_after_the_start_frames_there_is_one_candidate(model, tokenizer, tmp_path):
+    write_mp4(tmp_path / "footage.mp4", torch.randint(256, (9, 3, 16, 16), dtype=torch.uint8), fps=8)
+    options: dict[str, Any] = {"guidance": Interval(2.0, 0.0, 0.4), "start_frames": 3}
+    options["start"] = str(tmp_path / "footage.mp4")
+    one, several = (predict(build(model, tokenizer, candidates=n, **options), tmp_path) for n in (1, 4))
+    assert torch.equal(one, several)
+    with pytest.raises(UserError, match="no effect with guidance=1 in all generated frames"):
+        predict(build(model, tokenizer, negative_prompt="grey", **options), tmp_path)
 
 
 @pytest.mark.parametrize("start_frames", [0, 6])

@@ -116,3 +116,16 @@ def test_a_draw_with_top_p_is_the_largest_sum_of_the_kept_tokens(p):
 
     assert torch.equal(drawn, (sampler.filter(logits) + noise).argmax(dim=-1))
     assert (drawn != (logits + noise).argmax(dim=-1)).any()
+
+
+def test_the_noise_has_the_same_type_whatever_the_default_is():
+    noises = []
+    for default in (torch.float32, torch.bfloat16):
+        torch.set_default_dtype(default)
+        try:
+            noise = GumbelNoise([1], 4, 16, 1, torch.device("cpu"))
+            noise.reach(0, 0, 1)
+            noises.append(noise.at(torch.arange(4)[None]))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(*noises)

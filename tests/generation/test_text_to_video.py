@@ -1,9 +1,12 @@
 """From prompts to videos, and the exported folder."""
 
 import json
+import resource
 import shutil
+import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -252,3 +255,29 @@ def test_weights_of_another_model_are_refused(folder, tmp_path):
     with pytest.raises(UserError) as refused:
         TextToVideo.from_pretrained(folder)
     assert "transformer" in str(refused.value)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_numbers_of_numpy_are_numbers(transformer, vqvae, model, tmp_path):
+    numbers = {"fps": np.float32(8), "frames": np.int64(3), "guidance": np.float32(2), "candidates": np.int64(1)}
+    made = TextToVideo(transformer, vqvae, model.text_encoder, **numbers)
+    made.save_pretrained(tmp_path / "model")
+    loaded = TextToVideo.from_pretrained(tmp_path / "model", device="cpu")
+    assert (loaded.fps, loaded.frames, loaded.guidance) == (8.0, 3, 2.0)
+    for wrong in ({"top_p": np.float32(2)}, {"top_k": np.int64(0)}):
+        with pytest.raises(UserError, match="must"):
+            Sampler(**wrong)
+    with pytest.raises(UserError, match="start is ndarray, but must be a tensor"):
+        model.generate("a red circle", start=np.zeros((3, 16, 16), np.uint8))
+
+
+def test_a_full_disk_is_one_sentence(model, tmp_path):
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))
+        with pytest.raises(UserError, match=r"Cannot write '.*model' \(.*File too large"):
+            model.save_pretrained(tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())

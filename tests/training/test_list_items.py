@@ -45,8 +45,9 @@ def test_items_are_set_in_their_list(config):
     [
         (("model.losses", 2, "weight", "1"), "sets item 2 of model.losses, which has 2, counted from 0"),
         (("model.gone", 0, "weight", "1"), "sets an item of model.gone, which is no list"),
+        (("model.losses", 0, "weight", "[1"), r"--model.losses.0.weight has the value \[1, which is no YAML"),
     ],
 )
-def test_an_item_that_does_not_exist(config, item, message):
+def test_an_item_that_cannot_be_set(config, item, message):
     with pytest.raises(UserError, match=message):
         set_items(config, [item])

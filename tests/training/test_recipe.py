@@ -57,6 +57,14 @@ def test_an_item_of_a_list_has_no_arguments_of_an_earlier_files_item(write):
         assert (term.init_args.weight, term.init_args.start_step) == (1.0, 3)
 
 
+def test_a_key_that_a_file_has_twice_is_refused(parse, write):
+    path = write("twice.yaml", "b:\n  x: 1\na: 2\nb: {y: 3}\n")
+    with pytest.raises(UserError, match=r"twice.yaml has the key b in line 1 and in line 4: put all below it in one"):
+        parse("--config", path)
+    merged = write("merged.yaml", "b: &one {x: 1}\n")
+    assert parse("--config", merged) == (0, 1, 0)
+
+
 def test_a_missing_base_and_a_circle_are_refused(parse, write):
     lost = write("lost.yaml", "base: nowhere.yaml\n")
     with pytest.raises(UserError, match=r"lost\.yaml is based on .*nowhere\.yaml, which is not there"):

@@ -239,6 +239,21 @@ def test_embeddings_begin_as_projections_of_the_codes_but_not_those_of_a_trained
     assert torch.equal(resumed.model.token_embedding.weight, trained)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_embeddings_are_the_same_in_each_type(dtype):
+    codes, embeddings = torch.randn(CODES, 4), []
+    for default in (torch.float32, dtype):
+        torch.set_default_dtype(default)
+        try:
+            built = model()
+            built.initialize_embeddings(codes)
+            embeddings.append(built.token_embedding.weight.detach())
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert embeddings[1].dtype == dtype
+    torch.testing.assert_close(embeddings[1], embeddings[0], atol=1e-2, rtol=1e-2, check_dtype=False)
+
+
 RANK = """
 import sys, torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh

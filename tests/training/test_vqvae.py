@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from callbacks import EMA, LastCheckpoint, NaNGuard
 from t2v import LitVQVAE
 from t2v.batch import VideoBatch
+from t2v.errors import UserError
 from t2v.losses import AdversarialLoss, L1Loss, TemporalDifferenceLoss
 from t2v.training.optimization import MuonAdamW, parameter_groups
 from t2v.vqvae.loading import load_vqvae
@@ -193,6 +194,56 @@ def test_the_adversarial_gradient_has_the_weighted_norm_of_the_other_terms(adver
     term = adversarial.generator_loss(reconstruction, others)
     own, theirs = (torch.autograd.grad(loss, reconstruction, retain_graph=True)[0] for loss in (term, others))
     torch.testing.assert_close(own.norm(), 0.5 * theirs.norm(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 5])
+def test_gradients_of_the_discriminators_under_autocast_are_those_of_float32(frames):
+    adversarial = AdversarialLoss(channels=32, layers=2)
+    video, other = torch.rand(2, 2, frames, 3, 32, 32)
+    gradients = []
+    for enabled in (False, True):
+        adversarial.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            adversarial.discriminator_loss(other, video).backward()
+        gradients.append(adversarial.clips[2].weight.grad.clone())
+    exact, rounded = gradients
+    assert (rounded - exact).norm() < 0.2 * exact.norm()  # 0.06 to 0.12; where it was wrong 0.8 or not finite
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_discriminators_in_another_type_than_the_video(adversarial, dtype):
+    adversarial.to(dtype).discriminator_loss(*torch.rand(2, 2, 2, 3, 16, 16)).backward()
+    assert all(parameter.grad.dtype == dtype for parameter in adversarial.parameters())
+
+
+@pytest.mark.parametrize("channels", [1, 6, 37])
+def test_channels_of_the_discriminators_are_checked(channels):
+    with pytest.raises(UserError, match=f"channels={channels} must be"):
+        AdversarialLoss(channels=channels)
+
+
+@pytest.mark.parametrize("channels", [12, 36])
+def test_discriminators_with_any_multiple_of_four_channels(channels):
+    AdversarialLoss(channels=channels, layers=3)(torch.rand(1, 2, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"losses": [L1Loss(), L1Loss(weight=9.0, start_step=3)]}, "model.losses has l1 twice"),
+        ({"losses": [L1Loss(start_step=3)]}, "begin later than step 0"),
+        ({"adversarial": AdversarialLoss(layers=3)}, "layers=3 needs frames of at least 24 pixels, but these have 16"),
+    ],
+)
+def test_losses_that_cannot_be_trained_with(changes, message):
+    with pytest.raises(UserError, match=message):
+        module(**changes)
+
+
+def test_a_run_without_the_average_does_not_continue_one_with_it(tmp_path):
+    fit(module(), 3, tmp_path, EMA(decay=0.9))
+    with pytest.raises(UserError, match=r"add callbacks\.EMA as in the run before"):
+        fit(module(), 6, tmp_path, ckpt_path=tmp_path / "last.ckpt")
 
 
 def test_discriminators_learn_to_distinguish_video_from_noise(adversarial):

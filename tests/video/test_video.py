@@ -275,6 +275,13 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
     with pytest.raises(UserError, match=r"notes.txt' is not a video or picture"):
         read_clip(tmp_path / "notes.txt", frames=1, size=8, fps=8)
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "png")
+    (tmp_path / "broken.png").write_bytes(picture.getvalue()[:40] + bytes(8) + picture.getvalue()[48:])
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "large.png")
+    for name in ("broken.png", "large.png"):
+        with pytest.raises(UserError, match=f"{name}' is not a video or picture that can be read"):
+            read_clip(tmp_path / name, frames=1, size=8, fps=8)
     for path in (tmp_path / "none.png", tmp_path):
         with pytest.raises(UserError, match=f"Cannot read '{path}'"):
             read_clip(path, frames=1, size=8, fps=8)
