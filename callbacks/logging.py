@@ -125,7 +125,9 @@ class ReconstructionLogger(ValidationLogger):
 
 
 class GenerationLogger(ValidationLogger):
-    """Logs videos that the transformer generates from fixed prompts, with fixed seeds.
+    """Logs videos that the transformer generates from fixed prompts, with fixed seeds, at validation in ``fit``.
+
+    It does nothing in ``validate``, which stays quick.
 
     Args:
         prompts: Prompts; each is one image in TensorBoard.
@@ -145,6 +147,9 @@ class GenerationLogger(ValidationLogger):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the prompts, the examples of an exported model."""
         checkpoint["prompts"] = self.prompts
+
+    def _has_target(self, trainer: Trainer) -> bool:
+        return trainer.state.fn == "fit" and super()._has_target(trainer)
 
     def log_videos(self, trainer: Trainer, pl_module: LightningModule, batch: object) -> None:
         """Generate and log one video for each prompt; the prompts are embedded the first time only."""

@@ -20,7 +20,8 @@ Train the two stages of a text-to-video model, and generate videos.
 commands:
   fit       train stage 1 (a VQ-VAE) or stage 2 (a transformer of its tokens)
   validate  compute the metrics of a checkpoint on the validation set
-  test      compute the metrics of a checkpoint on the test set
+  test      the same for stage 1; stage 2: generate videos for the validation
+            set's captions and measure them too
   predict   stage 1: write the tokens on which stage 2 is trained;
             stage 2: generate videos from prompts
   plan      print the memory and time that a run needs, without running it
@@ -78,8 +79,9 @@ SCREENS = {
     ),
     "test": _command(
         "test",
-        "Compute the metrics of a checkpoint on the test set.",
-        ["-c configs/vqvae/shapes.yaml --ckpt_path last"],
+        "Stage 1: compute the metrics of a checkpoint, as validate does.\n"
+        "Stage 2: also generate videos for the captions of the validation set.",
+        ["-c configs/vqvae/shapes.yaml --ckpt_path last", "-c configs/transformer/digits.yaml --ckpt_path last"],
         _CHECKPOINT,
     ),
     "predict": _command(

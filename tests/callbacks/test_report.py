@@ -81,7 +81,8 @@ class LitDistance(LitToy):
         self.log("val/frechet_mobilenet", 3.0)
 
 
-def test_a_distance_is_refused_without_what_makes_it_comparable(tmp_path):
+def test_a_distance_is_refused_without_what_makes_it_comparable(tmp_path, monkeypatch):
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # of another test
     path = tmp_path / "validation.json"
     trainer(MetricsReport(str(path))).validate(LitDistance(MobileNetClipFeatures()), LOADER, verbose=False)
     report = read(path)
