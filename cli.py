@@ -32,6 +32,7 @@ import os
 import shlex
 import warnings
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ class T2VCLI(LightningCLI):
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         commands = self.subcommands()
         if (command := next(iter(_to_list(args)), "")) in commands:  # the parser of each takes a fifth of a second
-            self.subcommands = lambda: {command: commands[command]}  # type: ignore[method-assign]
+            self.subcommands = partial(dict, {command: commands[command]})  # type: ignore[method-assign]
         super().__init__(
             LightningModule,
             LightningDataModule,
