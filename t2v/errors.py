@@ -92,7 +92,8 @@ def check_range(owner: object, interval: str, **values: Any) -> None:
     }
     if wrong:
         named = " and ".join(f"{name}={value}" for name, value in wrong.items())
-        demand = "not be empty" if any(type(value) is list and not value for value in wrong.values()) else _demand(interval, low, high)
+        empty = any(isinstance(value, list) and not value for value in wrong.values())
+        demand = "not be empty" if empty else _demand(interval, low, high)
         finite = " and finite" if math.inf in wrong.values() and math.isfinite(low) else ""
         name = owner if isinstance(owner, str) else type(owner).__name__
         raise UserError(f"{named} must {demand}{finite} ({name}).")
