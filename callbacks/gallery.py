@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from jinja2 import Template
 
+from t2v.errors import UserError
 from t2v.files import atomic_path
 
 TEMPLATE = Path(__file__).with_name("gallery.html.jinja")
@@ -38,7 +39,10 @@ def update_gallery(
         final: Whether nothing is to follow; otherwise the page reloads itself.
     """
     state = folder / STATE
-    sections = json.loads(state.read_text()) if state.exists() else {}
+    try:
+        sections = json.loads(state.read_text()) if state.exists() else {}
+    except ValueError as error:
+        raise UserError(f"'{state}' is damaged ({error}): delete it to begin a new page.") from error
     sections.pop(title, None)
     sections = {title: {"videos": videos or [], "figures": figures or {}}, **sections}
     with atomic_path(state) as partial:

@@ -186,12 +186,14 @@ class TokenShardWriter(BasePredictionWriter):
 
     def _open_partial(self, trainer: Trainer) -> str:
         """Lock the folder of incomplete shards and prepare it; return why it cannot be used, or an empty string."""
+        limit = trainer.limit_predict_batches  # type: ignore[attr-defined]
         digests = [loader.dataset.digest() for loader in trainer.predict_dataloaders]  # type: ignore[union-attr]
         settings = {
             **self._fingerprint,
             "samples_per_shard": self.samples_per_shard,
             "devices": trainer.world_size,
             "precision": str(trainer.precision),
+            **({} if limit == 1.0 else {"limit_predict_batches": limit}),
             "source": digests,
         }
         try:

@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader, DistributedSampler, get_worker_info
 from data.datasets import Clips
 from data.plan import TrainSampler
 from t2v.batch import TextEmbedding, TokenBatch, VideoBatch
-from t2v.errors import UserError
 
 
 class LaterSampler(UnrepeatedDistributedSampler):
@@ -83,7 +82,7 @@ class Loader(DataLoader[Any]):
         self.clips, self.max_skipped_fraction = clips, max_skipped_fraction
         self.slots: _SharedSlots | None = None
         self.clips_per_rank = math.ceil(len(clips) / sampler.num_replicas)
-        self._check_skipped(len(clips.skipped), len(clips.skipped) + len(clips))
+        clips.check_skipped(len(clips.skipped), len(clips.skipped) + len(clips), max_skipped_fraction)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self.clips.failures.zero_()
@@ -92,20 +91,8 @@ class Loader(DataLoader[Any]):
             self.slots = _SharedSlots(self.num_workers, (self.prefetch_factor or 0) + 1, self.clips.batch_bytes)
             self.collate_fn = self.slots.write
         for batch in super().__iter__():
-            self._check_skipped(int(self.clips.failures), self.clips_per_rank)
+            self.clips.check_skipped(int(self.clips.failures), self.clips_per_rank, self.max_skipped_fraction)
             yield self.slots.read(batch) if self.slots and isinstance(batch, _SharedBatch) else batch
-
-    def _check_skipped(self, skipped: int, clips: int) -> None:
-        """Check the number of samples that cannot be used, or of loads that failed, among those of an epoch."""
-        if skipped > self.max_skipped_fraction * clips:
-            unusable = len(self.clips.skipped) + int(self.clips.corrupt.sum())
-            often = f" and were drawn {skipped} times in an epoch of {clips} clips" if skipped > unusable else ""
-            total = len(self.clips.skipped) + len(self.clips)
-            raise UserError(
-                f"{unusable} of {total} clips in '{self.clips.shards.path}' cannot be used{often}, more than "
-                f"data.max_skipped_fraction={self.max_skipped_fraction:g}; they are listed in "
-                f"{self.clips.skipped_samples}: repair or remove them, or raise data.max_skipped_fraction."
-            )
 
 
 class TrainLoader(Loader):

@@ -127,6 +127,8 @@ class Plan:
             _apportion(draws, probabilities * fit) for draws, fit in zip(self._draws.tolist(), kinds, strict=True)
         ]
         samples = np.sum(self._counts, axis=0)
+        self.samples: list[int] = samples.tolist()
+        """Samples of an epoch in each bucket, those that fill no batch included."""
         self._length = int(sum(samples // [bucket.batch_size for bucket in buckets]))
 
     def __len__(self) -> int:

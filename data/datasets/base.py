@@ -131,6 +131,26 @@ class Clips(Dataset[Any]):
             return window
         return window + rng.integers(sample.frames - window[-1])
 
+    def check_skipped(self, skipped: int, clips: int, max_fraction: float) -> None:
+        """Check the number of samples that cannot be used, or of loads that failed.
+
+        Args:
+            skipped: The number.
+            clips: The number of all samples, or of the loads of an epoch.
+            max_fraction: Fraction of them that is allowed.
+
+        Raises:
+            UserError: If there are more.
+        """
+        if skipped > max_fraction * clips:
+            unusable = len(self.skipped) + int(self.corrupt.sum())
+            often = f" and were drawn {skipped} times in an epoch of {clips} clips" if skipped > unusable else ""
+            raise UserError(
+                f"{unusable} of {len(self.skipped) + len(self)} clips in '{self.shards.path}' cannot be used{often}, "
+                f"more than data.max_skipped_fraction={max_fraction:g}; they are listed in {self.skipped_samples}: "
+                "repair or remove them, or raise data.max_skipped_fraction."
+            )
+
     def load(self, index: int, bucket: Bucket, rng: np.random.Generator | None) -> Any:
         """Load one clip.
 

@@ -146,10 +146,16 @@ class WholeClips(Dataset[VideoBatch | None]):
         clips: The clips.
         frames: Largest number of frames in a batch; a longer clip forms a batch by itself.
         ranks: Number of ranks among which the batches are divided equally; empty batches are added for that.
+        max_skipped_fraction: Fraction of the samples that cannot be used above which the run stops.
+
+    Raises:
+        UserError: If too many samples cannot be used; also in a later batch.
     """
 
-    def __init__(self, clips: VideoClips, frames: int, ranks: int = 1) -> None:
-        self.clips = clips
+    def __init__(self, clips: VideoClips, frames: int, ranks: int = 1, max_skipped_fraction: float = math.inf) -> None:
+        self.clips, self._max_skipped_fraction = clips, max_skipped_fraction
+        self._clips_per_rank = math.ceil(len(clips) / ranks)
+        clips.check_skipped(len(clips.skipped), len(clips.skipped) + len(clips), max_skipped_fraction)
         groups: dict[tuple[str, int], list[int]] = {}
         for index, sample in enumerate(clips.samples):
             groups.setdefault((sample.shard, clips.length(sample)), []).append(index)
@@ -167,6 +173,7 @@ class WholeClips(Dataset[VideoBatch | None]):
         """Return one batch without its corrupt clips, or None if no clip is left."""
         bucket = self.clips.buckets[0]
         loaded = [self.clips.load(index, bucket, rng=None) for index in self.batches[number]]
+        self.clips.check_skipped(int(self.clips.failures), self._clips_per_rank, self._max_skipped_fraction)
         clips = [clip for clip in loaded if clip is not None]
         return VideoClips.collate(clips) if clips else None
 

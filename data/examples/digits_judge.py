@@ -87,6 +87,10 @@ class DigitsJudge(ClipJudge):
                 f"A clip's metadata has no {error}: the judge needs clips that `python -m data.examples.moving_digits "
                 f"OUT --digits {self.digits}` wrote."
             ) from None
+        if (int(metadata.get("second_digit", -1)) >= 0) != (self.digits == 2):
+            raise UserError(
+                f"The clips have {3 - self.digits} digit(s), but the judge is told digits={self.digits}: correct it."
+            )
         return _name(sorted(parts))
 
     def _train(self) -> None:
@@ -181,8 +185,8 @@ def print_accuracy(
     judge.prepare()
     with table.open(newline="") as file:
         rows = {row["path"]: row for row in csv.DictReader(file)}
-    if digits == 2 and any(int(row["second_digit"]) < 0 for row in rows.values()):
-        raise UserError(f"The clips in '{clips}' have one digit, but digits=2: give --digits 1.")
+    if not rows:
+        raise UserError(f"'{table}' has no clips: give a folder that `python -m data.examples.moving_digits` wrote.")
     videos = {path: read_frames(clips / path, range(probe(clips / path).frames)) for path in rows}
     pairs = [(judge.recognize(video), judge.truth(rows[path])) for path, video in videos.items()]
     for name in ("digits", "motions"):

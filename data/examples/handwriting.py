@@ -87,7 +87,7 @@ def _read(folder: Path, part: str) -> Images:
 
 
 def _find(folder: Path, name: str, advice: str = _ADVICE) -> Path:
-    found = next(iter(sorted(folder.rglob(name))), None)
+    found = next((path for path in sorted(folder.rglob(name)) if path.is_file()), None)
     if found is None:
         raise UserError(f"There is no file {name} in '{folder}': {advice}.")
     return found

@@ -112,8 +112,10 @@ def _scan_members(tar: tarfile.TarFile, file: BufferedIOBase, size: int, runs: l
                 _describe(file, run, extension, member)
     except (tarfile.TarError, ValueError, OverflowError) as error:  # from damaged headers
         return str(error)
-    has_end_mark = read_at(file, tar.offset, tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-    return "" if has_end_mark else "no end mark"
+    rest = read_at(file, tar.offset, min(size - tar.offset, 2 * tarfile.RECORDSIZE))
+    if rest[: tarfile.BLOCKSIZE] != bytes(tarfile.BLOCKSIZE):
+        return "no end mark"
+    return "data after its end mark, as if another tar was appended: join tars by tar -A" if any(rest) else ""
 
 
 def _merge(runs: list[_Run]) -> dict[str, Any]:

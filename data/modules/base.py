@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
@@ -152,6 +153,13 @@ class ShardDataModule(LightningDataModule):
                 f"{len(clips)} training clips in '{clips.shards.path}' do not fill one batch (data.batch_size: {sizes})"
                 f" on each of {ranks['num_replicas']} ranks: lower it, or those of data.buckets, or add clips."
             )
+        for bucket, samples in zip(plan.buckets, plan.samples, strict=True):
+            if samples < bucket.batch_size:
+                rank_zero_warn(
+                    f"The bucket of {bucket.batch_size} clips of {bucket.frames} frames gets {samples} of the "
+                    f"{len(clips)} clips of an epoch, which fill no batch and are left out: lower its batch_size, "
+                    "raise its probability, or remove it (data.buckets)."
+                )
         self._plan_fingerprint = plan.fingerprint()
         self._resume(self._sampler)
         return TrainLoader(clips, self._sampler, self._progress, self.max_skipped_fraction, self.num_workers)

@@ -1,6 +1,7 @@
 """Prompts to generate from: a list, a text file or a table, each with its seed, file name and options."""
 
 import csv
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -9,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from data.captions import texts
 from data.modules.base import SEEDS
 from t2v.batch import PromptBatch
 from t2v.errors import UserError, check_range
@@ -125,15 +127,26 @@ def _read_file(path: Path) -> list[Prompt]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"No prompts in '{path}' ({error}): as data.prompts {_HINT}") from error
     if path.suffix.lower() in _TABLES:
-        rows = _csv_rows(text) if path.suffix.lower() == ".csv" else _jsonl_rows(text, path)
+        rows = _csv_rows(text, path) if path.suffix.lower() == ".csv" else _jsonl_rows(text, path)
         return [_prompt(row, path, f"'{path}', row {number}") for number, row in rows]
     return [Prompt(line.strip()) for line in text.split("\n") if line.strip()]  # other separators are in prompts
 
 
-def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(text.split("\n"))
-    for row in reader:
-        yield reader.line_num, {str(name).strip(): value for name, value in row.items() if value}
+def _csv_rows(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in reader:
+            if None in row:
+                raise UserError(
+                    f"'{path}', row {reader.line_num} has more cells than the header: put a prompt with commas in "
+                    "quotes."
+                )
+            cells = {str(name).strip(): re.sub(r"\s*\n\s*", " ", value) for name, value in row.items() if value}
+            yield reader.line_num, cells
+    except csv.Error as error:
+        raise UserError(
+            f"'{path}' is no CSV table after row {reader.line_num} ({error}): is a quotation mark not closed?"
+        ) from error
 
 
 def _jsonl_rows(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -160,6 +173,10 @@ def _prompt(row: dict[str, Any], path: Path, where: str) -> Prompt:
     negative = row.get("negative_prompt")
     if not isinstance(negative, str | None):
         raise UserError(f"{where} has negative_prompt={negative!r}, which is not text: correct it.")
+    try:
+        texts([row["prompt"], negative], "prompt")
+    except ValueError as error:
+        raise UserError(f"{where} cannot be used, as {error}: correct it.") from error
     prompt = Prompt(
         row["prompt"], start=str(row["start"]) if "start" in row else None, negative=negative and negative.strip()
     )

@@ -102,7 +102,8 @@ class VideoDataModule(ShardDataModule):
         bucket = Bucket(frames=1, batch_size=1, height=self.size, width=self.size)
         clips = VideoClips(self.shards(path), [bucket], self.fps, skipped_samples=self._skipped_samples)
         ranks = self._ranks()
-        batches = WholeClips(clips, _PREDICT_FACTOR * self.batch_size * self.frames, ranks["num_replicas"])
+        frames = _PREDICT_FACTOR * self.batch_size * self.frames
+        batches = WholeClips(clips, frames, ranks["num_replicas"], self.max_skipped_fraction)
         return NonEmptyLoader(
             batches,
             batch_size=None,

@@ -72,7 +72,8 @@ class HubModel(PyTorchModelHubMixin):
             if not Path(model_id).is_dir():
                 path = Path(hf_hub_download(model_id, path.name, **download))
             _check_hash(path)
-            weights = _read(path, model.state_dict(), torch.device(map_location), dtype)
+            types = {name: dtype for name, _ in model.named_parameters()}
+            weights = _read(path, model.state_dict(), torch.device(map_location), types)
         except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
             raise UserError(
                 f"There are no weights of a {cls.__name__} at '{model_id}' ({type(error).__name__}): give a folder "
@@ -100,7 +101,9 @@ def _check_hash(path: Path) -> None:
         )
 
 
-def _read(path: Path, layouts: dict[str, Tensor], device: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _read(
+    path: Path, layouts: dict[str, Tensor], device: torch.device, types: dict[str, torch.dtype | None]
+) -> dict[str, Tensor]:
     """Read the tensors of a safetensors file.
 
     Tensors that need no change stay mapped to the file. Each of the others is copied from a mapping of its own, which
@@ -110,7 +113,7 @@ def _read(path: Path, layouts: dict[str, Tensor], device: torch.device, dtype: t
         path: The file.
         layouts: Tensors with the shapes and memory formats of those that are read.
         device: Where they are copied to.
-        dtype: Type of the floating-point tensors; None for the stored one.
+        types: Type of each floating-point tensor, if it is not the stored one; the model converts its buffers itself.
     """
     tensors = {}
     with safe_open(path, framework="pt") as shared:
@@ -119,7 +122,7 @@ def _read(path: Path, layouts: dict[str, Tensor], device: torch.device, dtype: t
             layout = layouts.get(name)
             if layout is None or layout.shape != tensor.shape:
                 continue  # `load_state_dict` refuses it
-            wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            wanted = (types.get(name) if tensor.is_floating_point() else None) or tensor.dtype
             if (tensor.device, tensor.dtype, tensor.stride()) != (device, wanted, layout.stride()):
                 with safe_open(path, framework="pt") as own:
                     tensors[name] = torch.empty_like(layout, device=device, dtype=wanted).copy_(own.get_tensor(name))

@@ -2,10 +2,12 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from t2v.batch import Video
 from t2v.checkpoints.pretrained import Protocol
@@ -36,6 +38,12 @@ class ClipSetDistance(VideoMetric):
             self.add_state(state, empty, dist_reduce_fx="cat")
         self.clips = 0
         self.warned = False
+
+    def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
+        """Gather the vectors of all ranks; torchmetrics would stack them, which needs as many on each rank."""
+        for state in ("real", "fake"):
+            gathered = dist_sync_fn(getattr(self, state), process_group or self.process_group)
+            setattr(self, state, torch.cat(gathered))
 
     def accumulate(self, reconstruction: Video, video: Video) -> None:
         with torch.no_grad():

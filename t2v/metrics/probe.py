@@ -97,11 +97,14 @@ def accuracies(answers: Sequence[Attributes], truths: Sequence[Attributes]) -> d
 def _ridge(
     u: Float64[Tensor, "n r"], s: Float64[Tensor, " r"], targets: Float64[Tensor, "n k"]
 ) -> Float64[Tensor, "r k"]:
-    """Return the ridge solution in the basis of the right singular vectors, at the best penalty by leave-one-out."""
+    """Return the ridge solution in the basis of the right singular vectors, at the best penalty by leave-one-out.
+
+    The features and the targets have the mean 0, so that the offset, which is fitted too, has the leverage 1 / n.
+    """
     projected, best = u.T @ targets, (math.inf, torch.zeros_like(s))
     for relative in _PENALTIES:
         shrink = s**2 / (s**2 + relative * s.square().mean())
-        leverage = (u.square() * shrink).sum(1, keepdim=True).clamp(max=1 - 1e-9)
+        leverage = ((u.square() * shrink).sum(1, keepdim=True) + 1 / len(u)).clamp(max=1 - 1e-9)
         error = ((targets - u @ (shrink[:, None] * projected)) / (1 - leverage)).square().sum().item()
         if error < best[0]:
             best = error, shrink

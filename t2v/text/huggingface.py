@@ -31,6 +31,10 @@ def hide_bar_in_logs() -> None:
         disable_progress_bar()
 
 
+MAX_LENGTH = 256
+"""Text tokens to which longer captions are truncated by default."""
+
+
 class HuggingFaceTextEncoder(TextEncoder):
     """Text encoder with a tokenizer and a model of `transformers`.
 
@@ -41,6 +45,11 @@ class HuggingFaceTextEncoder(TextEncoder):
     def __init__(self, max_length: int) -> None:
         check_range(self, "[1, inf)", max_length=max_length)
         self.max_length = max_length
+
+    @property
+    def _truncation(self) -> str:
+        """The part of the name that says to how many text tokens captions are truncated, if not by default."""
+        return "" if self.max_length == MAX_LENGTH else f", {self.max_length} text tokens"
 
     @abstractmethod
     def _load_tokenizer(self) -> "PreTrainedTokenizerBase":

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from t2v.errors import UserError, check_range
-from t2v.text.huggingface import HuggingFaceTextEncoder, hide_bar_in_logs
+from t2v.text.huggingface import MAX_LENGTH, HuggingFaceTextEncoder, hide_bar_in_logs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,15 +30,15 @@ class MiniLMTextEncoder(HuggingFaceTextEncoder):
         UserError: If an argument is out of range.
     """
 
-    def __init__(self, max_length: int = 256, layers: int = LAYERS) -> None:
+    def __init__(self, max_length: int = MAX_LENGTH, layers: int = LAYERS) -> None:
         super().__init__(max_length)
         check_range(self, f"[0, {LAYERS}]", layers=layers)
         self.layers = layers
 
     @property
     def name(self) -> str:
-        """Name of the model, with the number of layers if it is not that of the whole model."""
-        return "all-MiniLM-L6-v2" + ("" if self.layers == LAYERS else f", {self.layers} layers")
+        """Name of the model, with the number of layers and the truncation if they are not the default."""
+        return "all-MiniLM-L6-v2" + ("" if self.layers == LAYERS else f", {self.layers} layers") + self._truncation
 
     @property
     def width(self) -> int:

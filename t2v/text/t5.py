@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from t2v.errors import UserError
-from t2v.text.huggingface import HuggingFaceTextEncoder, hide_bar_in_logs
+from t2v.text.huggingface import MAX_LENGTH, HuggingFaceTextEncoder, hide_bar_in_logs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, T5Config
@@ -19,15 +19,15 @@ class T5TextEncoder(HuggingFaceTextEncoder):
         max_length: Number of text tokens to which longer captions are truncated.
     """
 
-    def __init__(self, path_or_name: str, max_length: int = 256) -> None:
+    def __init__(self, path_or_name: str, max_length: int = MAX_LENGTH) -> None:
         super().__init__(max_length)
         self.path_or_name = path_or_name
 
     @property
     def name(self) -> str:
-        """Name of the folder or repository, with its revision if it is from the hub."""
+        """Name of the folder or repository, with its revision if it is from the hub, and the truncation."""
         revision = getattr(self._config, "_commit_hash", None)
-        return Path(self.path_or_name).name + (f"@{revision[:12]}" if revision else "")
+        return Path(self.path_or_name).name + (f"@{revision[:12]}" if revision else "") + self._truncation
 
     @property
     def width(self) -> int:

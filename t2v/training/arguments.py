@@ -36,10 +36,11 @@ def check_trainer_arguments(config: Namespace) -> None:
     seed = config.get("seed_everything")
     if not isinstance(seed, bool):
         check_range("the seed of the run", _SEEDS, seed_everything=seed)
-    if trainer.get("max_epochs") == -1 and trainer.get("max_steps") == -1 and config.get("model"):
+    endless = trainer.get("max_epochs") == -1 or (trainer.get("max_epochs") is None and trainer.get("max_time"))
+    if endless and trainer.get("max_steps") == -1 and config.get("model"):
         raise UserError(
-            "trainer.max_steps=-1 and trainer.max_epochs=-1 leave training without an end, so the learning rate has "
-            "nothing to decay to: set one of them."
+            "trainer.max_steps=-1 leaves training without a last step, unless trainer.max_epochs is set, so the "
+            "learning rate has nothing to decay to, also with trainer.max_time: set max_steps or max_epochs."
         )
     if trainer.get("val_check_interval") == 0:
         raise UserError("val_check_interval=0 must be greater than 0 (trainer); limit_val_batches: 0 turns it off.")

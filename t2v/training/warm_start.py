@@ -45,7 +45,8 @@ def warm_start(module: LightningModule, path: str | None) -> None:
     unlike = {name for name in own if name not in saved or saved[name].shape != own[name].shape}
     layers = {name.rpartition(".")[0] for name in unlike}
     left = [name for name in own if name.rpartition(".")[0] in layers]
-    if sum(own[name].numel() for name in left) > sum(tensor.numel() for tensor in own.values()) / 2:
+    sizes = {name: tensor.numel() for name, tensor in own.items() if name.startswith("model.")}  # no discriminators
+    if sum(sizes.get(name, 0) for name in left) > sum(sizes.values()) / 2:
         raise UserError(
             f"model.init_from={path} is of another model: {len(left)} of {len(own)} tensors, more than half of the "
             f"weights, are missing in it or have another shape, such as {left[0]}: give a checkpoint of this model."
