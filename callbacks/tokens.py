@@ -157,7 +157,7 @@ class TokenShardWriter(BasePredictionWriter):
                     },
                 }
             )
-            if writer.shards > complete and trainer.limit_predict_batches == 1.0:
+            if writer.shards > complete and _limit(trainer) is None:
                 with_this = writer.complete == writer.samples
                 self._reached[split] = _Reached(writer.shards, number, at + 1 if with_this else at)
                 write_settings(self._reached_file(trainer.global_rank), self._reached)
@@ -186,14 +186,14 @@ class TokenShardWriter(BasePredictionWriter):
 
     def _open_partial(self, trainer: Trainer) -> str:
         """Lock the folder of incomplete shards and prepare it; return why it cannot be used, or an empty string."""
-        limit = trainer.limit_predict_batches  # type: ignore[attr-defined]
+        limit = _limit(trainer)
         digests = [loader.dataset.digest() for loader in trainer.predict_dataloaders]  # type: ignore[union-attr]
         settings = {
             **self._fingerprint,
             "samples_per_shard": self.samples_per_shard,
             "devices": trainer.world_size,
             "precision": str(trainer.precision),
-            **({} if limit == 1.0 else {"limit_predict_batches": limit}),
+            **({} if limit is None else {"limit_predict_batches": limit}),
             "source": digests,
         }
         try:
@@ -250,6 +250,12 @@ class _Reached(NamedTuple):
     """The batch with the last sample in them."""
     samples: int = 0
     """The samples of this batch in them."""
+
+
+def _limit(trainer: Trainer) -> int | float | None:
+    """Return the trainer's limit of batches; None for all of them, which is 1.0, while 1 is one batch."""
+    limit: int | float = trainer.limit_predict_batches  # type: ignore[attr-defined]
+    return None if isinstance(limit, float) and limit == 1.0 else limit
 
 
 def _prefix(rank: int) -> str:

@@ -30,7 +30,8 @@ def fails(capsys):
 
 
 OF_THE_TRAINER = [
-    (("--trainer.max_steps=-1", "--trainer.max_epochs=-1"), "leave training without an end"),
+    (("--trainer.max_steps=-1", "--trainer.max_epochs=-1"), "leaves training without a last step"),
+    (("--trainer.max_steps=-1", "--trainer.max_time=00:01:00:00"), "leaves training without a last step"),
     (("--trainer.accumulate_grad_batches=0",), "accumulate_grad_batches=0 must be at least 1"),
     (("--trainer.check_val_every_n_epoch=0",), "check_val_every_n_epoch=0 must be at least 1"),
     (("--trainer.val_check_interval=0",), "val_check_interval=0 must be greater than 0"),
@@ -108,6 +109,9 @@ def test_another_optimizer_is_refused_and_a_warm_start_takes_it(fails, copy_pipe
     assert f"Weights      {len(before)} tensors from" in capsys.readouterr().out
     weights = cli.model.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in before.items() if "quantizer" not in name)
+    adversarial = ("--model.adversarial=t2v.losses.AdversarialLoss", "--model.optimizer.lr=0", "--trainer.logger=false")
+    pipeline.cli("fit", "vqvae", *flags, *adversarial, "--trainer.callbacks=null")
+    assert "initialized anew: adversarial.frames.0.weight" in capsys.readouterr().out
 
 
 def test_a_warm_start_keeps_what_fits(fails, trained_pipeline, tmp_path, capsys):

@@ -223,6 +223,8 @@ def test_an_interrupted_run_continues_after_the_last_complete_shard(per_shard, f
     for other in (writer("out", OtherEncoder()), writer("out", samples=per_shard + 1)):
         with pytest.raises(UserError, match=r"interrupted run with other settings; what differs: (text_enc|samples_)"):
             predict(other)
+    with pytest.raises(UserError, match=r"what differs: limit_predict_batches \(None, now 1\)"):
+        predict(writer("out"), limit_predict_batches=1)
     assert {path: path.stat().st_mtime_ns for path in complete} == complete
 
     predict(writer("out"))

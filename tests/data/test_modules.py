@@ -70,6 +70,12 @@ def test_fit_follows_the_plan(videos, tmp_path, num_workers):
     assert [key for keys in recorder.validated for key in keys] == in_order * 2
 
 
+def test_a_bucket_that_fills_no_batch_is_warned_of(videos, tmp_path):
+    buckets = [Bucket(4, 2, height=32, width=32), Bucket(2, 30, height=32, width=32)]
+    with pytest.warns(UserWarning, match="The bucket of 30 clips of 2 frames gets 5 of the 10 clips"):
+        trainer(tmp_path, max_steps=1).fit(Recorder(), video_module(videos, videos, buckets=buckets))
+
+
 def test_overfitting_repeats_the_same_batches(videos, tmp_path):
     class Clips(Recorder):
         def training_step(self, batch, batch_idx):
@@ -143,7 +149,7 @@ def test_predict_takes_every_whole_clip_once(videos, make, tmp_path):
     train = make.shards(tmp_path / "train", [make.video(key) for key in "abcd"])
     for key in "ab":
         make.damage(train, key)
-    module = video_module(train, videos, batch_size=2, num_workers=1)
+    module = video_module(train, videos, batch_size=2, num_workers=1, max_skipped_fraction=0.5)
     recorder = Recorder()
     trainer(tmp_path).predict(recorder, module, return_predictions=False)
     four = ["000", "001", "002", "003"]  # a shard of them
@@ -151,6 +157,8 @@ def test_predict_takes_every_whole_clip_once(videos, make, tmp_path):
     assert [key for _, batch in recorder.predicted[1:] for key in batch.keys] == [f"{i:03d}" for i in range(10)]
     assert all(batch.video.shape[1] == 6 for _, batch in recorder.predicted)
     assert module.predict_splits == ("train", "val")
+    with pytest.raises(UserError, match=r"2 of 4 clips in .* cannot be used, more than data.max_skipped_fraction=0.01"):
+        trainer(tmp_path).predict(Recorder(), video_module(train, videos, batch_size=2, num_workers=0))
 
 
 def test_only_training_clips_are_cropped_and_mirrored(make, tmp_path):
@@ -305,6 +313,11 @@ def test_a_table_of_prompts(kind, tmp_path):
         ("prompt,seed\na,-1", "seed=-1 must lie in"),
         ("prompt,start\na,gone.png", "there is no file"),
         ("prompt,seed\n,3", "row 2 has no prompt"),
+        (
+            "prompt,seed\na dog, running, fast",
+            "row 2 has more cells than the header: put a prompt with commas in quotes",
+        ),
+        ('prompt\na\n"b\nc', r"is no CSV table after row 2 .*is a quotation mark not closed"),
     ],
 )
 def test_mistakes_in_a_table_of_prompts(content, message, tmp_path):
@@ -317,6 +330,15 @@ def test_a_prompt_of_a_table_that_is_not_text(tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": ["a"]}')
     with pytest.raises(UserError, match=r"row 1 has prompt=\['a'\], which is not text"):
         predicted(tmp_path, prompts=str(tmp_path / "prompts.jsonl"))
+    (tmp_path / "prompts.jsonl").write_text(r'{"prompt": "\ud800 x"}')
+    with pytest.raises(UserError, match="row 1 cannot be used, as its prompt has half of a surrogate pair"):
+        predicted(tmp_path, prompts=str(tmp_path / "prompts.jsonl"))
+
+
+def test_a_line_break_in_a_cell_is_a_space(tmp_path):
+    (tmp_path / "prompts.csv").write_bytes(b'prompt,seed\r\n"a red\r\ncircle",3\r\n')
+    (batch,) = predicted(tmp_path, prompts=str(tmp_path / "prompts.csv"))
+    assert (batch.prompts, batch.seeds) == (["a red circle"], [3])
 
 
 @pytest.mark.parametrize("prompts", [[], [" "], "", "none.txt"])

@@ -308,6 +308,15 @@ def samples_of(*names):
     ]
 
 
+def test_a_tar_after_the_end_of_another_is_reported(tmp_path):
+    first, second = (tar_of(tmp_path / f"{name}.tar", *samples_of(name)).read_bytes() for name in "ab")
+    (tmp_path / "a.tar").unlink()
+    (tmp_path / "b.tar").write_bytes(first + second)
+    shards = ShardSet(tmp_path)
+    assert keys(shards) == ["a"]
+    assert ["data after its end mark" in bad.reason for bad in shards.skipped] == [True]
+
+
 @pytest.mark.parametrize("size", range(0, 7 * 512 + 1, 128))
 def test_a_tar_truncated_anywhere(size, tmp_path):
     """Each member is a block of header and a block of content: a, b and c with two members each."""

@@ -1,6 +1,9 @@
 """Fréchet distance between sets of clips."""
 
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +19,8 @@ from t2v.metrics import (
     frechet_distance,
     kernel_distance,
 )
+
+ROOT = Path(__file__).parents[2]
 
 
 class MeanColour(ClipFeatures):
@@ -121,3 +126,34 @@ def test_half_of_the_mobilenet_features_describe_motion():
     assert features(still)[:, 32:].abs().max() < 1e-5
     torch.testing.assert_close(features(still[:, :1]), features(still), rtol=1e-4, atol=1e-4)
     assert (features(torch.rand(2, 4, 3, 32, 32))[:, 32:] > 0).any()
+
+
+RANK = """
+import sys, torch, torch.distributed as dist
+from t2v.metrics import ClipFeatures, FrechetVideoDistance, KernelVideoDistance, frechet_distance, kernel_distance
+
+class Means(ClipFeatures):
+    name, num_features = "means", 3
+    def forward(self, video):
+        return video.mean((1, 3, 4))
+    def protocol(self):
+        return {}
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
+video, other = torch.rand(2, 9, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+mine = [slice(0, 0), slice(0, 7), slice(7, 9)][rank]
+for kind, distance in ((FrechetVideoDistance, frechet_distance), (KernelVideoDistance, kernel_distance)):
+    metric = kind(Means())
+    if mine.stop > mine.start:
+        metric.update(other[mine], video[mine])
+    expected = distance(*(clips.mean((1, 3, 4)).double() for clips in (video, other)))
+    torch.testing.assert_close(metric.compute(), expected)
+"""
+
+
+def test_ranks_with_different_numbers_of_clips_measure_all_of_them(tmp_path):
+    runs = [
+        subprocess.Popen([sys.executable, "-W", "ignore", "-c", RANK, str(i), tmp_path], cwd=ROOT) for i in range(3)
+    ]
+    assert [run.wait(timeout=200) for run in runs] == [0, 0, 0]

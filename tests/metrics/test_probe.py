@@ -7,7 +7,7 @@ import torch
 
 from t2v.errors import UserError
 from t2v.metrics import Accuracy, LinearProbe
-from t2v.metrics.probe import accuracies
+from t2v.metrics.probe import _PENALTIES, _ridge, accuracies
 
 
 def make(clips: int, noise: float, seed: int):
@@ -28,6 +28,26 @@ def test_attributes_of_other_clips_are_found_with_more_and_with_fewer_clips_than
         assert found["all"].value > 0.95
     noise = torch.randn(200, 40)
     assert probe.accuracy(noise, make(200, 0.3, seed=1)[1])["who"].value < 0.6
+
+
+@pytest.mark.parametrize("clips", [30, 60])
+def test_the_penalty_has_the_smallest_error_of_clips_that_were_left_out(clips):
+    x, y = torch.randn(2, clips, 40, generator=torch.Generator().manual_seed(clips), dtype=torch.float64)
+    x, y = x - x.mean(0), y[:, :3] + x[:, :3]
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    errors = {}
+    for penalty in _PENALTIES:
+        amount, error = penalty * s.square().mean(), 0.0
+        for i in range(clips):
+            kept = torch.arange(clips) != i
+            mean, offset = x[kept].mean(0), y[kept].mean(0)
+            centred = x[kept] - mean
+            weight = torch.linalg.solve(centred.T @ centred + amount * torch.eye(40), centred.T @ (y[kept] - offset))
+            error += float(((x[i] - mean) @ weight + offset - y[i]).square().sum())
+        errors[penalty] = error
+    best = min(errors, key=errors.__getitem__)
+    expected = torch.linalg.solve(x.T @ x + best * s.square().mean() * torch.eye(40), x.T @ (y - y.mean(0)))
+    torch.testing.assert_close(vh.T @ _ridge(u, s, y - y.mean(0)), expected)
 
 
 def test_an_accuracy_has_wilsons_interval():

@@ -95,6 +95,17 @@ def test_a_loaded_codebook_trains_as_the_saved_one_does():
         assert torch.equal(value, loaded.state_dict()[name]), name
 
 
+def test_the_codebook_is_loaded_as_it_is_in_every_type(tmp_path):
+    model = trained(tiny()).eval()
+    model.save_pretrained(tmp_path)
+    loaded = VQVAE.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    converted = VQVAE.from_pretrained(tmp_path).to(torch.bfloat16)
+    for name, value in converted.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+        assert value.dtype == loaded.state_dict()[name].dtype
+    assert torch.equal(loaded.quantizer.codes, model.quantizer.codes)
+
+
 def test_evaluation_does_not_change_the_codebook():
     model = trained(tiny())
     before = model.fingerprint()

@@ -34,7 +34,8 @@ def test_the_order_of_two_digits_does_not_matter():
     metadata = {"digit": 7, "motion": "up and down", "second_digit": "3", "second_motion": "left and right"}
     judge = DigitsJudge("judge.safetensors", digits=2)
     assert judge.truth(metadata) == {"digits": "3 7", "motions": "left and right, up and down"}
-    assert DigitsJudge("judge.safetensors").truth(metadata) == {"digits": "7", "motions": "up and down"}
+    with pytest.raises(UserError, match=r"The clips have 2 digit\(s\), but the judge is told digits=1"):
+        DigitsJudge("judge.safetensors").truth(metadata)
 
 
 def test_the_detector_is_trained_once_and_kept(tmp_path, handwriting, capsys):
@@ -60,7 +61,7 @@ def test_its_accuracy_on_real_clips_is_printed(tmp_path, handwriting, capsys):
     make_digits(tmp_path / "clips", digits=1, train_clips=1, val_clips=2, num_workers=1, handwriting=handwriting)
     print_accuracy(tmp_path / "clips/val", 1, tmp_path / "judge.safetensors", handwriting, steps=1)
     assert capsys.readouterr().out.splitlines()[-1].startswith("motions: ")
-    with pytest.raises(UserError, match="have one digit, but digits=2"):
+    with pytest.raises(UserError, match=r"have 1 digit\(s\), but the judge is told digits=2"):
         print_accuracy(tmp_path / "clips/val", 2, tmp_path / "judge.safetensors")
     with pytest.raises(UserError, match=r"captions\.csv' does not exist"):
         print_accuracy(tmp_path, 1, tmp_path / "judge.safetensors")
