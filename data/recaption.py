@@ -21,7 +21,7 @@ from typing import NamedTuple
 import fsspec
 
 from data.captions import read_metadata
-from data.index import make_index
+from data.index import is_unpacked, make_index
 from data.prepare.captions import clean_caption
 from data.prepare.dropped import Dropped, summarize
 from data.prepare.filters import Filters
@@ -87,8 +87,8 @@ def _check(shards: ShardSet) -> None:
     remote = [sample.shard for sample in shards.samples if "://" in shards.address(sample)]
     if remote:
         raise UserError(f"'{remote[0]}' is not on this machine: copy the shards, change them, and copy them back.")
-    if shards.unpacked:
-        raise UserError(f"'{next(iter(shards.unpacked.values()))}' is compressed: unpack it, and change that tar.")
+    if any(is_unpacked(sample.shard) for sample in shards.samples):
+        raise UserError(f"'{shards.path}' is or has a compressed tar: unpack it, and change that.")
     if any("tokens.npy" in sample.members for sample in shards.samples):
         raise UserError(
             f"'{shards.path}' holds tokens with the embeddings of their captions: change the captions of the video "

@@ -86,7 +86,6 @@ class ShardSet:
             `s3://bucket/clips-{000000..000099}.tar`; a local path or any address that fsspec opens. Several are a list,
             or are joined by `::`. Compressed tars (.tgz, .tar.gz, …) are unpacked once, into the cache folder. Tars
             whose name begins with a dot are incomplete, and left out.
-
         command: The command that writes such shards, for messages.
 
     Attributes:
@@ -95,7 +94,6 @@ class ShardSet:
         skipped: Members that form no sample: truncated, with a key that occurs twice, a link, or a name that leads out
             of the folder; and shards that are no tar or empty, or a link to nothing. They are never read.
         sources: For each shard, which of the paths it belongs to.
-        unpacked: For each shard that is the unpacked copy of a compressed tar, the path of that tar.
 
     Raises:
         UserError: If a path has no shard, or no shard can be read.
@@ -110,7 +108,6 @@ class ShardSet:
         self._filesystems: dict[tuple[int, str], AbstractFileSystem] = {}
         self._addresses: dict[str, str] = {}
         self.sources: dict[str, int] = {}
-        self.unpacked: dict[str, str] = {}
         self.skipped: list[SkippedSample] = []
         try:
             for source, each in enumerate(paths):
@@ -194,9 +191,7 @@ class ShardSet:
                 if shard != root and (reason := _no_file(filesystem, shard)):
                     self.skipped.append(SkippedSample("", shard, reason))
                 elif _without_query(shard).lower().endswith(tuple(COMPRESSIONS)):
-                    copy = os.fspath(unpack(filesystem, shard))
-                    found.setdefault(copy, "")
-                    self.unpacked[copy] = shard
+                    found.setdefault(os.fspath(unpack(filesystem, shard)), "")
                 else:
                     found.setdefault(shard, address)
         if not found:
@@ -339,8 +334,7 @@ def _members(entry: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
 def _expand(path: str) -> list[str]:
     """Return the addresses that a path with `::` and braces stands for, after a check that fsspec opens them.
 
-    A path that exists stands for itself. `::` joins several paths, as in WebDataset, but not the parts of fsspec's
-    chains such as `simplecache::s3://…`.
+    A path that exists is one. `::` joins several, as in WebDataset, but not the parts of fsspec's `simplecache::s3://…`.
     """
     if Path(path).exists():
         return [path]

@@ -8,7 +8,7 @@
 - `remote`: reads bytes of local and remote files, with retries.
 """
 
-from data.index.compressed import COMPRESSIONS, unpack
+from data.index.compressed import COMPRESSIONS, is_unpacked, unpack
 from data.index.headers import check_header
 from data.index.remote import read_range, with_retries
 from data.index.store import cache_folder, load_index, make_index
@@ -17,6 +17,7 @@ __all__ = [
     "COMPRESSIONS",
     "cache_folder",
     "check_header",
+    "is_unpacked",
     "load_index",
     "make_index",
     "read_range",

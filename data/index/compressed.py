@@ -26,6 +26,15 @@ COMPRESSIONS = {
 """Compression by the end of the name, as fsspec calls it."""
 
 
+def _folder() -> Path:
+    return cache_folder() / "tars"
+
+
+def is_unpacked(shard: str) -> bool:
+    """Return whether a shard is the unpacked copy of a compressed tar."""
+    return Path(shard).is_relative_to(_folder())
+
+
 def unpack(filesystem: AbstractFileSystem, shard: str) -> Path:
     """Return the path of the unpacked copy of a compressed tar; it is made if there is none, or the tar has changed.
 
@@ -45,7 +54,7 @@ def unpack(filesystem: AbstractFileSystem, shard: str) -> Path:
         raise UserError(f"'{shard}' is compressed by {compression}: unpack it, or install the package zstandard.")
     tar = json.dumps([filesystem.unstrip_protocol(info["name"]), info["size"], dates(info)])
     key = hashlib.sha256(tar.encode()).hexdigest()[:16]
-    path = cache_folder() / "tars" / key / f"{name[: -len(suffix)]}.tar"
+    path = _folder() / key / f"{name[: -len(suffix)]}.tar"
     if path.exists():
         return path
     try:

@@ -42,7 +42,7 @@ _TYPES = mimetypes.MimeTypes()
 """The types of files that Python knows, the same on all machines."""
 _PREVIEWS = (".lrv", ".lrf")
 """Files of small copies that cameras write beside their videos, under other names."""
-RESERVED = ("caption", "captions", "source", "start", "frames", "fps", "height", "width", "flaws")
+_RESERVED = ("caption", "captions", "source", "start", "frames", "fps", "height", "width", "flaws")
 """Entries of a sample's json that this command writes."""
 NO_CAPTIONS = "none"
 """Value of `captions` that prepares the videos without captions."""
@@ -153,7 +153,8 @@ def _find_rows(
         if nested := next((file.shown for file in files if is_shard(file.name)), None):
             hint = f"; shards such as {nested} are read from the folder that they are in"
         raise UserError(
-            f"No videos in '{source}': none of its {len(files)} files is a video, or a shard (.tar) of its own{hint}."
+            f"No videos in '{source}': none of its {len(files)} files is a video, and no shard (.tar) is directly in "
+            f"it{hint}."
         )
     if captions == NO_CAPTIONS:
         return [Row(file.shown, [], {}, file) for file in videos], ""
@@ -263,7 +264,7 @@ def _rows_of_table(source: str, videos: list[File], table: CaptionTable, dropped
     rows = []
     replaced: set[str] = set()
     for name, captions, columns, is_id, segments in read_table(table, dropped):
-        extra = {column: value for column, value in columns.items() if column not in RESERVED}
+        extra = {column: value for column, value in columns.items() if column not in _RESERVED}
         replaced |= columns.keys() - extra.keys()
         if is_id:
             found = by_id.get(_composed(name), [])

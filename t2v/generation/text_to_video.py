@@ -214,9 +214,7 @@ class TextToVideo:
         """Return the tokens of the start frames of each video."""
         size = self.vqvae.image_size
         if not isinstance(start, Tensor):
-            raise UserError(
-                f"start is {type(start).__name__}, but must be a tensor: use torch.from_numpy or read_clip."
-            )
+            raise UserError(f"start is {type(start).__name__}, but must be a tensor: use torch.from_numpy.")
         if not 3 <= start.ndim <= 5 or start.dtype != torch.uint8 or start.shape[-3:] != (3, size, size):
             raise UserError(
                 f"start is {str(start.dtype).removeprefix('torch.')} of shape {tuple(start.shape)}, but must be uint8 "

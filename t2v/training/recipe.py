@@ -145,11 +145,11 @@ class _UniqueKeys(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
-        for key, _ in node.value:
-            if key.value in lines and key.value != "<<":
-                raise _RepeatedKeyError(f"{key.value} in line {lines[key.value]} and in line {key.start_mark.line + 1}")
-            if isinstance(key, yaml.ScalarNode):
-                lines[key.value] = key.start_mark.line + 1
+        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]:
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise _RepeatedKeyError(f"{key.value} in line {lines[key.value]} and in line {line}")
+            lines[key.value] = line
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
         return mapping
 

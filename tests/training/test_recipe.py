@@ -61,6 +61,8 @@ def test_a_key_that_a_file_has_twice_is_refused(parse, write):
     path = write("twice.yaml", "b:\n  x: 1\na: 2\nb: {y: 3}\n")
     with pytest.raises(UserError, match=r"twice.yaml has the key b in line 1 and in line 4: put all below it in one"):
         parse("--config", path)
+    with pytest.raises(UserError, match="has the key a in line 1 and in line 1"):
+        parse("--config", write("inline.yaml", "{a: 1, a: 2}\n"))
     merged = write("merged.yaml", "b: &one {x: 1}\n")
     assert parse("--config", merged) == (0, 1, 0)
 
