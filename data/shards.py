@@ -349,9 +349,7 @@ def _expand(path: str) -> list[str]:
         for address in {address.partition("://")[0]: address for address in addresses}.values():
             fsspec.url_to_fs(address)
     except (ImportError, ValueError) as error:
-        raise UserError(
-            f"Cannot open '{path}' ({error}): install the missing package, or correct the address."
-        ) from error
+        raise UserError(f"Cannot open '{path}' ({error}): install the package, or correct the address.") from error
     return addresses
 
 
