@@ -118,6 +118,15 @@ def test_two_processes_have_the_losses_of_one(pipeline, runs):
 
 
 @pytest.mark.slow
+def test_two_processes_train_on_windows_of_one_frame(pipeline):
+    """They use no features of the previous frame, whose weights then have no gradients."""
+    flags = ["-c", str(ROOT / "configs/cluster/ddp.yaml"), *TWO, "--data.frames=1", "--trainer.max_steps=3"]
+    done = launch(pipeline, command(pipeline, "transformer", "ddp-one-frame", *flags))
+    assert done.returncode == 0, done.stderr
+    assert len(losses(pipeline.run / "ddp-one-frame/losses", 2)) >= 3
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 def test_sharded_runs_in_mixed_precision_have_the_losses_of_one_process_and_resume(pipeline, runs, compiled):
     """The layers are gathered in bfloat16, with FSDP's hooks on layers that may be compiled."""
