@@ -12,7 +12,6 @@ import io
 import json
 import posixpath
 import tarfile
-import unicodedata
 from collections import defaultdict
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,6 +24,7 @@ from data.index import is_unpacked, make_index
 from data.prepare.captions import clean_caption
 from data.prepare.dropped import Dropped, summarize
 from data.prepare.filters import Filters
+from data.prepare.sources import composed
 from data.prepare.tables import CaptionTable, read_table
 from data.progress import ProgressBar
 from data.shards import Sample, ShardSet
@@ -127,7 +127,7 @@ def _names(shards: ShardSet, sample: Sample) -> list[str]:
 
 def _spelling(name: str) -> str:
     """Return a name without "./", and with composed accents."""
-    return unicodedata.normalize("NFC", posixpath.normpath(name))
+    return composed(posixpath.normpath(name))
 
 
 def _rewrite(shard: str, path: Path, changes: list[_Change]) -> None:

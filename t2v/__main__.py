@@ -12,7 +12,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser
 
 from t2v.checkpoints.config import import_modules
-from t2v.errors import UserError, exit_on_expected_error, shorten_tracebacks
+from t2v.errors import UserError, exit_on_expected_error, exit_on_interrupt, shorten_tracebacks
 
 _DESCRIPTION = "Text-to-video generation. `--import MODULE` imports a module with classes of your own first."
 
@@ -168,15 +168,11 @@ def main() -> None:
     commands.add_subcommand("generate", generate_parser, help="generate one video from text")
     commands.add_subcommand("export", export_parser, help="write a trained model into one folder")
     commands.add_subcommand("app", app_parser, help="generate videos in a browser")
-    try:
-        with exit_on_expected_error():
-            _check_text(sys.argv)
-            arguments = parser.parse_args(import_modules(sys.argv[1:]))
-            functions: dict[str, Callable[..., None]] = {"generate": generate, "export": export, "app": app}
-            functions[arguments.command](**arguments[arguments.command].as_dict())
-    except KeyboardInterrupt:
-        sys.stderr.write("\nerror: Interrupted.\n")
-        raise SystemExit(130) from None
+    with exit_on_interrupt(), exit_on_expected_error():
+        _check_text(sys.argv)
+        arguments = parser.parse_args(import_modules(sys.argv[1:]))
+        functions: dict[str, Callable[..., None]] = {"generate": generate, "export": export, "app": app}
+        functions[arguments.command](**arguments[arguments.command].as_dict())
 
 
 if __name__ == "__main__":

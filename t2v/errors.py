@@ -125,12 +125,8 @@ def run_tool(commands: Callable[..., Any] | dict[str, Callable[..., Any]]) -> No
     shorten_tracebacks()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names and captions that the terminal cannot show
-    try:
-        with exit_on_expected_error():
-            auto_cli(commands, exit_on_error=False, prog=program)  # type: ignore[arg-type]  # a dict may hold functions
-    except KeyboardInterrupt:
-        sys.stderr.write("\nerror: Interrupted.\n")
-        raise SystemExit(130) from None
+    with exit_on_interrupt(), exit_on_expected_error():
+        auto_cli(commands, exit_on_error=False, prog=program)  # type: ignore[arg-type]  # a dict may hold functions
 
 
 def reason_of(error: Exception, width: int = 200) -> str:
@@ -141,6 +137,20 @@ def reason_of(error: Exception, width: int = 200) -> str:
         width: Most letters.
     """
     return shorten(f"{type(error).__name__}: {error}", width, placeholder=" …")
+
+
+@contextmanager
+def exit_on_interrupt() -> Iterator[None]:
+    """Report Ctrl-C and exit.
+
+    Raises:
+        SystemExit: With status 130, after one `error:` line on stderr.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.stderr.write("\nerror: Interrupted.\n")
+        raise SystemExit(130) from None
 
 
 @contextmanager

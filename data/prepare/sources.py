@@ -225,20 +225,20 @@ def _find_captions(source: str, files: list[File], videos: list[File], folder: P
         UserError: If several tables could be meant.
     """
     top = {file.name: file for file in files if "/" not in file.name}
-    stems = {_composed(file.name.rpartition(".")[0]) for file in videos}
+    stems = {composed(file.name.rpartition(".")[0]) for file in videos}
     for name in CAPTION_FILES:
         pair = dict(LINE_FILES).get(name)
         if name in top and (pair is None or pair in top):
             if pair:
                 local_copy(top[pair], folder)
             return _table_path(source, top[name], folder)
-    if any(_composed(file.name.rpartition(".")[0]) in stems and _is_text(file.name) for file in files):
+    if any(composed(file.name.rpartition(".")[0]) in stems and _is_text(file.name) for file in files):
         return None
     tables = [
         file
         for name, file in top.items()
         if name.lower().endswith(TABLE_SUFFIXES)
-        and stems.isdisjoint(_composed(stem) for stem in (file.stem, file.stem.partition(".")[0]))
+        and stems.isdisjoint(composed(stem) for stem in (file.stem, file.stem.partition(".")[0]))
     ]
     if len(tables) > 1:
         names = ", ".join(file.name for file in tables)
@@ -260,14 +260,14 @@ def _rows_of_table(source: str, videos: list[File], table: CaptionTable, dropped
     by_path = {file.real_path: file for file in videos}
     by_id: defaultdict[str, list[File]] = defaultdict(list)
     for file in videos:
-        by_id[_composed(file.stem)].append(file)
+        by_id[composed(file.stem)].append(file)
     rows = []
     replaced: set[str] = set()
     for name, captions, columns, is_id, segments in read_table(table, dropped):
         extra = {column: value for column, value in columns.items() if column not in _RESERVED}
         replaced |= columns.keys() - extra.keys()
         if is_id:
-            found = by_id.get(_composed(name), [])
+            found = by_id.get(composed(name), [])
             if len(found) > 1:
                 places = ", ".join(file.shown for file in found)
                 dropped.append(Dropped(name, None, f"ambiguous id (it names {places})"))
@@ -286,7 +286,7 @@ def _rows_of_table(source: str, videos: list[File], table: CaptionTable, dropped
     return rows + [Row(file.shown, [], {}, file) for file in videos if file not in named]
 
 
-def _composed(name: str) -> str:
+def composed(name: str) -> str:
     """Return a name with composed accents: macOS may store "é" as "e" and a combining accent."""
     return unicodedata.normalize("NFC", name)
 
@@ -294,11 +294,11 @@ def _composed(name: str) -> str:
 def _by_spelling(named: Iterable[tuple[str, File]]) -> dict[str, File]:
     """Return files by their names, and by these with composed accents where no other file has that name."""
     by_name = dict(named)
-    return {_composed(name): file for name, file in by_name.items()} | by_name
+    return {composed(name): file for name, file in by_name.items()} | by_name
 
 
 def _spelt(by_name: dict[str, File], name: str) -> File | None:
-    return by_name.get(name) or by_name.get(_composed(name))
+    return by_name.get(name) or by_name.get(composed(name))
 
 
 def _find_file(source: str, name: str, by_path: dict[Path | str, File]) -> File | None:
